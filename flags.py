@@ -1,0 +1,50 @@
+"""Types for argparse: what a flag's value may be, so that a wrong one ends in one clear line."""
+
+import argparse
+import math
+
+
+class OneLineParser(argparse.ArgumentParser):
+    def error(self, message):
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+def number(kind, low=None, above=None, high=None):
+    """Return an argparse type: a finite int or float with low <= value <= high, above < value."""
+    def parse(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"'{text}' is no {'whole ' if kind is int else ''}number") from None
+        if not math.isfinite(value):
+            raise argparse.ArgumentTypeError(f"{text} is not finite")
+        if low is not None and value < low:
+            raise argparse.ArgumentTypeError(f"{text} is less than {low}")
+        if above is not None and value <= above:
+            raise argparse.ArgumentTypeError(f"{text} is not above {above}")
+        if high is not None and value > high:
+            raise argparse.ArgumentTypeError(f"{text} is more than {high}")
+        return value
+    return parse
+
+
+def parse_epsilon(text):
+    """Return the float that "0.1" or "8/255" says; argparse.ArgumentTypeError unless it lies in [0, 1]."""
+    numerator, slash, denominator = text.partition("/")
+    try:
+        value = float(numerator) / (float(denominator) if slash else 1.0)
+    except (ValueError, ZeroDivisionError):
+        raise argparse.ArgumentTypeError(f"'{text}' is no number such as 0.1 or 8/255") from None
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"{text} does not lie in [0, 1], the range of a pixel")
+    return value
+
+
+def listed(parse):
+    """Return an argparse type for one word that holds several values with commas between them."""
+    return lambda text: [parse(part) for part in text.split(",")]
+
+
+def count_or(*words):
+    """Return an argparse type: one of the words, or a whole number above 0."""
+    return lambda text: text if text in words else number(int, low=1)(text)
