@@ -1,0 +1,100 @@
+"""What the machine gives: a device, the precision of its arithmetic, threads, and signals that ask a run to stop."""
+
+import contextlib
+import os
+import platform
+import signal
+import time
+
+import numpy as np
+import torch
+
+
+def choose_device(name):
+    """Return the torch.device that --device means; ValueError if this machine has no such device."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    kind, _, index = name.partition(":")
+    if kind not in ("cpu", "cuda") or (":" in name and not (kind == "cuda" and index.isdigit())):
+        raise ValueError(f"--device={name}: choose auto, cpu, cuda or cuda:N")
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"--device={name}: PyTorch sees no CUDA device here; use --device=cpu or auto")
+    if index and int(index) >= torch.cuda.device_count():
+        raise ValueError(f"--device={name}: there are {torch.cuda.device_count()} CUDA devices, counted from 0")
+    return torch.device(name)
+
+
+def set_precision(tf32=False, deterministic=False):
+    """float32 means float32 unless tf32 is asked for; subnormal numbers, which slow a CPU tenfold, count as zero."""
+    torch.set_flush_denormal(True)
+    precision = "tf32" if tf32 else "ieee"
+    torch.backends.cuda.matmul.fp32_precision = precision
+    torch.backends.cudnn.conv.fp32_precision = precision
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+
+
+def fastest_thread_count(work, seconds=0.3):
+    """Return the number of threads, among 1, 2, 4, … and all cores, with which work() runs fastest now.
+
+    Threads wait for each other by spinning: beside a busy neighbour two can be sixty times slower than one, so this is
+    measured and not assumed.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    counts = sorted({cores, *(2**i for i in range(cores.bit_length()) if 2**i <= cores)})
+    times = {}
+    for count in counts:
+        torch.set_num_threads(count)
+        work()
+        runs, start = [], time.perf_counter()
+        while len(runs) < 3 or (time.perf_counter() - start < seconds and len(runs) < 100):
+            before = time.perf_counter()
+            work()
+            runs.append(time.perf_counter() - before)
+        times[count] = sum(runs) / len(runs)
+    # A few percent are not worth a second core.
+    return min(count for count in counts if times[count] < 1.05 * min(times.values()))
+
+
+def describe(device):
+    """Return what the history says of the machine and the libraries."""
+    return {"python": platform.python_version(), "torch": str(torch.__version__), "numpy": np.__version__,
+            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+            "machine": platform.machine(), "system": platform.system()}
+
+
+class Interrupted(Exception):
+    """Raised in a measurement by a signal: a measurement changes nothing, so it can be dropped and made again."""
+
+
+class Stop:
+    """Remembers the signal that asks the run to stop: .signal is its number, 0 while there is none.
+
+    A second Ctrl-C ends the process at once. can_interrupt: whether a signal may raise Interrupted in the block of
+    while_measuring; without it the measurement is finished first.
+    """
+
+    def __init__(self, can_interrupt):
+        self.signal, self.measuring, self.can_interrupt = 0, False, can_interrupt
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+            signal.signal(number, self)
+
+    def __call__(self, number, _frame):
+        if number == signal.SIGINT and self.signal:
+            os._exit(128 + number)
+        self.signal = number
+        self.interrupt()
+
+    def interrupt(self):
+        if self.signal and self.measuring and self.can_interrupt:
+            raise Interrupted
+
+    @contextlib.contextmanager
+    def while_measuring(self):
+        self.measuring = True
+        try:
+            self.interrupt()
+            yield
+        finally:
+            self.measuring = False
