@@ -1,0 +1,62 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+# One thread: the tests' results do not depend on the machine, and two would wait for each other on a busy one.
+torch.set_num_threads(1)
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "cuda: needs a CUDA device")
+    config.addinivalue_line("markers", "slurm: needs a SLURM cluster (sbatch)")
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if item.get_closest_marker("cuda") and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+SMALL = ["--dataset=digits", "--width=16", "--adv_size=20", "--lc_samples=8", "--lc_directions=4", "--epsilons=0.1",
+         "--pgd_steps=2", "--robust_budget=low", "--log_points=6", "--threads=1", "--no_plot", "--device=cpu"]
+
+
+def command(*flags, script="train.py"):
+    return [sys.executable, str(ROOT / script), *map(str, flags)]
+
+
+def run_command(folder, *flags, script="train.py", status=0, timeout=120):
+    """Run a program of the project in `folder` as a process; fail unless it ends with `status`."""
+    done = subprocess.run(command(*flags, script=script), cwd=folder, env=ENVIRONMENT, capture_output=True, text=True,
+                          timeout=timeout, stdin=subprocess.DEVNULL)
+    assert done.returncode == status, f"exit status {done.returncode}\n{done.stdout}\n{done.stderr}"
+    return done
+
+
+def run_here(folder, *flags, status=0):
+    """Run train.main() in this process, with `folder` as the place of its files: without the seconds of an import."""
+    import train
+
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
+    try:
+        assert train.main([*map(str, flags), f"--log_dir={folder}/logs", f"--save_dir={folder}/checkpoints"]) == status
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+def history_of(folder):
+    """Return the history in `folder`, parsed as strictly as JSON is defined."""
+    def refuse(constant):
+        raise ValueError(f"{constant} is not JSON")
+
+    return json.loads((Path(folder) / "logs" / "training_history.json").read_text(), parse_constant=refuse)
