@@ -1,0 +1,427 @@
+"""The data sets as tensors: each split is one uint8 tensor (N, C, H, W) and one int64 tensor of labels (N,).
+
+A compute node often has no internet; fetch and check ahead of time, on a node that has:
+
+    python data.py mnist cifar10 --data_dir data
+
+mnist, cifar10, cifar100 and imagenette are downloaded and checked by torchvision, digits comes with scikit-learn, and
+imagefolder is any folder of the layout {train,test or val}/CLASS/IMAGE.
+"""
+
+import argparse
+import hashlib
+import math
+import os
+import socket
+import sys
+import uuid
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torchvision import datasets
+from torchvision.datasets.utils import check_integrity
+from tqdm import tqdm
+
+DATASETS = ("mnist", "cifar10", "cifar100", "imagenette", "digits", "imagefolder")
+DEFAULT_TRAIN_SIZE = {"mnist": 1000, "digits": 1000}  # the paper's 1,000; all training images for the others
+DEFAULT_IMAGE_SIZE = 128
+
+# Mean and standard deviation of the channels over the training set, in pixel units of [0, 1].
+STATISTICS = {
+    "mnist": ([0.1307], [0.3081]),
+    "cifar10": ([0.4914, 0.4822, 0.4465], [0.2470, 0.2435, 0.2616]),
+    "cifar100": ([0.5071, 0.4865, 0.4409], [0.2673, 0.2564, 0.2762]),
+    "imagenette": ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]),
+}
+# What to put where by hand: torchvision takes an archive that lies there for its own download, after checking its MD5.
+ARCHIVES = {
+    "mnist": ("MNIST/raw", "train-images-idx3-ubyte.gz, train-labels-idx1-ubyte.gz, t10k-images-idx3-ubyte.gz and "
+                           "t10k-labels-idx1-ubyte.gz from https://ossci-datasets.s3.amazonaws.com/mnist/"),
+    "cifar10": ("", "cifar-10-python.tar.gz from https://www.cs.toronto.edu/~kriz/"),
+    "cifar100": ("", "cifar-100-python.tar.gz from https://www.cs.toronto.edu/~kriz/"),
+    "imagenette": ("", "imagenette2-160.tgz from https://s3.amazonaws.com/fast-ai-imageclas/"),
+}
+IMAGENETTE_COUNTS = {"train": 9469, "val": 3925}
+DOWNLOAD_TIMEOUT = 15  # seconds without an answer; a firewall that drops packets would else hold a run for minutes
+BLOCK = 64  # images a thread decodes at a time
+SUBSET, LABEL_NOISE = range(2)  # what a random generator is for: generators are seeded by (seed, purpose)
+
+
+@dataclass
+class Dataset:
+    """x_*: uint8 (N, C, H, W) in 0..255; y_*: int64 (N,); mean, std: one float a channel, in pixel units of [0, 1]."""
+
+    name: str
+    x_train: torch.Tensor
+    y_train: torch.Tensor
+    x_test: torch.Tensor
+    y_test: torch.Tensor
+    num_classes: int
+    mean: list
+    std: list
+
+
+def load_dataset(name, data_dir="data", train_size=None, seed=42, image_size=None, label_noise=0.0):
+    """Return a Dataset on the CPU; download it into data_dir where it is missing and can be downloaded.
+
+    name: one of DATASETS. For imagefolder, data_dir is the folder that holds train/ and test/ (or val/); digits needs
+    no data_dir. train_size: so many training images, drawn at random by seed, or "all" (default: 1,000 for mnist and
+    digits, or all if there are fewer; all for the rest); with one seed a smaller draw is part of a larger one. The test set is
+    always whole and the same. image_size: side in pixels, for imagenette (default 128) and imagefolder: the shorter
+    side is resized to it, then the centre cut out. Without it, an imagefolder whose images all have one size keeps
+    that size; any other gets 128. label_noise: this fraction of the selected training labels is replaced by uniformly
+    random ones (by seed; one in num_classes happens to be right). mean and std are those of the whole training split.
+
+    Decoded folders are cached as decoded-SIZE.npz inside the folder of images, where that can be written.
+
+    Raises ValueError for an unknown name, an option out of range and damaged files; OSError (FileNotFoundError,
+    NotADirectoryError, PermissionError among them) for what is missing, unreadable or cannot be downloaded.
+    """
+    check_name(name)
+    if train_size not in (None, "all") and train_size < 1:
+        raise ValueError(f"train_size must be at least 1, not {train_size}")
+    if seed < 0:
+        raise ValueError(f"seed must not be negative, not {seed}")
+    if not 0 <= label_noise <= 1:  # false for NaN, too
+        raise ValueError(f"label_noise is a fraction between 0 and 1, not {label_noise}")
+
+    dataset = read_dataset(name, data_dir, image_size)
+    available = len(dataset.x_train)
+    if train_size is None:
+        train_size = min(DEFAULT_TRAIN_SIZE.get(name, available), available)
+    if train_size == "all":
+        train_size = available
+    if train_size > available:
+        raise ValueError(f"train_size {train_size} is more than the {available} training images of {name}")
+    if train_size < available:
+        chosen = torch.from_numpy(np.random.default_rng((seed, SUBSET)).permutation(available)[:train_size])
+        dataset.x_train, dataset.y_train = dataset.x_train[chosen], dataset.y_train[chosen]
+    if label_noise > 0:
+        rng = np.random.default_rng((seed, LABEL_NOISE))
+        replaced = rng.permutation(train_size)[:round(label_noise * train_size)]
+        dataset.y_train[replaced] = torch.from_numpy(rng.integers(dataset.num_classes, size=len(replaced)))
+    return dataset
+
+
+def check_name(name):
+    if name not in DATASETS:
+        raise ValueError(f"unknown data set '{name}': choose from {', '.join(DATASETS)}")
+
+
+def read_dataset(name, data_dir="data", image_size=None):
+    """Return the whole data set, before any subset or label noise. Arguments and errors as in load_dataset."""
+    check_name(name)
+    if image_size is not None and name not in ("imagenette", "imagefolder"):
+        raise ValueError(f"image_size is for imagenette and imagefolder only; the images of {name} have a fixed size")
+    if image_size is not None and image_size < 1:
+        raise ValueError(f"image_size must be at least 1 pixel, not {image_size}")
+    data_dir = os.path.expanduser(data_dir)
+    if name != "digits" and os.path.exists(data_dir):
+        check_directory(data_dir)
+
+    if name == "digits":
+        arrays = read_digits()
+    elif name == "mnist":
+        arrays = read_mnist(data_dir)
+    elif name == "imagenette":
+        arrays = read_imagenette(data_dir, image_size or DEFAULT_IMAGE_SIZE)
+    elif name == "imagefolder":
+        arrays = read_folder(data_dir, image_size)
+    else:
+        arrays = read_cifar(name, data_dir)
+    x_train, y_train, x_test, y_test, num_classes = arrays
+    if x_train.shape[1:] != x_test.shape[1:]:
+        raise ValueError(f"the training images of {name} are {shape_text(x_train)}, its test images "
+                         f"{shape_text(x_test)}: files of two data sets are mixed in {data_dir}")
+    mean, std = STATISTICS[name] if name in STATISTICS else channel_statistics(x_train)
+    return Dataset(name, x_train, y_train, x_test, y_test, num_classes, list(mean), list(std))
+
+
+def check_directory(path):
+    if not os.path.isdir(path):
+        raise NotADirectoryError(f"{path} is not a directory: give the data directory with --data_dir")
+    if not os.access(path, os.R_OK | os.X_OK):
+        raise PermissionError(f"no permission to read {path}: change its mode or give another --data_dir")
+
+
+def channel_statistics(x):
+    """Mean and standard deviation of each channel of a uint8 tensor (N, C, H, W), in pixel units of [0, 1].
+
+    A channel without any contrast gets 1 in place of 0, so that dividing by std is safe. Goes by the histogram: no
+    copy of the images in floating point.
+    """
+    values = torch.arange(256, dtype=torch.float64)
+    means, stds = [], []
+    for channel in range(x.shape[1]):
+        weights = torch.bincount(x[:, channel].flatten(), minlength=256).double()
+        mean = (weights @ values) / weights.sum()
+        std = ((weights @ (values - mean) ** 2) / weights.sum()).sqrt()
+        means.append(mean.item() / 255)
+        stds.append(std.item() / 255 or 1.0)
+    return means, stds
+
+
+def read_digits():
+    from sklearn.datasets import load_digits  # slow to import, and the other data sets do without it
+
+    digits = load_digits()
+    x = torch.from_numpy(np.rint(digits.images * (255 / 16)).astype(np.uint8)).unsqueeze(1)
+    y = torch.from_numpy(digits.target).long()
+    # One split for ever, whatever the seed. NumPy promises that RandomState's numbers never change.
+    order = torch.from_numpy(np.random.RandomState(0).permutation(len(x)))
+    train, test = order[:1000], order[1000:]
+    return x[train], y[train], x[test], y[test], 10
+
+
+def fetch(name, dataset_class, data_dir, **options):
+    """Construct one of torchvision's data sets, downloading it where it is missing."""
+    timeout = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(DOWNLOAD_TIMEOUT)
+    try:
+        return dataset_class(data_dir, download=True, **options)
+    except Exception as error:  # urllib's, http's, tarfile's, zlib's, torchvision's RuntimeError, a full disk, ...
+        folder, archives = ARCHIVES[name]
+        raise OSError(
+            f"cannot download {name} ({last_line(error)}): run `python data.py {name}` on a machine with internet and "
+            f"copy its data directory here, or put {archives} into {os.path.join(data_dir, folder)}; "
+            "--dataset=digits needs no download"
+        ) from error
+    finally:
+        socket.setdefaulttimeout(timeout)
+
+
+def last_line(error):
+    lines = str(error).strip().splitlines()
+    return lines[-1] if lines else type(error).__name__
+
+
+def read_mnist(data_dir):
+    splits = []
+    for train, prefix in ((True, "train"), (False, "t10k")):
+        images = os.path.join(data_dir, "MNIST", "raw", f"{prefix}-images-idx3-ubyte")
+        labels = os.path.join(data_dir, "MNIST", "raw", f"{prefix}-labels-idx1-ubyte")
+        check_idx(images, dimensions=3)
+        check_idx(labels, dimensions=1)
+        split = fetch("mnist", datasets.MNIST, data_dir, train=train)
+        x, y = split.data.unsqueeze(1), split.targets
+        if len(x) != len(y):
+            raise ValueError(f"{images} holds {len(x)} images and {labels} {len(y)} labels: {remedy(images, 'mnist')}")
+        if y.max() > 9:
+            raise ValueError(f"{labels} holds the label {y.max()}, not only 0 to 9: {remedy(labels, 'mnist')}")
+        splits += [x, y]
+    return *splits, 10
+
+
+def check_idx(path, dimensions):
+    """Raise ValueError unless the file, if there is one, is an idx file of unsigned bytes and as long as it says.
+
+    torchvision checks the MD5 of what it downloads, but takes any file that already lies there. The format: big-endian
+    int32 0x0800 + number of dimensions, one int32 for the length of each dimension, then the bytes.
+    """
+    if not os.path.isfile(path):
+        return
+    with open(path, "rb") as file:
+        header = np.frombuffer(file.read(4 * (1 + dimensions)), np.uint8)
+    if len(header) < 4 * (1 + dimensions):
+        raise ValueError(f"{path} is cut off within its header: {remedy(path, 'mnist')}")
+    magic, *lengths = (int(number) for number in header.view(">u4"))
+    if magic != 0x0800 + dimensions:
+        raise ValueError(f"{path} is no idx file of {dimensions}-dimensional bytes (it starts with 0x{magic:08x}, not "
+                         f"0x{0x0800 + dimensions:08x}): {remedy(path, 'mnist')}")
+    expected, size = len(header) + math.prod(lengths), os.path.getsize(path)
+    if size != expected or 0 in lengths:
+        raise ValueError(f"{path} holds {size} bytes where its header promises {expected}: {remedy(path, 'mnist')}")
+
+
+def remedy(path, name):
+    return f"delete {path} and run `python data.py {name}` to download it again"
+
+
+def read_cifar(name, data_dir):
+    dataset_class = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[name]
+    # torchvision answers a damaged file with a new download: without a network its error would hide what is wrong
+    folder, meta = os.path.join(data_dir, dataset_class.base_folder), dataset_class.meta
+    for file_name, md5 in [*dataset_class.train_list, *dataset_class.test_list, (meta["filename"], meta["md5"])]:
+        path = os.path.join(folder, file_name)
+        if os.path.isfile(path) and not check_integrity(path, md5):
+            raise ValueError(f"{path} is truncated or damaged (wrong MD5): {remedy(folder, name)}")
+
+    splits = []
+    for train in (True, False):
+        split = fetch(name, dataset_class, data_dir, train=train)
+        splits += [torch.from_numpy(split.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(split.targets)]
+    return *splits, len(split.classes)
+
+
+def read_imagenette(data_dir, image_size):
+    root = os.path.join(data_dir, "imagenette2-160")
+    if not os.path.exists(root):
+        fetch("imagenette", datasets.Imagenette, data_dir, size="160px")
+    # torchvision takes the folder's being there for the whole data set, even after an interrupted extraction
+    counts = {split: sum(1 for _ in Path(root, split).glob("*/*.JPEG")) for split in IMAGENETTE_COUNTS}
+    if counts != IMAGENETTE_COUNTS:
+        raise ValueError(
+            f"{root} holds {counts['train']} training and {counts['val']} test images where Imagenette has "
+            f"{IMAGENETTE_COUNTS['train']} and {IMAGENETTE_COUNTS['val']}, as after an interrupted extraction: "
+            f"{remedy(root, 'imagenette')}; to train on a part of it, --dataset=imagefolder --data_dir={root}"
+        )
+    return read_folder(root, image_size)
+
+
+def read_folder(root, image_size):
+    """Decode root/train and root/test (or root/val), or take the decoded images from the cache."""
+    if not os.path.exists(root):
+        raise FileNotFoundError(f"there is no folder {root}: give the folder that holds train/ and test/ as --data_dir")
+    train = scan(root, "train")
+    test = scan(root, "test", "val")
+    if train.classes != test.classes:
+        differing = sorted(set(train.classes) ^ set(test.classes))
+        raise ValueError(f"{train.root} and {test.root} have different classes: only one of them has a folder "
+                         f"{', '.join(differing[:5])}{' ...' if len(differing) > 5 else ''}")
+
+    train_paths, test_paths = ([path for path, _ in split.samples] for split in (train, test))
+    cache = os.path.join(root, f"decoded-{image_size or 'auto'}.npz")
+    key = fingerprint(root, train_paths + test_paths, image_size)
+    images = load_cache(cache, key)
+    if images is None:
+        images = decode_splits(train_paths, test_paths, image_size)
+        save_cache(cache, fingerprint=key, x_train=images[0], x_test=images[1])
+    x_train, x_test = map(torch.from_numpy, images)
+    return x_train, torch.tensor(train.targets), x_test, torch.tensor(test.targets), len(train.classes)
+
+
+def scan(root, *names):
+    """Return torchvision's ImageFolder for the first of the folders `names` that root has."""
+    folder = next((path for path in (os.path.join(root, name) for name in names) if os.path.isdir(path)), None)
+    if folder is None:
+        raise FileNotFoundError(f"{root} has no folder {' or '.join(names)}/: the layout is train/CLASS/IMAGE and "
+                                "test/CLASS/IMAGE (or val/)")
+    check_directory(folder)
+    try:
+        return datasets.ImageFolder(folder)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"no images in {folder} ({last_line(error).rstrip('.')}): the layout is "
+                                f"{folder}/CLASS/IMAGE, with at least one image for each class") from error
+
+
+def fingerprint(root, paths, image_size):
+    """A key that changes with the size wanted and with any file's name, size or time of change."""
+    digest = hashlib.sha256(f"1 {image_size}".encode())
+    for path in paths:
+        status = os.stat(path)
+        digest.update(os.fsencode(f"\n{path[len(root):]} {status.st_size} {status.st_mtime_ns}"))
+    return digest.hexdigest()
+
+
+def load_cache(path, key):
+    """Return (x_train, x_test), or None if the cache is missing, made for something else, or damaged."""
+    # Whatever is wrong with a cache, the images are still there. Damage shows: a zip file carries checksums.
+    with suppress(Exception), np.load(path, allow_pickle=False) as cache:
+        if str(cache["fingerprint"]) == key:
+            return cache["x_train"], cache["x_test"]
+    return None
+
+
+def save_cache(path, **arrays):
+    """Write the cache under another name, then rename it; a folder that cannot be written stays without."""
+    temporary = f"{path}.{uuid.uuid4().hex}.tmp"
+    try:
+        with suppress(OSError):
+            with open(temporary, "xb") as file:
+                np.savez(file, **arrays)
+            os.replace(temporary, path)
+    finally:
+        with suppress(OSError):
+            os.unlink(temporary)
+
+
+class SizesDiffer(Exception):
+    """The images of a folder are not all of one size."""
+
+
+def decode_splits(train_paths, test_paths, image_size):
+    if image_size is None:
+        height, width = read_image(train_paths[0]).shape[1:]
+        with suppress(SizesDiffer):
+            return [decode(paths, width, height, resize=False) for paths in (train_paths, test_paths)]
+        image_size = DEFAULT_IMAGE_SIZE
+    return [decode(paths, image_size, image_size, resize=True) for paths in (train_paths, test_paths)]
+
+
+def decode(paths, width, height, resize):
+    """Return uint8 (N, 3, height, width); an image of another size is resized or, without resize, SizesDiffer."""
+    shape = (len(paths), 3, height, width)
+    try:
+        images = np.empty(shape, np.uint8)
+    except (MemoryError, ValueError) as error:
+        raise ValueError(f"{len(paths)} images of {width}x{height} pixels take {math.prod(shape) / 1e9:.1f} GB, "
+                         "more than there is memory: choose a smaller image_size") from error
+
+    def decode_block(start):
+        block = paths[start:start + BLOCK]
+        for i, path in enumerate(block, start):
+            image = read_image(path, (width, height) if resize else None)
+            if image.shape != images.shape[1:]:
+                raise SizesDiffer
+            images[i] = image
+        return len(block)
+
+    # Threads, not processes: Pillow decodes outside the interpreter lock, and a process forked beside CUDA is a risk.
+    progress = tqdm(total=len(paths), desc="decoding", unit="image", delay=1, leave=False, disable=None)  # None: no tty
+    with progress, ThreadPoolExecutor() as pool:
+        for count in pool.map(decode_block, range(0, len(paths), BLOCK)):
+            progress.update(count)
+    return images
+
+
+def read_image(path, size=None):
+    """Return the RGB image as uint8 (3, H, W), fitted to size = (width, height) if given. ValueError names the file."""
+    try:
+        with Image.open(path) as image:
+            if image.mode[0] in "IF":  # Pillow would clip all that is above 255 to white
+                raise ValueError("more than 8 bits a channel")
+            image = image.convert("RGB")
+        if size is not None:
+            image = ImageOps.fit(image, size, Image.Resampling.BILINEAR)
+        return np.asarray(image).transpose(2, 0, 1)
+    except Exception as error:  # Pillow raises OSError, SyntaxError, struct.error and more for a damaged file
+        reason = "not an image" if isinstance(error, UnidentifiedImageError) else last_line(error)
+        raise ValueError(f"cannot read the image {path} ({reason}): replace or remove it") from error
+
+
+def shape_text(x):
+    return "x".join(map(str, x.shape[1:]))
+
+
+def main():
+    def fail(message):
+        print(f"data.py: error: {message}", file=sys.stderr)
+        sys.exit(2)
+
+    parser = argparse.ArgumentParser(description="Fetch and check data sets without training.")
+    parser.error = fail
+    parser.add_argument("names", nargs="+", metavar="NAME", help=f"one or more of {', '.join(DATASETS)}")
+    parser.add_argument("--data_dir", default="data", help="where data sets are kept; for imagefolder, the folder "
+                        "that holds train/ and test/ or val/ (default: data)")
+    parser.add_argument("--image_size", type=int, help="decode and cache images at this size in pixels; imagenette "
+                        "and imagefolder only (default: 128, or the images' own size if they all have the same)")
+    args = parser.parse_args()
+    try:
+        for name in args.names:
+            check_name(name)
+        for name in args.names:
+            dataset = read_dataset(name, args.data_dir, args.image_size)
+            where = "part of scikit-learn" if name == "digits" else os.path.abspath(os.path.expanduser(args.data_dir))
+            print(f"{name}: {len(dataset.x_train):,} training and {len(dataset.x_test):,} test images, "
+                  f"{shape_text(dataset.x_train)}, {dataset.num_classes} classes ({where})", flush=True)
+    except (OSError, ValueError) as error:
+        fail(error)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,658 @@
+"""Data sets: contents, subsets, the cache of decoded folders, and one clear line for everything that is wrong."""
+
+import errno
+import os
+import pickle
+import socket
+import subprocess
+import sys
+import tarfile
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torchvision import datasets
+
+import data
+
+PROGRAM = Path(data.__file__)
+
+
+@pytest.fixture(autouse=True)
+def no_network(monkeypatch):
+    """Every download fails as on a machine without internet."""
+    def urlopen(*args, **kwargs):
+        raise urllib.error.URLError("Name or service not known")
+
+    monkeypatch.setattr(urllib.request, "urlopen", urlopen)
+
+
+def write_images(root, sizes=((8, 8),), classes=("cat", "dog"), splits=("train", "test"), suffix=".png"):
+    """One image for each split, class and size; its colour tells them apart."""
+    for s, split in enumerate(splits):
+        for c, label in enumerate(classes):
+            folder = root / split / label
+            folder.mkdir(parents=True, exist_ok=True)
+            for i, size in enumerate(sizes):
+                Image.new("RGB", size, (50 * s, 100 * c, 10 * i)).save(folder / f"{i}{suffix}")
+    return root
+
+
+def write_idx(path, array):
+    magic = 0x0800 + array.ndim
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(np.array([magic, *array.shape], ">u4").tobytes() + array.astype(np.uint8).tobytes())
+
+
+def write_mnist(root, train=1200, test=30):
+    rng = np.random.default_rng(0)
+    for prefix, count in (("train", train), ("t10k", test)):
+        images = rng.integers(256, size=(count, 28, 28))
+        images[:, 0, 0], images[:, 0, 1] = np.arange(count) // 256, np.arange(count) % 256  # each image knows its index
+        write_idx(root / f"MNIST/raw/{prefix}-images-idx3-ubyte", images)
+        write_idx(root / f"MNIST/raw/{prefix}-labels-idx1-ubyte", np.arange(count) % 10)
+    return root
+
+
+def write_cifar10(root, monkeypatch, count=20):
+    """CIFAR-10's batch files, small; torchvision is told their MD5 sums in place of the official ones."""
+    folder = root / "cifar-10-batches-py"
+    folder.mkdir(parents=True)
+    rng = np.random.default_rng(0)
+
+    def write(name, content):
+        (folder / name).write_bytes(pickle.dumps(content))
+        return [name, datasets.utils.calculate_md5(folder / name)]
+
+    def batch(name):
+        pixels = rng.integers(256, size=(count, 3072)).astype(np.uint8)
+        return write(name, {"data": pixels, "labels": [i % 10 for i in range(count)]})
+
+    monkeypatch.setattr(datasets.CIFAR10, "train_list", [batch(f"data_batch_{i}") for i in range(1, 6)])
+    monkeypatch.setattr(datasets.CIFAR10, "test_list", [batch("test_batch")])
+    _, md5 = write("batches.meta", {"label_names": [str(i) for i in range(10)]})
+    monkeypatch.setattr(datasets.CIFAR10, "meta", {"filename": "batches.meta", "key": "label_names", "md5": md5})
+    return folder
+
+
+def error_line(*args, **kwargs):
+    """The message of the error that load_dataset raises; it has to be one line."""
+    with pytest.raises((ValueError, OSError)) as caught:
+        data.load_dataset(*args, **kwargs)
+    assert len(str(caught.value).splitlines()) == 1
+    return str(caught.value)
+
+
+def same_tensors(a, b):
+    return all(torch.equal(getattr(a, key), getattr(b, key)) for key in ("x_train", "y_train", "x_test", "y_test"))
+
+
+def count_decoded(monkeypatch):
+    """A list that grows by one path for each image read."""
+    paths, read_image = [], data.read_image
+    monkeypatch.setattr(data, "read_image", lambda path, *rest: paths.append(path) or read_image(path, *rest))
+    return paths
+
+
+# digits, subsets, label noise
+
+def test_digits():
+    digits = data.load_dataset("digits")
+    assert digits.name == "digits" and digits.num_classes == 10
+    assert digits.x_train.shape == (1000, 1, 8, 8) and digits.x_test.shape == (797, 1, 8, 8)
+    assert digits.x_train.dtype == digits.x_test.dtype == torch.uint8
+    assert digits.y_train.dtype == digits.y_test.dtype == torch.int64
+    assert digits.x_train.min() == 0 and digits.x_train.max() == 255
+    for y in (digits.y_train, digits.y_test):
+        assert (torch.bincount(y, minlength=10) > 0.07 * len(y)).all()
+    x = digits.x_train.double() / 255
+    assert digits.mean == pytest.approx([x.mean().item()])
+    assert digits.std == pytest.approx([x.std(correction=0).item()])
+
+
+def test_digits_images_belong_to_their_labels():
+    digits = data.load_dataset("digits")
+    x_train, x_test = digits.x_train.flatten(1).float(), digits.x_test.flatten(1).float()
+    nearest = torch.cdist(x_test, x_train).argmin(1)
+    assert (digits.y_train[nearest] == digits.y_test).float().mean() > 0.95
+
+
+def test_digits_are_scikit_learns_each_used_once():
+    from sklearn.datasets import load_digits
+
+    digits = data.load_dataset("digits")
+    ours = torch.cat([torch.cat([x.flatten(1).long(), y[:, None]], 1) for x, y in
+                      ((digits.x_train, digits.y_train), (digits.x_test, digits.y_test))]).tolist()
+    source = load_digits()
+    theirs = [[round(v * 255 / 16) for v in image] + [y] for image, y in
+              zip(source.data.tolist(), source.target.tolist(), strict=True)]
+    assert sorted(ours) == sorted(theirs)
+
+
+def test_subset_is_drawn_by_seed_and_the_test_set_stays():
+    whole, first = data.load_dataset("digits"), data.load_dataset("digits", train_size=300, seed=1)
+    again, other = (data.load_dataset("digits", train_size=300, seed=seed) for seed in (1, 2))
+    assert first.x_train.shape == (300, 1, 8, 8) and first.y_train.shape == (300,)
+    assert same_tensors(first, again)
+    assert not torch.equal(first.x_train, other.x_train)
+    assert torch.equal(first.x_test, other.x_test) and torch.equal(first.x_test, whole.x_test)
+    assert (first.mean, first.std) == (whole.mean, whole.std)
+    smaller = data.load_dataset("digits", train_size=100, seed=1)
+    assert torch.equal(smaller.x_train, first.x_train[:100])
+
+
+def test_subset_leaves_global_random_state_alone():
+    np.random.seed(0)
+    torch.manual_seed(0)
+    expected = np.random.rand(), torch.rand(1)
+    np.random.seed(0)
+    torch.manual_seed(0)
+    data.load_dataset("digits", train_size=10, label_noise=0.5)
+    assert (np.random.rand(), torch.rand(1)) == expected
+
+
+def test_label_noise():
+    clean = data.load_dataset("digits", seed=3)
+    noisy, again = (data.load_dataset("digits", seed=3, label_noise=0.4) for _ in range(2))
+    other = data.load_dataset("digits", seed=4, label_noise=0.4)
+    assert same_tensors(noisy, again)
+    assert torch.equal(clean.x_train, noisy.x_train) and torch.equal(clean.y_test, noisy.y_test)
+    changed = clean.y_train != noisy.y_train
+    assert 330 <= changed.sum() <= 400  # of 400 replaced labels, one in ten is right by chance
+    assert not torch.equal(changed, clean.y_train != other.y_train)
+    assert noisy.y_train.min() >= 0 and noisy.y_train.max() <= 9
+    everything = data.load_dataset("digits", label_noise=1.0)
+    assert (everything.y_train == data.load_dataset("digits").y_train).float().mean() < 0.2
+    assert (torch.bincount(everything.y_train, minlength=10) > 50).all()
+
+
+def test_label_noise_counts_the_selected_images():
+    clean = data.load_dataset("digits", train_size=50, seed=5)
+    noisy = data.load_dataset("digits", train_size=50, seed=5, label_noise=0.1)
+    assert 0 < (clean.y_train != noisy.y_train).sum() <= 5
+
+
+# MNIST
+
+def test_mnist_reads_torchvisions_layout(tmp_path):
+    mnist = data.load_dataset("mnist", write_mnist(tmp_path), seed=7)
+    assert mnist.x_train.shape == (1000, 1, 28, 28) and mnist.x_test.shape == (30, 1, 28, 28)
+    assert mnist.x_train.dtype == torch.uint8 and mnist.y_train.dtype == torch.int64
+    assert (mnist.num_classes, mnist.mean, mnist.std) == (10, [0.1307], [0.3081])
+    index = mnist.x_train[:, 0, 0, 0].long() * 256 + mnist.x_train[:, 0, 0, 1]
+    assert torch.equal(index % 10, mnist.y_train)  # images and labels were drawn together
+    assert len(index.unique()) == 1000
+    assert torch.equal(mnist.y_test, torch.arange(30) % 10)
+    assert len(data.load_dataset("mnist", str(tmp_path), train_size=1200).x_train) == 1200
+    assert len(data.load_dataset("mnist", str(tmp_path), train_size="all").x_train) == 1200
+
+
+def test_mnist_smaller_than_the_default_subset_is_used_whole(tmp_path):
+    assert len(data.load_dataset("mnist", write_mnist(tmp_path, train=60)).x_train) == 60
+
+
+@pytest.mark.parametrize("name, damage, message", [
+    ("train-images-idx3-ubyte", lambda b: b[:-1], "header promises"),
+    ("train-images-idx3-ubyte", lambda b: b + b"\0", "header promises"),
+    ("train-images-idx3-ubyte", lambda b: b"\0\0\x08\x01" + b[4:], "starts with 0x00000801"),
+    ("train-images-idx3-ubyte", lambda b: b"\x1f\x8b\x08\x08" + b[4:], "no idx file"),
+    ("train-images-idx3-ubyte", lambda b: b"", "cut off"),
+    ("t10k-images-idx3-ubyte", lambda b: b[:10], "cut off"),
+    ("t10k-images-idx3-ubyte", lambda b: b[:4] + b"\0\0\0\0" + b[8:16], "header promises"),
+    ("t10k-labels-idx1-ubyte", lambda b: b[:4] + b"\0\0\0\x05" + b[8:13], "5 labels"),
+    ("train-labels-idx1-ubyte", lambda b: b[:-1] + b"\x0a", "label 10"),
+])
+def test_damaged_mnist(tmp_path, name, damage, message):
+    path = write_mnist(tmp_path) / "MNIST/raw" / name
+    path.write_bytes(damage(path.read_bytes()))
+    line = error_line("mnist", tmp_path)
+    assert message in line and name.split("-")[0] in line and "python data.py mnist" in line
+
+
+def test_mnist_of_two_image_sizes(tmp_path):
+    write_mnist(tmp_path)
+    write_idx(tmp_path / "MNIST/raw/t10k-images-idx3-ubyte", np.zeros((30, 32, 32)))
+    assert "1x28x28" in error_line("mnist", tmp_path)
+
+
+def test_incomplete_mnist_does_not_pass(tmp_path):
+    (write_mnist(tmp_path) / "MNIST/raw/t10k-labels-idx1-ubyte").unlink()
+    assert "cannot download mnist" in error_line("mnist", tmp_path)
+
+
+# CIFAR
+
+def test_cifar10(tmp_path, monkeypatch):
+    folder = write_cifar10(tmp_path, monkeypatch)
+    cifar = data.load_dataset("cifar10", tmp_path)
+    assert cifar.x_train.shape == (100, 3, 32, 32) and cifar.x_test.shape == (20, 3, 32, 32)
+    assert cifar.x_train.dtype == torch.uint8 and cifar.y_train.dtype == torch.int64
+    assert cifar.num_classes == 10 and len(cifar.mean) == len(cifar.std) == 3
+    batch = pickle.loads((folder / "test_batch").read_bytes())
+    assert np.array_equal(cifar.x_test.numpy().reshape(20, 3072), batch["data"])
+    assert cifar.y_test.tolist() == batch["labels"]
+
+
+@pytest.mark.parametrize("name", ["data_batch_3", "test_batch", "batches.meta"])
+def test_damaged_cifar_names_the_file(tmp_path, monkeypatch, name):
+    path = write_cifar10(tmp_path, monkeypatch) / name
+    path.write_bytes(path.read_bytes()[:-10])
+    line = error_line("cifar10", tmp_path)
+    assert str(path) in line and "damaged" in line and "python data.py cifar10" in line
+
+
+def test_missing_cifar_batch_does_not_pass(tmp_path, monkeypatch):
+    (write_cifar10(tmp_path, monkeypatch) / "data_batch_5").unlink()
+    assert "cannot download cifar10" in error_line("cifar10", tmp_path)
+
+
+def test_archive_put_there_by_hand_is_extracted(tmp_path, monkeypatch):
+    folder = write_cifar10(tmp_path / "source", monkeypatch)
+    (tmp_path / "data").mkdir()
+    archive = tmp_path / "data" / "cifar-10-python.tar.gz"
+    with tarfile.open(archive, "w:gz") as tar:
+        tar.add(folder, folder.name)
+    monkeypatch.setattr(datasets.CIFAR10, "tgz_md5", datasets.utils.calculate_md5(archive))
+    assert len(data.load_dataset("cifar10", tmp_path / "data").x_train) == 100
+
+
+def test_partly_downloaded_archive_does_not_pass(tmp_path):
+    (tmp_path / "cifar-10-python.tar.gz").write_bytes(b"\x1f\x8b partial")
+    assert "cannot download cifar10" in error_line("cifar10", tmp_path)
+
+
+# Imagenette
+
+def test_imagenette(tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "IMAGENETTE_COUNTS", {"train": 4, "val": 4})
+    root = write_images(tmp_path / "imagenette2-160", sizes=((160, 200), (213, 160)),
+                        classes=("n01440764", "n02102040"), splits=("train", "val"), suffix=".JPEG")
+    imagenette = data.load_dataset("imagenette", tmp_path)
+    assert imagenette.x_train.shape == imagenette.x_test.shape == (4, 3, 128, 128)
+    assert imagenette.mean == [0.485, 0.456, 0.406] and imagenette.std == [0.229, 0.224, 0.225]
+    assert data.load_dataset("imagenette", tmp_path, image_size=64).x_test.shape == (4, 3, 64, 64)
+    (root / "val/n02102040/0.JPEG").unlink()
+    line = error_line("imagenette", tmp_path)
+    assert "4 training and 3 test images" in line and "python data.py imagenette" in line
+
+
+@pytest.mark.parametrize("splits", [(), ("train",), ("train", "val")])
+def test_interrupted_extraction_of_imagenette(tmp_path, splits):
+    root = tmp_path / "imagenette2-160"
+    root.mkdir()
+    write_images(root, classes=("n01440764",), splits=splits, suffix=".JPEG")
+    line = error_line("imagenette", tmp_path)
+    assert "9469" in line and "interrupted" in line
+    assert f"--dataset=imagefolder --data_dir={root}" in line  # the way to use a part on purpose
+
+
+# a folder of images, and its cache
+
+def test_imagefolder_keeps_a_common_size(tmp_path):
+    folder = data.load_dataset("imagefolder", write_images(tmp_path, sizes=((12, 8),) * 2))
+    assert folder.x_train.shape == folder.x_test.shape == (4, 3, 8, 12)
+    assert folder.x_train.dtype == torch.uint8 and folder.y_train.dtype == torch.int64
+    assert folder.num_classes == 2 and folder.y_train.tolist() == folder.y_test.tolist() == [0, 0, 1, 1]
+    assert folder.x_test[:, :, 5, 5].tolist() == [[50, 0, 0], [50, 0, 10], [50, 100, 0], [50, 100, 10]]
+    assert folder.mean == pytest.approx([0, 50 / 255, 5 / 255])
+    assert folder.std == pytest.approx([1, 50 / 255, 5 / 255])  # red has no contrast: 1, to divide by
+
+
+def test_imagefolder_of_several_sizes_is_cut_to_squares(tmp_path):
+    write_images(tmp_path, sizes=((150, 130), (140, 160)), splits=("train", "val"))
+    assert data.load_dataset("imagefolder", tmp_path).x_train.shape == (4, 3, 128, 128)
+    assert data.load_dataset("imagefolder", tmp_path, image_size=16).x_test.shape == (4, 3, 16, 16)
+
+
+def test_only_the_last_test_image_differs_in_size(tmp_path):
+    write_images(tmp_path, sizes=((8, 8),) * 3)
+    Image.new("RGB", (9, 8)).save(tmp_path / "test/dog/2.png")
+    assert data.load_dataset("imagefolder", tmp_path).x_train.shape == (6, 3, 128, 128)
+
+
+def test_shorter_side_is_resized_then_the_centre_cut(tmp_path):
+    write_images(tmp_path)
+    stripes = np.zeros((20, 60, 3), np.uint8)
+    stripes[:, 20:40] = 255  # three squares: black, white, black
+    Image.fromarray(stripes).save(tmp_path / "train/cat/0.png")
+    Image.fromarray(stripes.transpose(1, 0, 2)).save(tmp_path / "train/dog/0.png")
+    x = data.load_dataset("imagefolder", tmp_path, image_size=10).x_train
+    assert (x[:, :, 1:-1, 1:-1] == 255).all() and x.min() > 200  # interpolation lets a little black in at the border
+
+
+def test_more_images_than_a_thread_takes_at_a_time_keep_their_order(tmp_path):
+    write_images(tmp_path, sizes=((4, 4),) * 2)
+    expected = []
+    for i in range(2 * data.BLOCK + 3):
+        Image.new("RGB", (4, 4), (i, 0, 0)).save(tmp_path / f"train/cat/{i:03}.png")
+        expected.append(i)
+    folder = data.load_dataset("imagefolder", tmp_path)
+    cats = folder.x_train[folder.y_train == 0][:, 0, 0, 0].tolist()
+    assert sorted(cats) == sorted(expected + [0, 0]) and cats[1:4] == [0, 1, 2]  # 0.png, 000.png, 001.png, ...
+
+
+def test_grey_palette_and_alpha_images_become_rgb(tmp_path):
+    write_images(tmp_path, sizes=((8, 8),))
+    Image.new("L", (8, 8), 77).save(tmp_path / "train/cat/0.png")
+    Image.new("RGBA", (8, 8), (1, 2, 3, 255)).save(tmp_path / "train/dog/0.png")
+    Image.new("RGB", (8, 8), (9, 8, 7)).convert("P", palette=Image.Palette.ADAPTIVE).save(tmp_path / "test/cat/0.png")
+    folder = data.load_dataset("imagefolder", tmp_path)
+    assert folder.x_train[:, :, 0, 0].tolist() == [[77, 77, 77], [1, 2, 3]]
+    assert folder.x_test[0, :, 0, 0].tolist() == [9, 8, 7]
+
+
+def test_cache_is_used_and_equal(tmp_path, monkeypatch):
+    write_images(tmp_path, sizes=((8, 8), (9, 9)))
+    first = data.load_dataset("imagefolder", tmp_path, image_size=6)
+    assert [path.name for path in tmp_path.glob("decoded*")] == ["decoded-6.npz"]
+    decoded = count_decoded(monkeypatch)
+    assert same_tensors(first, data.load_dataset("imagefolder", tmp_path, image_size=6))
+    assert decoded == []
+    assert data.load_dataset("imagefolder", tmp_path, image_size=7).x_train.shape == (4, 3, 7, 7)
+    assert len(decoded) == 8
+
+
+def test_cache_under_another_sizes_name_is_not_used(tmp_path):
+    write_images(tmp_path)
+    data.load_dataset("imagefolder", tmp_path, image_size=6)
+    (tmp_path / "decoded-6.npz").rename(tmp_path / "decoded-7.npz")
+    assert data.load_dataset("imagefolder", tmp_path, image_size=7).x_train.shape == (2, 3, 7, 7)
+
+
+def touch(root):
+    path = root / "train/cat/0.png"
+    os.utime(path, ns=(0, path.stat().st_mtime_ns + 1_000_000))
+
+
+def add(root):
+    Image.new("RGB", (8, 8), (200, 0, 0)).save(root / "train/cat/new.png")
+
+
+def repaint(root):
+    Image.new("RGB", (8, 8), (7, 7, 7)).save(root / "test/cat/0.png")
+
+
+@pytest.mark.parametrize("change", [
+    touch,
+    add,
+    repaint,
+    lambda root: (root / "train/cat/1.png").unlink(),
+    lambda root: (root / "train/cat/1.png").rename(root / "train/dog/other.png"),
+    lambda root: (root / "train/cat").rename(root / "train/bird") and (root / "test/cat").rename(root / "test/bird"),
+])
+def test_changed_folder_is_decoded_again(tmp_path, monkeypatch, change):
+    write_images(tmp_path, sizes=((8, 8),) * 2)
+    data.load_dataset("imagefolder", tmp_path)
+    change(tmp_path)
+    decoded = count_decoded(monkeypatch)
+    changed = data.load_dataset("imagefolder", tmp_path)
+    assert decoded
+    (tmp_path / "decoded-auto.npz").unlink()
+    assert same_tensors(changed, data.load_dataset("imagefolder", tmp_path))
+
+
+def flip_pixel(content):
+    middle = len(content) // 2
+    return content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1:]
+
+
+@pytest.mark.parametrize("damage", [
+    flip_pixel,
+    lambda content: content[:len(content) // 2],
+    lambda content: b"",
+    lambda content: b"not a cache",
+    lambda content: pickle.dumps({"fingerprint": "x"}),
+])
+def test_damaged_cache_is_rebuilt(tmp_path, monkeypatch, damage):
+    write_images(tmp_path, sizes=((64, 64),))
+    first = data.load_dataset("imagefolder", tmp_path)
+    cache = tmp_path / "decoded-auto.npz"
+    cache.write_bytes(damage(cache.read_bytes()))
+    assert same_tensors(first, data.load_dataset("imagefolder", tmp_path))
+    decoded = count_decoded(monkeypatch)
+    assert same_tensors(first, data.load_dataset("imagefolder", tmp_path))
+    assert decoded == []  # the load before left a sound cache
+
+
+def test_cache_with_a_pickle_inside_is_not_unpickled(tmp_path):
+    class Trap:
+        def __reduce__(self):
+            return Path.touch, (tmp_path / "sprung",)
+
+    write_images(tmp_path)
+    trap = np.array([Trap()], dtype=object)
+    np.savez(tmp_path / "decoded-auto.npz", fingerprint=trap, x_train=trap, x_test=trap)
+    data.load_dataset("imagefolder", tmp_path)
+    assert not (tmp_path / "sprung").exists()
+
+
+@pytest.mark.parametrize("function", ["open", "savez", "replace"])
+def test_folder_without_room_or_permission_stays_without_a_cache(tmp_path, monkeypatch, function):
+    def full_disk(file, **arrays):
+        file.write(b"half of it")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    def read_only(*args):
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    write_images(tmp_path)
+    if function == "open":
+        monkeypatch.setattr(data.uuid, "uuid4", lambda: type("", (), {"hex": "no/such/folder"}))
+    elif function == "savez":
+        monkeypatch.setattr(data.np, "savez", full_disk)
+    else:
+        monkeypatch.setattr(data.os, "replace", read_only)
+    assert len(data.load_dataset("imagefolder", tmp_path).x_train) == 2
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["test", "train"]
+
+
+def test_failed_write_leaves_the_older_cache_whole(tmp_path, monkeypatch):
+    write_images(tmp_path)
+    data.load_dataset("imagefolder", tmp_path)
+    before = (tmp_path / "decoded-auto.npz").read_bytes()
+    touch(tmp_path)
+
+    def interrupted(file, **arrays):
+        file.write(b"half of it")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(data.np, "savez", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        data.load_dataset("imagefolder", tmp_path)
+    assert (tmp_path / "decoded-auto.npz").read_bytes() == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["decoded-auto.npz", "test", "train"]
+
+
+@pytest.mark.parametrize("content", [b"", b"not an image", "truncated"])
+@pytest.mark.parametrize("suffix", [".png", ".jpg"])
+def test_bad_image_is_named(tmp_path, content, suffix):
+    write_images(tmp_path, sizes=((64, 64),) * 3, suffix=suffix)
+    path = tmp_path / f"test/dog/1{suffix}"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:len(whole) * 2 // 3] if content == "truncated" else content)
+    assert str(path) in error_line("imagefolder", tmp_path)
+    assert not list(tmp_path.glob("decoded*"))
+
+
+def test_first_image_bad(tmp_path):
+    (write_images(tmp_path) / "train/cat/0.png").write_bytes(b"")
+    assert "train/cat/0.png" in error_line("imagefolder", tmp_path)
+
+
+def test_16_bit_image_is_refused_rather_than_clipped(tmp_path):
+    write_images(tmp_path)
+    Image.fromarray(np.full((8, 8), 30000, np.uint16)).save(tmp_path / "train/cat/0.png")
+    assert "8 bits" in error_line("imagefolder", tmp_path)
+
+
+def test_image_size_beyond_memory(tmp_path):
+    assert "memory" in error_line("imagefolder", write_images(tmp_path), image_size=10**7)
+
+
+def make_empty_class(root):
+    (root / "train/cat/0.png").unlink()
+    return "class"
+
+
+def remove_train(root):
+    (root / "train").rename(root / "training")
+    return "train/CLASS/IMAGE"
+
+
+def remove_test(root):
+    (root / "test").rename(root / "testing")
+    return "test or val"
+
+
+def remove_classes(root):
+    for path in list((root / "train").rglob("*.png")):
+        path.rename(root / "train" / f"{path.parent.name}.png")
+        path.parent.rmdir()
+    return f"{root}/train/CLASS/IMAGE"
+
+
+def rename_class(root):
+    (root / "test/dog").rename(root / "test/wolf")
+    return "dog, wolf"
+
+
+def text_files_only(root):
+    for path in list((root / "test").rglob("*.png")):
+        path.rename(path.with_suffix(".txt"))
+    return f"no images in {root}/test"
+
+
+@pytest.mark.parametrize("spoil", [make_empty_class, remove_train, remove_test, remove_classes, rename_class,
+                                   text_files_only])
+def test_bad_folder(tmp_path, spoil):
+    message = spoil(write_images(tmp_path))
+    assert message in error_line("imagefolder", tmp_path)
+
+
+def test_empty_folder(tmp_path):
+    assert "train/CLASS/IMAGE" in error_line("imagefolder", tmp_path)
+
+
+# bad arguments and bad directories
+
+@pytest.mark.parametrize("name, options, message", [
+    ("mnits", {}, "unknown data set 'mnits': choose from mnist, "),
+    ("digits", {"train_size": 0}, "at least 1"),
+    ("digits", {"train_size": -5}, "at least 1"),
+    ("digits", {"train_size": 1001}, "more than the 1000 training images"),
+    ("digits", {"label_noise": -0.1}, "label_noise"),
+    ("digits", {"label_noise": 1.01}, "label_noise"),
+    ("digits", {"label_noise": float("nan")}, "label_noise"),
+    ("digits", {"image_size": 28}, "imagenette and imagefolder only"),
+    ("mnist", {"image_size": 28}, "imagenette and imagefolder only"),
+    ("digits", {"seed": -1}, "seed"),
+    ("imagefolder", {"image_size": 0}, "at least 1 pixel"),
+    ("imagenette", {"image_size": -128}, "at least 1 pixel"),
+])
+def test_bad_arguments(tmp_path, name, options, message):
+    with pytest.raises(ValueError, match=message):
+        data.load_dataset(name, tmp_path, **options)
+    assert list(tmp_path.iterdir()) == []  # refused before anything is fetched
+
+
+def test_data_dir_missing_a_file_or_unreadable(tmp_path, monkeypatch):
+    with pytest.raises(FileNotFoundError, match="no folder .*--data_dir"):
+        data.load_dataset("imagefolder", tmp_path / "nowhere")
+    (tmp_path / "file").write_text("")
+    for name in ("mnist", "cifar10", "cifar100", "imagenette", "imagefolder"):
+        with pytest.raises(NotADirectoryError, match="not a directory.*--data_dir"):
+            data.load_dataset(name, tmp_path / "file")
+    monkeypatch.setattr(data.os, "access", lambda *args: False)  # chmod does not stop a test that runs as root
+    with pytest.raises(PermissionError, match="no permission to read"):
+        data.load_dataset("imagefolder", write_images(tmp_path))
+
+
+@pytest.mark.parametrize("name, place", [("mnist", "MNIST/raw"), ("cifar10", "cifar-10-python.tar.gz"),
+                                         ("cifar100", "cifar-100-python.tar.gz"),
+                                         ("imagenette", "imagenette2-160.tgz")])
+def test_no_network(tmp_path, name, place):
+    line = error_line(name, tmp_path)
+    assert "Name or service not known" in line
+    for part in (place, str(tmp_path), f"python data.py {name}", "--dataset=digits"):
+        assert part in line
+
+
+def test_a_silent_host_does_not_hang_the_program(tmp_path, monkeypatch):
+    timeouts = []
+
+    def urlopen(*args, **kwargs):
+        timeouts.append(socket.getdefaulttimeout())
+        raise TimeoutError("timed out")
+
+    monkeypatch.setattr(urllib.request, "urlopen", urlopen)
+    socket.setdefaulttimeout(77)
+    try:
+        assert "timed out" in error_line("cifar10", tmp_path)
+        assert socket.getdefaulttimeout() == 77
+    finally:
+        socket.setdefaulttimeout(None)
+    assert timeouts and all(timeout <= 60 for timeout in timeouts)
+
+
+def test_failed_download_never_passes_later(tmp_path):
+    for _ in range(2):
+        assert "cannot download imagenette" in error_line("imagenette", tmp_path)
+        assert "cannot download mnist" in error_line("mnist", tmp_path)
+
+
+# python data.py NAME ...
+
+def run_main(monkeypatch, capsys, *arguments):
+    monkeypatch.setattr(sys, "argv", ["data.py", *map(str, arguments)])
+    try:
+        data.main()
+        status = 0
+    except SystemExit as stop:
+        status = stop.code
+    return status, *capsys.readouterr()
+
+
+def test_command_line(tmp_path):
+    write_mnist(tmp_path)
+    done = subprocess.run([sys.executable, PROGRAM, "mnist", "--data_dir", tmp_path], text=True, capture_output=True,
+                          timeout=120)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout == f"mnist: 1,200 training and 30 test images, 1x28x28, 10 classes ({tmp_path})\n"
+
+
+def test_command_line_prints_one_line_a_data_set(tmp_path, monkeypatch, capsys):
+    status, out, err = run_main(monkeypatch, capsys, "digits", "mnist", "--data_dir", write_mnist(tmp_path))
+    assert (status, err) == (0, "")
+    digits, mnist = out.splitlines()
+    assert digits == "digits: 1,000 training and 797 test images, 1x8x8, 10 classes (part of scikit-learn)"
+    assert mnist.startswith("mnist: 1,200")
+
+
+def test_command_line_decodes_ahead(tmp_path, monkeypatch, capsys):
+    write_images(tmp_path)
+    status, out, _ = run_main(monkeypatch, capsys, "imagefolder", "--data_dir", tmp_path, "--image_size", 16)
+    assert status == 0 and "3x16x16" in out
+    decoded = count_decoded(monkeypatch)
+    data.load_dataset("imagefolder", tmp_path, image_size=16)
+    assert decoded == []
+
+
+@pytest.mark.parametrize("arguments, message", [
+    ([], "NAME"),
+    (["mnits"], "unknown data set 'mnits'"),
+    (["digits", "mnits"], "unknown data set 'mnits'"),
+    (["digits", "--image_size", "abc"], "--image_size"),
+    (["digits", "--image_size", "8"], "imagenette and imagefolder only"),
+    (["mnist", "--data_dir", "EMPTY"], "cannot download mnist"),
+    (["imagefolder", "--data_dir", "EMPTY"], "no folder train/"),
+    (["digits", "--bogus"], "--bogus"),
+])
+def test_command_line_errors_are_one_line(tmp_path, monkeypatch, capsys, arguments, message):
+    arguments = [tmp_path if argument == "EMPTY" else argument for argument in arguments]
+    status, out, err = run_main(monkeypatch, capsys, *arguments)
+    assert status == 2 and out == ""
+    assert message in err and len(err.splitlines()) == 1
