@@ -71,11 +71,12 @@ def load_dataset(name, data_dir="data", train_size=None, seed=42, image_size=Non
 
     name: one of DATASETS. For imagefolder, data_dir is the folder that holds train/ and test/ (or val/); digits needs
     no data_dir. train_size: so many training images, drawn at random by seed, or "all" (default: 1,000 for mnist and
-    digits, or all if there are fewer; all for the rest); with one seed a smaller draw is part of a larger one. The test set is
-    always whole and the same. image_size: side in pixels, for imagenette (default 128) and imagefolder: the shorter
-    side is resized to it, then the centre cut out. Without it, an imagefolder whose images all have one size keeps
-    that size; any other gets 128. label_noise: this fraction of the selected training labels is replaced by uniformly
-    random ones (by seed; one in num_classes happens to be right). mean and std are those of the whole training split.
+    digits, or all if there are fewer; all for the rest); with one seed a smaller draw is part of a larger one. The test
+    set is always whole and the same. image_size: side in pixels, for imagenette (default 128) and imagefolder: the
+    shorter side is resized to it, then the centre cut out. Without it, an imagefolder whose images all have one size
+    keeps that size; any other gets 128. label_noise: this fraction of the selected training labels is replaced by
+    uniformly random ones (by seed; one in num_classes happens to be right). mean and std are those of the whole
+    training split.
 
     Decoded folders are cached as decoded-SIZE.npz inside the folder of images, where that can be written.
 
