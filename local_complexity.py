@@ -1,0 +1,177 @@
+"""Local complexity: how many units change sign near a point (Humayun et al., arXiv:2402.15555, Section 3, Figure 4).
+
+The linear regions of a network meet where a pre-activation is zero, so the units that change sign among a few points
+around x count the boundaries that pass near x.
+"""
+
+from contextlib import ExitStack, contextmanager
+
+import torch
+from torch import nn
+
+NONLINEARITIES = (nn.ReLU, nn.GELU, nn.LeakyReLU, nn.Tanh)
+
+
+def random_directions(n_directions, n_features, seed=0, dtype=torch.float32, device=None):
+    """Return (n_directions, n_features): random orthonormal rows, the same on every device for the same seed.
+
+    Raises ValueError if n_directions is below 1 or above n_features.
+    """
+    if not 1 <= n_directions <= n_features:
+        raise ValueError(f"cannot draw {n_directions} orthonormal directions in {n_features} dimensions: "
+                         f"choose between 1 and {n_features}")
+    generator = torch.Generator().manual_seed(seed)
+    gaussian = torch.randn(n_features, n_directions, generator=generator, dtype=torch.float64)
+    return torch.linalg.qr(gaussian).Q.T.to(device, dtype).contiguous()
+
+
+def layer_units(model, in_shape):
+    """Return {name: units} in forward order: the model's non-linearities, each of them a layer of local complexity.
+
+    in_shape: (C, H, W). Raises ValueError if the model has no non-linearity or uses one twice in a forward pass.
+    """
+    names = {module: name for name, module in model.named_modules() if isinstance(module, NONLINEARITIES)}
+    units = {}
+
+    def note(module, args):
+        name = names[module]
+        if name in units:
+            raise ValueError(f"non-linearity '{name}' is used twice in a forward pass: give each use its own module")
+        units[name] = args[0][0].numel()
+
+    with evaluating(model), pre_hooks(names, note):
+        model(next(model.parameters()).new_zeros(1, *in_shape))
+    if not units:
+        raise ValueError("the model has no ReLU, GELU, LeakyReLU or Tanh module: there is no layer to count")
+    return units
+
+
+def local_complexity(model, x, radius, directions, batch_size=None):
+    """Count for each point and layer the units whose pre-activation changes sign among the 2P points x ± radius * v.
+
+    A unit counts unless torch.sign of its pre-activation is the same at all 2P points (zero is a sign of its own).
+    The model is in eval mode. layer_units gives the layers' names and sizes, in the same order.
+
+    x: (N, C, H, W), any range, dtype and device of the model. radius: in the units of x, or a sequence of R of them.
+    directions: (P, C*H*W), orthonormal rows. batch_size: the most network inputs held at once. It bounds the memory
+    and does not change the counts; fewer are held where that is faster, and with None.
+    Returns int64 (N, layers), or (R, N, layers) for a sequence of radii.
+
+    Raises ValueError if a radius is not a positive number, the directions do not fit x or are not orthonormal, or
+    the model has no non-linearity.
+    """
+    radii = torch.as_tensor(radius, dtype=torch.float64)
+    check(x, radii, directions, batch_size)
+    units = layer_units(model, x.shape[1:])
+    layers = [model.get_submodule(name) for name in units]
+    # More than the cache holds slows a CPU down, while a GPU wants much at once: 8 MB and 256 MB of the widest layer.
+    fastest = max(1, 2**(21 if x.device.type == "cpu" else 26) // max(units.values()))
+    batch_size = fastest if batch_size is None else min(batch_size, fastest)
+
+    if len(x) == 0:
+        return torch.zeros(*radii.shape, 0, len(layers), dtype=torch.int64, device=x.device)
+
+    with evaluating(model):
+        axes = directions.to(x).view(-1, *x.shape[1:])
+        encode, decode = split(model, axes[:1])
+        steps = torch.cat([encode(part) for part in axes.split(batch_size)]) - encode(torch.zeros_like(axes[:1]))
+        steps = torch.cat([steps, -steps])
+        counts = []
+        for images in x.split(batch_size):
+            for centers in encode(images).split(max(1, batch_size // len(steps))):
+                counts.append(torch.stack([
+                    sign_changes(decode, layers, centers, steps, r, batch_size) for r in radii.view(-1).tolist()
+                ]))
+    return torch.cat(counts, dim=1).view(*radii.shape, len(x), len(layers))
+
+
+def sign_changes(decode, layers, centers, steps, radius, batch_size):
+    """Return int64 (N, layers): the units that change sign among the vertices centers[n] + radius * steps[k]."""
+    low, high = {}, {}
+
+    def watch(layer, args):
+        z = args[0].unflatten(0, (-1, len(centers)))
+        z_low, z_high = z.amin(0), z.amax(0)
+        low[layer] = torch.minimum(low[layer], z_low) if layer in low else z_low
+        high[layer] = torch.maximum(high[layer], z_high) if layer in high else z_high
+
+    with pre_hooks(layers, watch):
+        for part in steps.split(max(1, batch_size // len(centers))):
+            decode(torch.add(centers, part.unsqueeze(1), alpha=radius).flatten(0, 1))
+    # sign is monotone: the same at every vertex if it is the same at the lowest and the highest pre-activation
+    return torch.stack([(low[layer].sign() != high[layer].sign()).flatten(1).sum(1) for layer in layers], dim=1)
+
+
+def split(model, direction):
+    """Return encode and decode: model(x) = decode(encode(x)), with encode affine.
+
+    In the usual model encode ends with the first linear or convolutional layer. Being affine it is needed at x and at
+    the directions only, not at every vertex, which saves two thirds of an MLP's work on MNIST. The logits tell whether
+    a model is of that kind; if it is not, encode is the identity.
+    """
+    zero, one = torch.zeros_like(direction), torch.ones_like(direction)
+    scale = direction.numel() ** 0.5
+    linear = [module for module in model.modules() if isinstance(module, (nn.Linear, nn.Conv2d))]
+    called = []
+    with pre_hooks(linear, lambda module, args: called.append(module)):
+        logits = model(one + scale * direction)
+    if called:
+        encode, decode = cut_after(called[0], model, zero)
+        error = decode(encode(one) + scale * (encode(direction) - encode(zero))) - logits
+        if error.norm() <= 1e-3 * logits.norm():
+            return encode, decode
+    network = nn.Sequential(nn.Identity(), model)
+    return cut_after(network[0], network, zero)
+
+
+def cut_after(stem, network, blank):
+    """Return the network in two functions: images -> the output of its module stem, and from there -> logits."""
+
+    def encode(images):
+        outputs = []
+        with stem.register_forward_hook(lambda module, args, output: outputs.append(output)):
+            network(images)
+        return outputs[0]
+
+    def decode(output):
+        with stem.register_forward_hook(lambda *_: output):  # takes the place of what one blank image gave
+            return network(blank)
+
+    return encode, decode
+
+
+def check(x, radii, directions, batch_size):
+    if radii.dim() > 1 or radii.numel() == 0 or not ((radii > 0) & radii.isfinite()).all():
+        raise ValueError(f"radius must be a positive number or a sequence of them, not {radii.tolist()}")
+    if not x.is_floating_point():
+        raise ValueError(f"x must be floating point images as the model takes them, not {x.dtype}")
+    features = x.shape[1:].numel()
+    if directions.dim() != 2 or len(directions) == 0 or directions.shape[1] != features:
+        raise ValueError(f"directions must have shape (P, {features}) for images of shape {tuple(x.shape[1:])}, "
+                         f"not {tuple(directions.shape)}")
+    identity = torch.eye(len(directions), dtype=directions.dtype, device=directions.device)
+    if not torch.allclose(directions @ directions.T, identity, atol=1e-3):
+        raise ValueError("the rows of directions must be orthonormal: random_directions draws such rows")
+    if batch_size is not None and batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, not {batch_size}")
+
+
+def pre_hooks(modules, hook):
+    """Return a context in which hook(module, args) runs before the forward pass of each of the modules."""
+    hooks = ExitStack()
+    for module in modules:
+        hooks.enter_context(module.register_forward_pre_hook(hook))
+    return hooks
+
+
+@contextmanager
+def evaluating(model):
+    """Eval mode, without gradients; afterwards each module has the mode it had."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode

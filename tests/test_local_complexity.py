@@ -1,0 +1,329 @@
+"""Local complexity against its definition, computed one image at a time in float64."""
+
+import pytest
+import torch
+from torch import nn
+
+from local_complexity import layer_units, local_complexity, random_directions
+from models import build_model
+
+KINDS = (nn.ReLU, nn.GELU, nn.LeakyReLU, nn.Tanh)
+
+
+def definition(model, x, radius, directions):
+    """The counts as the definition reads: a pass for each vertex, the signs of all of them kept and compared."""
+    model.eval()
+    signs = []
+    hooks = [
+        module.register_forward_pre_hook(lambda module, args: signs[-1].append(torch.sign(args[0]).flatten()))
+        for module in model.modules()
+        if isinstance(module, KINDS)
+    ]
+    counts = []
+    for image in x:
+        signs.clear()
+        for direction in directions:
+            for side in (1, -1):
+                signs.append([])
+                with torch.no_grad():
+                    model((image + side * radius * direction.view_as(image)).unsqueeze(0))
+        layers = [torch.stack(layer) for layer in zip(*signs, strict=True)]
+        counts.append([int((layer != layer[0]).any(0).sum()) for layer in layers])
+    for hook in hooks:
+        hook.remove()
+    return torch.tensor(counts)
+
+
+def make(name, in_shape, seed=0, **kwargs):
+    """A float64 model in eval mode whose batch norms are far from the identity."""
+    torch.manual_seed(seed)
+    channels = in_shape[0]
+    model = build_model(name, in_shape, 10, mean=[0.3] * channels, std=[0.25] * channels, **kwargs).double().eval()
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.running_mean.normal_(0, 0.3)
+            module.running_var.uniform_(0.3, 2)
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+            nn.init.normal_(module.bias, 0, 0.3)
+    return model
+
+
+def points_and_directions(in_shape, n_points=3, n_directions=4):
+    x = torch.rand(n_points, *in_shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    return x, random_directions(n_directions, x[0].numel(), seed=2, dtype=torch.float64)
+
+
+MODELS = [
+    ("mlp", (1, 8, 8), dict(depth=2, width=30)),
+    ("mlp", (1, 8, 8), dict(depth=5, width=30, batch_norm=True)),
+    ("mlp", (1, 28, 28), dict(depth=4, width=50, activation="leaky_relu")),
+    ("mlp", (3, 32, 32), dict(depth=3, width=40, activation="tanh", batch_norm=True)),
+    ("cnn", (1, 8, 8), dict(width=4, activation="gelu")),
+    ("cnn", (1, 28, 28), dict(width=4)),
+    ("cnn", (3, 32, 32), dict(width=3, batch_norm=True)),
+    ("resnet18", (1, 8, 8), dict(width=4, batch_norm=True)),
+    ("resnet18", (1, 28, 28), dict(width=2, activation="gelu")),
+    ("resnet18", (3, 32, 32), dict(width=3, batch_norm=True, activation="leaky_relu")),
+]
+
+
+@pytest.mark.parametrize("name, in_shape, kwargs", MODELS)
+@pytest.mark.parametrize("radius", [0.3, 3.0])
+def test_counts_equal_the_definition(name, in_shape, kwargs, radius):
+    model = make(name, in_shape, **kwargs)
+    x, directions = points_and_directions(in_shape)
+    expected = definition(model, x, radius, directions)
+    counts = local_complexity(model, x, radius, directions)
+    assert counts.dtype == torch.int64
+    assert torch.equal(counts, expected)
+    assert counts.shape == (len(x), len(layer_units(model, in_shape)))
+    assert 0 < counts.sum() < len(x) * sum(layer_units(model, in_shape).values())
+
+
+def test_counts_equal_the_definition_in_any_range_of_x():
+    model = make("mlp", (1, 8, 8), width=40)
+    x, directions = points_and_directions((1, 8, 8))
+    x = 20 * x - 10
+    assert torch.equal(local_complexity(model, x, 0.7, directions), definition(model, x, 0.7, directions))
+
+
+def test_training_mode_of_the_caller_does_not_change_the_counts():
+    model = make("cnn", (1, 8, 8), width=4, batch_norm=True)
+    x, directions = points_and_directions((1, 8, 8))
+    expected = definition(model, x, 0.3, directions)
+    statistics = [buffer.clone() for buffer in model.buffers()]
+    model.train()
+    assert torch.equal(local_complexity(model, x, 0.3, directions), expected)
+    assert all(torch.equal(a, b) for a, b in zip(statistics, model.buffers(), strict=True))
+
+
+def test_float32_on_a_network_trained_on_digits():
+    """In single precision a count may differ only where a pre-activation is zero to rounding."""
+    digits = pytest.importorskip("sklearn.datasets").load_digits()
+    x = torch.tensor(digits.images / 16, dtype=torch.float32).unsqueeze(1)
+    y = torch.tensor(digits.target)
+    torch.manual_seed(0)
+    model = build_model("mlp", (1, 8, 8), 10, width=100)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    for step in range(300):
+        batch = slice(step * 100 % 1000, step * 100 % 1000 + 100)
+        nn.functional.cross_entropy(model(x[batch]), y[batch]).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert (model(x[:1000]).argmax(1) == y[:1000]).float().mean() > 0.95
+
+    directions = random_directions(10, 64, seed=3)
+    counts = local_complexity(model, x[:20], 0.3, directions)
+    expected = definition(model.double(), x[:20].double(), 0.3, directions.double())
+    assert expected.sum() > 100
+    assert (counts - expected).abs().sum() <= 2
+
+
+def test_one_layer_has_a_closed_form():
+    torch.manual_seed(0)
+    linear = nn.Linear(64, 500, dtype=torch.float64)
+    model = nn.Sequential(nn.Flatten(), linear, nn.ReLU())
+    x, directions = points_and_directions((1, 8, 8), n_points=6, n_directions=9)
+    for radius in (0.01, 0.1, 1.0):
+        reach = radius * (directions @ linear.weight.T).abs().amax(0)
+        expected = (linear(x.flatten(1)).abs() < reach).sum(1, keepdim=True)
+        assert torch.equal(local_complexity(model, x, radius, directions), expected)
+
+
+@pytest.mark.parametrize("batch_size", [None, 1])
+def test_an_exact_zero_is_a_sign_of_its_own(batch_size):
+    """Points 0.5 ± 0.5 on the first two of four pixels; binary fractions, so that every zero is exact."""
+    directions = torch.eye(4)[:2]
+    x = torch.tensor([0.5, 0.75, 0.0, 0.25]).view(1, 1, 2, 2)
+    linear = nn.Linear(4, 6)
+    rows = {
+        "positive and zero": [1, 0, 0, 0],
+        "negative and zero": [-1, 0, 0, 0],
+        "always zero": [0, 0, 1, 0],
+        "always positive": [0, 0, 0, 1],
+        "positive and negative": [1, -1, 0, 0],
+        "always negative": [0, -1, 0, 0],
+    }
+    linear.weight.data = torch.tensor(list(rows.values()), dtype=torch.float32)
+    linear.bias.data.zero_()
+    model = nn.Sequential(nn.Flatten(), linear, nn.ReLU())
+    assert local_complexity(model, x, 0.5, directions, batch_size).tolist() == [[3]]
+    assert definition(model, x, 0.5, directions).tolist() == [[3]]
+
+
+@pytest.mark.parametrize("name", ["mlp", "resnet18"])
+def test_several_radii_equal_single_calls(name):
+    model = make(name, (1, 8, 8), width=4, batch_norm=True)
+    x, directions = points_and_directions((1, 8, 8), n_points=5)
+    radii = [0.5, 0.01, 2]
+    together = local_complexity(model, x, radii, directions)
+    assert together.shape == (3, 5, len(layer_units(model, (1, 8, 8))))
+    assert torch.equal(together, torch.stack([local_complexity(model, x, r, directions) for r in radii]))
+    assert torch.equal(local_complexity(model, x, [0.5], directions), together[:1])
+
+
+@pytest.mark.parametrize("name", ["mlp", "cnn", "resnet18"])
+@pytest.mark.parametrize("batch_size", [1, 3, 8, 17, 1000])
+def test_batch_size_bounds_every_pass_and_keeps_the_counts(name, batch_size):
+    model = make(name, (1, 8, 8), width=4)
+    x, directions = points_and_directions((1, 8, 8), n_points=5)
+    expected = definition(model, x, 0.4, directions)
+    seen = []
+    for module in model.modules():
+        module.register_forward_hook(lambda module, args, output: seen.append(max(len(args[0]), len(output))))
+    assert torch.equal(local_complexity(model, x, 0.4, directions, batch_size), expected)
+    assert max(seen) <= batch_size
+
+
+class Odd(nn.Module):
+    """Not affine up to its first linear layer, or not cut in two by it."""
+
+    def __init__(self, kind):
+        super().__init__()
+        self.kind = kind
+        self.unused = nn.Linear(3, 3)
+        self.first, self.second = nn.Linear(64, 20), nn.Linear(20 if kind != "bypass" else 84, 10)
+        self.act1, self.act2 = nn.ReLU(), nn.Tanh()
+
+    def forward(self, x):
+        x = x.flatten(1)
+        if self.kind == "clamp":
+            x = x.clamp(0, 1)
+        if self.kind == "activation first":
+            x = self.act1(x - 0.5)
+        h = self.first(x)
+        if self.kind != "activation first":
+            h = self.act1(h)
+        if self.kind == "bypass":
+            h = torch.cat([h, x], 1)
+        return self.act2(self.second(h))
+
+
+@pytest.mark.parametrize("kind", ["clamp", "activation first", "bypass", "none"])
+def test_a_model_that_does_not_begin_with_a_linear_layer(kind):
+    torch.manual_seed(0)
+    model = Odd(kind).double()
+    x, directions = points_and_directions((1, 8, 8), n_points=8)
+    for radius in (0.05, 1.0):
+        assert torch.equal(local_complexity(model, x, radius, directions), definition(model, x, radius, directions))
+
+
+def test_layer_units_are_named_in_forward_order():
+    assert layer_units(make("mlp", (1, 8, 8), depth=3, width=7, batch_norm=True), (1, 8, 8)) == {
+        "layers.2": 7, "layers.5": 7
+    }
+    units = layer_units(make("resnet18", (3, 8, 8), width=2), (3, 8, 8))
+    assert list(units)[:3] == ["blocks.0.act1", "blocks.0.act2", "blocks.1.act1"] and list(units)[-1] == "act"
+    assert list(units.values()) == [128] * 5 + [64] * 4 + [32] * 4 + [16] * 3 + [16]
+
+
+class Fragile(nn.Module):
+    """Fails from its second call on: the first comes from the counting of the units."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls, self.armed = 0, False
+
+    def forward(self, x):
+        self.calls += self.armed
+        if self.calls > 4:
+            raise RuntimeError("out of order")
+        return x
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_modes_and_hooks_are_as_before(fails):
+    fragile = Fragile()
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 20), nn.BatchNorm1d(20), nn.ReLU(), nn.Dropout(), fragile,
+                          nn.Linear(20, 5)).double()
+    model.train()
+    model[2].eval()
+    model[1].weight.requires_grad_(False)
+    modes = [module.training for module in model.modules()]
+    flags = [parameter.requires_grad for parameter in model.parameters()]
+    x, directions = points_and_directions((1, 8, 8), n_points=20)
+    fragile.armed = fails
+    if fails:
+        with pytest.raises(RuntimeError, match="out of order"):
+            local_complexity(model, x, 0.1, directions, batch_size=8)
+    else:
+        local_complexity(model, x, 0.1, directions, batch_size=8)
+    assert [module.training for module in model.modules()] == modes
+    assert [parameter.requires_grad for parameter in model.parameters()] == flags
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+    assert torch.is_grad_enabled()
+
+
+def test_random_directions_are_orthonormal_and_fixed_by_the_seed():
+    directions = random_directions(25, 784, seed=5)
+    assert directions.shape == (25, 784) and directions.dtype == torch.float32
+    assert torch.allclose(directions @ directions.T, torch.eye(25), atol=1e-5)
+    assert torch.equal(directions, random_directions(25, 784, seed=5))
+    assert not torch.allclose(directions, random_directions(25, 784, seed=6), atol=1e-2)
+    square = random_directions(9, 9, dtype=torch.float64)
+    assert torch.allclose(square.T @ square, torch.eye(9, dtype=torch.float64), atol=1e-12)
+
+
+def test_random_directions_leave_the_global_generator_alone():
+    torch.manual_seed(0)
+    expected = torch.rand(3)
+    torch.manual_seed(0)
+    random_directions(2, 10, seed=7)
+    assert torch.equal(torch.rand(3), expected)
+
+
+@pytest.mark.parametrize("n_directions", [0, 11])
+def test_random_directions_that_cannot_exist(n_directions):
+    with pytest.raises(ValueError, match="orthonormal"):
+        random_directions(n_directions, 10)
+
+
+@pytest.mark.parametrize("radius", [0, -0.1, float("nan"), float("inf"), [], [0.1, 0], [[0.1]]])
+def test_bad_radius(radius):
+    x, directions = points_and_directions((1, 8, 8))
+    with pytest.raises(ValueError, match="radius"):
+        local_complexity(make("mlp", (1, 8, 8), width=4), x, radius, directions)
+
+
+def test_bad_directions_points_and_batch_size():
+    model = make("mlp", (1, 8, 8), width=4)
+    x, directions = points_and_directions((1, 8, 8))
+    for bad in (directions[:, :-1], directions[0], directions[:0], directions.view(-1, 1, 8, 8)):
+        with pytest.raises(ValueError, match="shape"):
+            local_complexity(model, x, 0.1, bad)
+    for bad in (2 * directions, torch.ones_like(directions) / 8, directions * float("nan")):
+        with pytest.raises(ValueError, match="orthonormal"):
+            local_complexity(model, x, 0.1, bad)
+    with pytest.raises(ValueError, match="floating point"):
+        local_complexity(model, (255 * x).to(torch.uint8), 0.1, directions)
+    with pytest.raises(ValueError, match="batch_size"):
+        local_complexity(model, x, 0.1, directions, batch_size=0)
+
+
+def test_models_whose_layers_cannot_be_counted():
+    x, directions = points_and_directions((1, 8, 8))
+    linear = nn.Sequential(nn.Flatten(), nn.Linear(64, 10)).double()
+    with pytest.raises(ValueError, match="no ReLU"):
+        local_complexity(linear, x, 0.1, directions)
+    relu = nn.ReLU()
+    shared = nn.Sequential(nn.Flatten(), nn.Linear(64, 10), relu, nn.Linear(10, 10), relu).double()
+    with pytest.raises(ValueError, match="used twice"):
+        local_complexity(shared, x, 0.1, directions)
+
+
+def test_no_points_give_no_counts():
+    model = make("mlp", (1, 8, 8), depth=3, width=4)
+    x, directions = points_and_directions((1, 8, 8))
+    assert local_complexity(model, x[:0], 0.1, directions).shape == (0, 2)
+    assert local_complexity(model, x[:0], [0.1, 0.2], directions).shape == (2, 0, 2)
+
+
+@pytest.mark.parametrize("name, first", [("mlp", "layers.0"), ("cnn", "features.0"), ("resnet18", "stem")])
+def test_vertices_need_no_pass_through_the_first_layer(name, first):
+    model = make(name, (1, 8, 8), width=4, batch_norm=True).float()
+    x, directions = points_and_directions((1, 8, 8), n_points=20)
+    seen = []
+    model.get_submodule(first).register_forward_hook(lambda module, args, output: seen.append(len(args[0])))
+    local_complexity(model, x.float(), 0.1, directions)
+    assert len(x) < sum(seen) < 2 * len(x) < 2 * len(directions) * len(x)
