@@ -1,12 +1,14 @@
 """What a run prints: its head, a table row for each log step, and its progress in between."""
 
 import sys
+import textwrap
 import time
 
 from tqdm import tqdm
 
 SECONDS_BETWEEN_LINES = 60
 MOST_EPSILONS = 6
+WIDTH = 100
 
 
 class Console:
@@ -29,7 +31,7 @@ class Console:
         config, sizes = self.history["config"], self.history["sizes"]
         shape = " x ".join(str(n) for n in sizes["in_shape"])
         depth = f" depth {config['depth']}" if config["depth"] else ""
-        threads = f", {config['threads']} threads ({config['eval_threads']} in log steps)"
+        threads = f", threads: {config['threads']} in training, {config['eval_threads']} in log steps"
         environment = self.history["environment"]
         self.note(f"model    {config['model']}{depth} width {config['width']} {config['activation']}"
                   f"{', batch norm' if config['batch_norm'] else ''}: {sizes['parameters']:,} parameters")
@@ -50,10 +52,10 @@ class Console:
         self.middle = self.keys[len(self.keys) // 2]
         self.n_steps, self.first_step = n_steps, step
         self.began = self.last_line = time.monotonic()
-        names = [key[:6] for key in self.keys]
-        self.note(f"{'':31} robust_acc at epsilon{'':{max(0, 7 * len(names) - 15)}}adv_acc   local     |w|      s")
-        self.note(f"{'step':>9} {'loss':>9} {'train':>5} {'test':>5}" + "".join(f" {name:>6}" for name in names)
-                  + f" {self.middle[:6]:>7} {'compl.':>7} {'':7} {'':6}")
+        width = 6 * len(self.keys)
+        self.note(f"{'':29} {'robust_acc at epsilon'[:width]:<{width}}adv_acc  local")
+        self.note(f"{'step':>8} {'loss':>8} {'train':>5} {'test':>5}" + "".join(f"{key[:5]:>6}" for key in self.keys)
+                  + f" {self.middle[:5]:>6} {'compl.':>7} {'|w|':>7} {'s':>6}")
         if not self.quiet and sys.stderr.isatty():
             self.bar = tqdm(total=n_steps, initial=step, unit="step", dynamic_ncols=True, leave=False)
 
@@ -61,12 +63,12 @@ class Console:
         """Print the table row of a log step; percentages but for the loss and local complexity."""
         complexity = row["local_complexity"].get("train", {})
         total = f"{sum(next(iter(complexity.values()))):7.2f}" if complexity else f"{'-':>7}"
-        self.note(f"{row['step']:9} {row['train_loss']:9.2e} {percent(row['train_acc'])} {percent(row['test_acc'])}"
-                  + "".join(f"  {percent(row['robust_acc'][key])}" for key in self.keys)
-                  + f"   {percent(row['adv_acc'][self.middle])} {total} {row['weight_norm']:7.2f}"
-                  + f" {row['seconds']:6.0f}")
+        robust = "".join(f" {percent(row['robust_acc'][key])}" for key in self.keys)
+        self.note(f"{row['step']:8} {row['train_loss']:8.2e} {percent(row['train_acc'])} {percent(row['test_acc'])}"
+                  f"{robust}  {percent(row['adv_acc'][self.middle])} {total} {row['weight_norm']:7.2f}"
+                  f" {row['seconds']:6.0f}")
         if warning:
-            self.note(f"note: {warning}")
+            self.note(textwrap.fill(f"note: {warning}", WIDTH, subsequent_indent="      "))
         self.latest = f"test {percent(row['test_acc'])} robust {percent(row['robust_acc'][self.middle])}"
 
     def progress(self, step):

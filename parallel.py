@@ -4,6 +4,7 @@ Every function does nothing, or the obvious, in a run of one process, so that tr
 """
 
 import os
+import subprocess
 
 import torch
 import torch.distributed as dist
@@ -14,15 +15,36 @@ def start(device):
     """Join the process group that the environment describes (RANK, WORLD_SIZE, LOCAL_RANK: torchrun sets them).
 
     Returns the device of this process: the GPU numbered LOCAL_RANK if device is "cuda". Without WORLD_SIZE > 1 there
-    is no group and the device is returned as it is.
+    is no group and the device is returned as it is. Raises ValueError if there are fewer GPUs than processes.
     """
+    if "WORLD_SIZE" not in os.environ and int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1:
+        describe_srun_step()
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         return device
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        if device.index >= torch.cuda.device_count():
+            raise ValueError(f"process {device.index} of this machine, counted from 0, has no GPU: PyTorch sees "
+                             f"{torch.cuda.device_count()}; start fewer processes")
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     return device
+
+
+def describe_srun_step():
+    """Set the variables that torchrun would set, from those that srun gives to each task."""
+    slurm = os.environ
+    nodes = subprocess.run(["scontrol", "show", "hostnames", slurm["SLURM_STEP_NODELIST"]], check=True,
+                           capture_output=True, text=True).stdout.split()
+    # SLURM may show each task one GPU only.
+    local_rank = int(slurm["SLURM_LOCALID"]) % max(1, torch.cuda.device_count())
+    os.environ.update(RANK=slurm["SLURM_PROCID"], WORLD_SIZE=slurm["SLURM_STEP_NUM_TASKS"], LOCAL_RANK=str(local_rank))
+    # A port that depends on the job, below those that systems hand out.
+    port = 15_000 + (int(slurm["SLURM_JOB_ID"]) + int(slurm["SLURM_STEP_ID"])) % 15_000
+    os.environ.setdefault("MASTER_ADDR", nodes[0])
+    os.environ.setdefault("MASTER_PORT", str(port))
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(1)  # like torchrun: the processes of a node share its cores
 
 
 def end():
@@ -38,6 +60,8 @@ def size():
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
+# ---- training and measuring -----------------------------------------------------------------------------------------
+
 def wrap(model, device):
     """Return the module to call in training: its backward pass averages the gradients over the processes.
 
@@ -50,7 +74,10 @@ def wrap(model, device):
         if device.type != "cuda":
             raise ValueError("--batch_norm on several processes needs GPUs: PyTorch's SyncBatchNorm has no CPU version")
         model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    return DistributedDataParallel(model)
+    network = DistributedDataParallel(model)
+    # They are constants, or batch norm's statistics, which are the same everywhere already.
+    network.broadcast_buffers = False
+    return network
 
 
 def share(n):
@@ -65,25 +92,71 @@ def total(tensor):
     return tensor
 
 
-def from_first(value):
-    """Return the first process's value (any picklable object) on every process."""
+def largest(number, device):
+    """Return the largest of the processes' whole numbers (or whether any is True)."""
     if size() == 1:
-        return value
-    box = [value]
+        return number
+    box = torch.tensor(int(number), device=device)
+    dist.all_reduce(box, op=dist.ReduceOp.MAX)
+    return box.item()
+
+
+# ---- files: what one process does or sees and the others have to know -----------------------------------------------
+
+def on_first(function):
+    """Let the first process alone call function(); return its value (any picklable object) on every process.
+
+    Its ValueError or OSError is raised on every process, so that none waits for one that has given up.
+    """
+    if size() == 1:
+        return function()
+    box, error = [None], None
+    if rank() == 0:
+        box[0], error = attempt(function)
+    raise_everywhere(error)
     dist.broadcast_object_list(box)
     return box[0]
 
 
-def largest(number, device):
-    """Return the largest of the processes' numbers."""
+def first_then_others(function):
+    """Return function() of each process; the first has done before the others begin, as with a download.
+
+    A ValueError or OSError of any process is raised on every process.
+    """
     if size() == 1:
-        return number
-    box = torch.tensor(number, device=device)
-    dist.all_reduce(box, op=dist.ReduceOp.MAX)
-    return box.item()
+        return function()
+    value, error = attempt(function) if rank() == 0 else (None, None)
+    raise_everywhere(error)
+    if rank() > 0:
+        value, error = attempt(function)
+    raise_everywhere(error)
+    return value
+
+
+def attempt(function):
+    """Return function() and None, or None and its ValueError or OSError."""
+    try:
+        return function(), None
+    except (ValueError, OSError) as error:
+        return None, error
+
+
+def raise_everywhere(error):
+    """Raise, on every process, the error that the first of them has that has one."""
+    errors = [None] * size()
+    dist.all_gather_object(errors, error)
+    for error in errors:
+        if error is not None:
+            raise error
 
 
 def wait():
     """Wait until every process is here."""
     if size() > 1:
         dist.barrier()
+
+
+def lost_another(error):
+    """Return whether error, met while working together, means that another process has ended."""
+    # gloo's errors have no type of their own
+    return size() > 1 and (isinstance(error, dist.DistError) or "gloo" in str(error))

@@ -12,6 +12,7 @@ import json
 import math
 import os
 import pickle
+import zipfile
 from pathlib import Path
 
 import torch
@@ -20,7 +21,9 @@ HISTORY_VERSION = 1
 HISTORY_NAME = "training_history.json"
 CHECKPOINT_PATTERN = "checkpoint_epoch_*.pt"
 ROLLING_NAME = "rolling.pt"
-CHECKPOINT_KEYS = {"epoch", "step", "seconds", "model_state_dict", "optimizer_state_dict", "config", "sizes"}
+HISTORY_TYPES = {"step": list, "warnings": list, "config": dict}
+CHECKPOINT_TYPES = {"epoch": (int, float), "step": int, "seconds": (int, float), "logged": int, "config": dict,
+                    "sizes": dict, "model_state_dict": dict, "optimizer_state_dict": dict}
 # Flags that may differ between a run and its continuation: where things lie and how the work is done, not what is
 # computed. Everything else in the config is the experiment.
 MAY_CHANGE = {"n_steps", "n_epochs", "data_dir", "log_dir", "save_dir", "resume", "device", "threads", "eval_threads",
@@ -48,6 +51,11 @@ def write_atomically(path, content):
         os.close(folder)
 
 
+def has_types(value, types):
+    """Whether value is a dict with at least the keys of types, each of its type."""
+    return isinstance(value, dict) and all(isinstance(value.get(key), types[key]) for key in types)
+
+
 # ---- the history ----------------------------------------------------------------------------------------------------
 
 def append(columns, row):
@@ -68,12 +76,11 @@ def column_lists(history):
     return [column for key, value in history.items() if key not in beside for column in lists(value)]
 
 
-def forget_after(history, step):
-    """Drop the log points after `step`: those a run made between its last checkpoint and its end."""
-    keep = sum(s <= step for s in history["step"])
+def forget_after(history, logged):
+    """Keep the first `logged` log points: a run made the others between its last checkpoint and its end."""
     for column in column_lists(history):
-        del column[keep:]
-    history["warnings"] = [warning for warning in history["warnings"] if warning["step"] <= step]
+        del column[logged:]
+    history["warnings"] = [warning for warning in history["warnings"] if warning["step"] in history["step"]]
 
 
 def finite(value):
@@ -104,9 +111,9 @@ def read_history(path):
         raise ValueError(f"{path} is empty")
     try:
         history = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         raise ValueError(f"{path} is no JSON file") from None
-    if not isinstance(history, dict) or not isinstance(history.get("step"), list) or "config" not in history:
+    if not has_types(history, HISTORY_TYPES):
         raise ValueError(f"{path} is no training history")
     if history.get("version") != HISTORY_VERSION:
         raise ValueError(f"{path} is a history of version {history.get('version')}, not {HISTORY_VERSION}")
@@ -128,7 +135,7 @@ def save_checkpoint(folder, state, keep="all"):
     # The newer log step's checkpoint holds all that the rolling file was for.
     (Path(folder) / ROLLING_NAME).unlink(missing_ok=True)
     if keep != "all":
-        for old in sorted(Path(folder).glob(CHECKPOINT_PATTERN))[: -1 if keep == "last" else -keep]:
+        for old in saved_checkpoints(folder)[1 if keep == "last" else keep:]:
             old.unlink()
     return path
 
@@ -149,23 +156,27 @@ def save_state(path, state):
 def load_checkpoint(path):
     """Return the checkpoint in `path`, on the CPU; ValueError if it is damaged, foreign or holds more than data."""
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        with zipfile.ZipFile(path) as archive:
+            intact = archive.testzip() is None  # torch.load does not look at the checksums
+        state = torch.load(path, map_location="cpu", weights_only=True) if intact else None
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror or error}") from None
     except pickle.UnpicklingError:
         raise ValueError(f"{path} is refused: it is no checkpoint, or its pickle holds more than data") from None
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, AttributeError, TypeError):
-        raise ValueError(f"{path} is damaged or no checkpoint") from None
-    if not isinstance(state, dict) or not CHECKPOINT_KEYS <= state.keys():
+    except Exception:  # zipfile, zlib, struct and PyTorch have each their own errors for a damaged file
+        intact = False
+    if not intact:
+        raise ValueError(f"{path} is damaged or no checkpoint")
+    if not has_types(state, CHECKPOINT_TYPES):
         raise ValueError(f"{path} is no checkpoint of this program")
     return state
 
 
-def newest_checkpoint(folder, warn):
-    """Return (state, path) of the sound checkpoint with the most steps, or (None, None).
+def newest_checkpoint(folder, warn, before=math.inf):
+    """Return (state, path) of the sound checkpoint with the most steps, fewer than `before`, or (None, None).
 
     warn is called with one line for each newer file that had to be passed over.
     """
-    folder = Path(folder)
-
     def sound(path):
         try:
             return load_checkpoint(path)
@@ -173,20 +184,29 @@ def newest_checkpoint(folder, warn):
             warn(f"{error}; passed over")
             return None
 
-    rolling = folder / ROLLING_NAME
-    found = (sound(rolling), rolling) if rolling.exists() else (None, None)
-    for path in sorted(folder.glob(CHECKPOINT_PATTERN), key=step_in_name, reverse=True):
-        if found[0] is not None and found[0]["step"] >= step_in_name(path):
+    rolling = Path(folder) / ROLLING_NAME
+    newest = sound(rolling) if rolling.exists() else None
+    if newest is None or newest["step"] >= before:
+        newest, rolling = None, None
+    for path in saved_checkpoints(folder):
+        if newest is not None and newest["step"] >= step_in_name(path):
             break
-        state = sound(path)
+        state = sound(path) if step_in_name(path) < before else None
         if state is not None:
             return state, path
-    return found
+    return newest, rolling
+
+
+def saved_checkpoints(folder):
+    """Return the paths of the log steps' checkpoints, the newest first."""
+    paths = [path for path in Path(folder).glob(CHECKPOINT_PATTERN) if step_in_name(path) is not None]
+    return sorted(paths, key=step_in_name, reverse=True)
 
 
 def step_in_name(path):
-    digits = path.stem.rpartition("_")[2]
-    return int(digits) if digits.isdigit() else -1
+    """Return the step in a checkpoint's name, None if the name is not one that this program gives."""
+    digits = path.stem.rpartition("_step_")[2]
+    return int(digits) if digits.isdecimal() else None
 
 
 def differences(before, now):
@@ -205,8 +225,12 @@ def lock_folders(*folders):
     """
     held = []
     for folder in sorted({Path(folder).resolve() for folder in folders}):
-        folder.mkdir(parents=True, exist_ok=True)
-        file = open(folder / ".lock", "w")
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            file = open(folder / ".lock", "w")
+        except OSError as error:
+            raise OSError(f"cannot write to {folder}: {os.strerror(error.errno)}; choose another --log_dir or "
+                          "--save_dir") from None
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
@@ -223,7 +247,8 @@ def move_aside(log_dir, save_dir):
     """Move an earlier run's files into folders earlier-TIME beside them; returns the folders made."""
     stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
     made = []
-    for folder, patterns in ((log_dir, ["training_history.*"]), (save_dir, [CHECKPOINT_PATTERN, ROLLING_NAME])):
+    # The history goes last: without its checkpoints it is no run to resume, while they without it could not be used.
+    for folder, patterns in ((save_dir, [CHECKPOINT_PATTERN, ROLLING_NAME]), (log_dir, ["training_history.*"])):
         files = [path for pattern in patterns for path in sorted(Path(folder).glob(pattern))]
         if not files:
             continue
