@@ -1,0 +1,54 @@
+"""What only a GPU can show: captured steps give the curves of eager ones, and a resumed run those of a whole one."""
+
+import pytest
+import torch
+from conftest import SMALL, history_of, run_here
+
+pytestmark = pytest.mark.cuda
+CUDA = [flag for flag in SMALL if not flag.startswith("--device")] + ["--device=cuda", "--deterministic"]
+VARIANTS = [["--optimizer=adamw"], ["--optimizer=adam"], ["--optimizer=sgd", "--lr=0.1"], ["--loss=mse"],
+            ["--batch_norm"], ["--dtype=float64"], ["--model=cnn", "--width=4"],
+            ["--model=resnet18", "--width=4", "--batch_norm"]]
+
+
+def columns(folder):
+    return {name: column for name, column in history_of(folder).items()
+            if name not in ("config", "seconds", "environment")}
+
+
+@pytest.mark.parametrize("flags", VARIANTS, ids=lambda flags: flags[0])
+def test_captured_steps_equal_eager_ones(tmp_path, flags, capsys):
+    run_here(tmp_path / "graph", *CUDA, *flags, "--n_steps=60")
+    assert "capture failed" not in capsys.readouterr().out
+    run_here(tmp_path / "eager", *CUDA, *flags, "--n_steps=60", "--no_cuda_graph")
+    assert columns(tmp_path / "graph") == columns(tmp_path / "eager")
+
+
+def test_a_resumed_run_equals_a_whole_one(tmp_path):
+    run_here(tmp_path / "whole", *CUDA, "--n_steps=60", "--log_interval=4")
+    run_here(tmp_path / "parts", *CUDA, "--n_steps=40", "--log_interval=4")
+    run_here(tmp_path / "parts", *CUDA, "--n_steps=60", "--log_interval=4", "--resume")
+    assert columns(tmp_path / "whole") == columns(tmp_path / "parts")
+
+
+def test_a_checkpoint_moves_between_cpu_and_gpu(tmp_path):
+    run_here(tmp_path, *SMALL, "--n_steps=40", "--log_interval=4")
+    run_here(tmp_path, *CUDA, "--n_steps=60", "--log_interval=4", "--resume")
+    run_here(tmp_path, *SMALL, "--n_steps=80", "--log_interval=4", "--resume")
+    history = history_of(tmp_path)
+    assert history["step"] == list(range(0, 81, 20)) and history["train_loss"][-1] < history["train_loss"][0]
+
+
+def test_no_step_waits_for_the_device(tmp_path):
+    import train
+
+    args = train.parse_args([*CUDA, "--n_steps=100", f"--log_dir={tmp_path}", f"--save_dir={tmp_path}"])
+    run = train.Run(args)
+    run.advance(0, 30)  # warm-up and capture may wait
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        run.advance(30, 1000)  # several blocks of permutations
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert run.advance.finite_steps.item() == 1030

@@ -1,0 +1,233 @@
+"""The program as a whole, through its command line and its files."""
+
+import argparse
+import math
+
+import numpy as np
+import pytest
+import torch
+from conftest import SMALL, history_of, run_command, run_here
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+import models
+import runlog
+from flags import parse_epsilon
+from train import batch_order, explain_gap, log_schedule, parse_args, seed_for
+
+COLUMNS = ["epoch", "step", "train_loss", "train_acc", "test_loss", "test_acc", "weight_norm", "saturated",
+           "seconds"]
+
+
+@pytest.fixture(scope="module")
+def digits_run(tmp_path_factory):
+    """The README's first command with fewer steps."""
+    folder = tmp_path_factory.mktemp("digits")
+    done = run_command(folder, "--dataset=digits", "--n_steps=1500", "--log_points=8", "--adv_size=200",
+                       "--lc_samples=64", "--device=cpu")
+    return folder, done.stdout
+
+
+def test_a_short_digits_run_learns(digits_run):
+    history = history_of(digits_run[0])
+    assert history["test_acc"][0] < 0.4
+    assert history["test_acc"][-1] > 0.93
+    assert history["train_acc"][-1] > 0.99
+    assert history["train_loss"][-1] < 0.01
+
+
+def test_history_has_equal_columns_and_says_how_it_was_made(digits_run):
+    history = history_of(digits_run[0])
+    assert history["step"] == log_schedule(1500, 8) and len(history["step"]) == 8
+    for name in COLUMNS:
+        assert len(history[name]) == 8, name
+    grid = ["0.03", "0.06", "0.1", "0.13", "0.16", "0.2"]
+    for name in ("adv_acc", "robust_acc"):
+        assert list(history[name]) == grid
+        assert all(len(column) == 8 for column in history[name].values())
+    for kind in ("train", "test", "random"):
+        column = history["local_complexity"][kind]["0.05"]
+        assert [len(layers) for layers in column] == [3] * 8
+        assert all(0 <= count <= 200 for layers in column for count in layers)
+    assert history["layers"]["units"] == [200, 200, 200]
+    assert history["epoch"] == [step / 5 for step in history["step"]]
+    assert history["config"]["train_size"] == 1000 and history["config"]["optimizer"] == "adamw"
+    assert history["config"]["n_steps"] == 1500 and history["config"]["epsilons"] == [float(eps) for eps in grid]
+    assert history["sizes"] == {"train": 1000, "test": 797, "attacked": 200, "parameters": 95410, "num_classes": 10,
+                                "in_shape": [1, 8, 8]}
+    assert history["environment"]["torch"] == torch.__version__
+
+
+def test_robust_accuracy_is_monotone_and_below_the_other_measures(digits_run):
+    history = history_of(digits_run[0])
+    robust = np.array(list(history["robust_acc"].values()))
+    adv = np.array(list(history["adv_acc"].values()))
+    assert (np.diff(robust, axis=0) <= 0).all()
+    assert (robust <= adv + 0.02).all()
+    assert robust[0, -1] > 0.5 > robust[-1, -1]
+
+
+def test_checkpoints_hold_the_step_and_rebuild_the_network(digits_run):
+    history = history_of(digits_run[0])
+    paths = sorted((digits_run[0] / "checkpoints").glob("checkpoint_epoch_*.pt"))
+    assert [runlog.step_in_name(path) for path in paths] == history["step"]
+    state = torch.load(paths[-1], weights_only=True)
+    assert state["step"] == 1500 and state["epoch"] == 300
+    assert state["test_acc"] == history["test_acc"][-1]
+    assert state["robust_acc"]["0.1"] == history["robust_acc"]["0.1"][-1]
+    assert state["optimizer_state_dict"]["state"][0]["step"] == 1500
+    config = state["config"]
+    model = models.build_model(config["model"], (1, 8, 8), 10, depth=config["depth"], width=config["width"])
+    model.load_state_dict(state["model_state_dict"])
+    norm = math.sqrt(sum(p.double().square().sum().item() for p in model.parameters()))
+    assert norm == pytest.approx(history["weight_norm"][-1])
+
+
+def test_the_output_is_a_table_that_fits_100_columns_and_ends_with_the_summary(digits_run):
+    folder, out = digits_run
+    lines = out.splitlines()
+    assert max(map(len, lines)) <= 100
+    rows = [line for line in lines if line.split()[:1] == ["1500"]]
+    assert len(rows) == 1
+    for said in ("95,410 parameters", "1,000 train, 797 test", "logs/training_history.json", "cpu"):
+        assert said in out
+    assert "train accuracy reaches 99%" in out
+    assert (folder / "logs" / "training_history.png").stat().st_size > 10_000
+    assert (folder / "logs" / "training_history.svg").stat().st_size > 10_000
+
+
+def test_the_seed_decides_everything(tmp_path):
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        run_here(tmp_path / name, *SMALL, "--n_steps=12", f"--seed={seed}")
+    a, b, c = (history_of(tmp_path / name) for name in "abc")
+    same = [name for name in a if name not in ("config", "seconds", "environment")]
+    assert all(a[name] == b[name] for name in same)
+    assert a["train_loss"] != c["train_loss"] and a["local_complexity"] != c["local_complexity"]
+
+
+@pytest.mark.parametrize("model, width", [("mlp", 16), ("cnn", 4), ("resnet18", 4)])
+@pytest.mark.parametrize("side, colour", [(8, False), (28, True), (32, True), (128, True)])
+def test_every_model_trains_on_every_shape(tmp_path, model, width, side, colour):
+    flags = [*SMALL, f"--model={model}", f"--width={width}", "--n_steps=3", "--batch_size=8", "--lc_samples=2"]
+    if colour:
+        rng = np.random.default_rng(0)
+        for split, images in (("train", 8), ("test", 2)):
+            for label in ("a", "b"):
+                folder = tmp_path / "images" / split / label
+                folder.mkdir(parents=True)
+                for i in range(images):
+                    Image.fromarray(rng.integers(0, 256, (side, side, 3), dtype=np.uint8)).save(folder / f"{i}.png")
+        flags += ["--dataset=imagefolder", f"--data_dir={tmp_path / 'images'}"]
+    run_here(tmp_path, *flags)
+    history = history_of(tmp_path)
+    assert history["step"] == [0, 1, 2, 3]
+    assert history["train_loss"][3] != history["train_loss"][0]
+    assert len(set(history["weight_norm"])) == 4
+    assert len(history["local_complexity"]["train"]) == 1
+
+
+@pytest.mark.parametrize("flags", [
+    ["--optimizer=adam"], ["--optimizer=sgd", "--lr=0.1"], ["--loss=mse"], ["--dtype=float64"], ["--batch_norm"],
+    ["--activation=gelu"], ["--activation=tanh"], ["--init_scale=2"], ["--label_noise=0.3"],
+], ids=lambda flags: flags[0])
+def test_every_variant_lowers_the_training_loss(tmp_path, flags):
+    run_here(tmp_path, *SMALL, "--n_steps=60", *flags)
+    history = history_of(tmp_path)
+    assert history["train_loss"][-1] < 0.9 * history["train_loss"][0]
+
+
+def test_log_interval_logs_every_n_epochs(tmp_path):
+    run_here(tmp_path, *SMALL, "--n_epochs=7", "--log_interval=3")
+    assert history_of(tmp_path)["epoch"] == [0, 3, 6, 7]
+
+
+def test_without_lc_samples_there_is_no_local_complexity(tmp_path):
+    run_here(tmp_path, *SMALL, "--n_steps=2", "--lc_samples=0")
+    assert history_of(tmp_path)["local_complexity"] == {}
+
+
+def test_several_radii_and_fractions_of_255(tmp_path):
+    run_here(tmp_path, *SMALL, "--n_steps=2", "--lc_radius", "0.01", "0.5", "--epsilons=8/255,0", "1/255")
+    history = history_of(tmp_path)
+    assert list(history["robust_acc"]) == ["0", "0.00392157", "0.0313725"]
+    small, large = (np.array(column) for column in history["local_complexity"]["random"].values())
+    assert (small <= large).all() and small.sum() < large.sum()
+
+
+def test_a_second_run_moves_the_first_aside(tmp_path, capsys):
+    run_here(tmp_path, *SMALL, "--n_steps=3")
+    first = (tmp_path / "logs" / "training_history.json").read_bytes()
+    run_here(tmp_path, *SMALL, "--n_steps=2")
+    run_here(tmp_path, *SMALL, "--n_steps=1")
+    aside = sorted((tmp_path / "logs").glob("earlier-*"))
+    assert len(aside) == 2 and str(aside[1]) in capsys.readouterr().out
+    assert (aside[0] / "training_history.json").read_bytes() == first
+    kept = [len(list(folder.glob("*.pt"))) for folder in sorted((tmp_path / "checkpoints").glob("earlier-*"))]
+    assert kept == [4, 3] and len(list((tmp_path / "checkpoints").glob("*.pt"))) == 2
+    assert history_of(tmp_path)["step"] == [0, 1]
+
+
+@given(n_steps=st.integers(1, 10**7), log_points=st.integers(3, 300))
+def test_log_schedule_is_even_in_log_step(n_steps, log_points):
+    steps = log_schedule(n_steps, log_points)
+    assert steps[0] == 0 and steps[1] == 1 and steps[-1] == n_steps
+    assert all(a < b for a, b in zip(steps, steps[1:], strict=False))
+    assert len(steps) == min(log_points, n_steps + 1)
+    # Where whole numbers leave room, the ratio of neighbours stays nearly the same to the end.
+    ratios = [b / a for a, b in zip(steps, steps[1:], strict=False) if a > 200]
+    if len(ratios) > 1:
+        assert max(ratios) - 1 < 1.5 * (min(ratios) - 1) + 2 / 200
+
+
+@given(st.floats(0, 1), st.integers(1, 10_000))
+def test_epsilons_are_read_as_numbers_and_fractions(value, denominator):
+    assert parse_epsilon(repr(value)) == value
+    numerator = int(value * denominator)
+    assert parse_epsilon(f"{numerator}/{denominator}") == numerator / denominator
+
+
+@given(st.text(max_size=12))
+@settings(max_examples=300)
+def test_no_text_passes_as_an_epsilon_outside_the_pixels_range(text):
+    try:
+        assert 0 <= parse_epsilon(text) <= 1
+    except argparse.ArgumentTypeError as error:
+        assert "\n" not in str(error) or "\n" in text
+
+
+def test_batches_are_fresh_permutations_in_full_batches():
+    args = argparse.Namespace(seed=3, train_size=50, batch_size=15)
+    order = batch_order(args, 0, 4, "cpu").view(4, 45)
+    assert all(len(set(epoch.tolist())) == 45 for epoch in order)
+    assert len({tuple(epoch.tolist()) for epoch in order}) == 4
+    assert not torch.equal(batch_order(args, 1, 4, "cpu"), order.flatten())
+    assert torch.equal(batch_order(args, 0, 4, "cpu"), order.flatten())
+
+
+def test_seeds_differ_by_purpose_and_number():
+    seeds = {seed_for(seed, purpose, number) for seed in range(5) for purpose in ("a", "b") for number in range(5)}
+    assert len(seeds) == 50 and all(0 <= seed < 2**63 for seed in seeds)
+
+
+def test_the_gap_between_the_measures_is_explained_beyond_five_points():
+    row = {"adv_acc": {"0.1": 0.55, "0.2": 0.50}, "robust_acc": {"0.1": 0.50, "0.2": 0.10}, "saturated": 0.3}
+    assert "40 points at epsilon 0.2: on 30% of the images the softmax rounds to exactly 1" in explain_gap(row)
+    assert "tries harder" in explain_gap({**row, "saturated": 0.0})
+    row["robust_acc"]["0.2"] = 0.46
+    assert explain_gap(row) is None
+
+
+def test_a_saturated_run_says_so_once_and_records_it(tmp_path, capsys):
+    # Weights this large saturate the softmax from the start.
+    run_here(tmp_path, *SMALL, "--n_steps=40", "--init_scale=30", "--adv_size=100", "--epsilons=0.02,0.05,0.1")
+    history = history_of(tmp_path)
+    assert capsys.readouterr().out.count("the softmax rounds to exactly 1") == 1
+    assert sum("rounds to exactly 1" in warning["text"] for warning in history["warnings"]) == 1
+    assert history["saturated"][-1] > 0.5
+
+
+def test_help_names_every_flag_with_its_default():
+    parser_help = run_command(".", "--help").stdout
+    flags = [flag for flag in vars(parse_args([])) if flag not in ("cuda_graph", "plot")]
+    assert all(f"--{flag} " in parser_help or f"--{flag}\n" in parser_help for flag in flags)
