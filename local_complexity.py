@@ -64,8 +64,8 @@ def local_complexity(model, x, radius, directions, batch_size=None):
     check(x, radii, directions, batch_size)
     units = layer_units(model, x.shape[1:])
     layers = [model.get_submodule(name) for name in units]
-    # More than the cache holds slows a CPU down, while a GPU wants much at once: 8 MB and 256 MB of the widest layer.
-    fastest = max(1, 2**(21 if x.device.type == "cpu" else 26) // max(units.values()))
+    # More than the cache holds slows a CPU down, while a GPU wants much at once: 4 MB and 256 MB of the widest layer.
+    fastest = max(1, 2**(20 if x.device.type == "cpu" else 26) // max(units.values()))
     batch_size = fastest if batch_size is None else min(batch_size, fastest)
 
     if len(x) == 0:

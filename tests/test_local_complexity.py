@@ -218,32 +218,31 @@ def test_layer_units_are_named_in_forward_order():
 
 
 class Fragile(nn.Module):
-    """Fails from its second call on: the first comes from the counting of the units."""
+    """The identity; fails at a given call."""
 
-    def __init__(self):
+    def __init__(self, fails_at):
         super().__init__()
-        self.calls, self.armed = 0, False
+        self.calls_left = fails_at
 
     def forward(self, x):
-        self.calls += self.armed
-        if self.calls > 4:
+        self.calls_left -= 1
+        if self.calls_left == 0:
             raise RuntimeError("out of order")
         return x
 
 
-@pytest.mark.parametrize("fails", [False, True])
-def test_modes_and_hooks_are_as_before(fails):
-    fragile = Fragile()
-    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 20), nn.BatchNorm1d(20), nn.ReLU(), nn.Dropout(), fragile,
-                          nn.Linear(20, 5)).double()
+@pytest.mark.parametrize("fails_at", [0, 1, 3, 6, 15])
+def test_modes_and_hooks_are_as_before(fails_at):
+    """Also when the model fails: while its layers are listed, while it is cut in two, among the vertices."""
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 20), nn.BatchNorm1d(20), nn.ReLU(), nn.Dropout(),
+                          Fragile(fails_at), nn.Linear(20, 5)).double()
     model.train()
     model[2].eval()
     model[1].weight.requires_grad_(False)
     modes = [module.training for module in model.modules()]
     flags = [parameter.requires_grad for parameter in model.parameters()]
     x, directions = points_and_directions((1, 8, 8), n_points=20)
-    fragile.armed = fails
-    if fails:
+    if fails_at:
         with pytest.raises(RuntimeError, match="out of order"):
             local_complexity(model, x, 0.1, directions, batch_size=8)
     else:
