@@ -538,8 +538,9 @@ def check_finite(run):
         step = run.step - bad + 1
         # The loss of step n is that of the weights after n - 1 steps: they are already bad.
         _, path = runlog.newest_checkpoint(run.args.save_dir, run.console.note, before=step - 1)
-        raise RunFailed(f"the loss of step {step} is not finite (learning rate {run.args.lr:g}); the last good "
-                        f"checkpoint is {path}; lower --lr, or go on with --resume --on_nan=continue")
+        good = f"the last good checkpoint is {path}" if path else "there is no good checkpoint"
+        raise RunFailed(f"the loss of step {step} is not finite (learning rate {run.args.lr:g}); {good}; lower --lr, "
+                        "or go on with --resume --on_nan=continue")
 
 
 def draw(run):
