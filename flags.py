@@ -11,12 +11,14 @@ class OneLineParser(argparse.ArgumentParser):
 
 def number(kind, low=None, above=None, high=None):
     """Return an argparse type: a finite int or float with low <= value <= high, above < value."""
+    high = 2**63 - 1 if kind is int and high is None else high  # what PyTorch can count to
+
     def parse(text):
         try:
             value = kind(text)
         except ValueError:
             raise argparse.ArgumentTypeError(f"'{text}' is no {'whole ' if kind is int else ''}number") from None
-        if not math.isfinite(value):
+        if kind is float and not math.isfinite(value):
             raise argparse.ArgumentTypeError(f"{text} is not finite")
         if low is not None and value < low:
             raise argparse.ArgumentTypeError(f"{text} is less than {low}")

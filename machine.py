@@ -35,6 +35,12 @@ def set_precision(tf32=False, deterministic=False):
         torch.use_deterministic_algorithms(True)
 
 
+def out_of_memory(error):
+    """Whether an exception says that memory, the GPU's or the CPU's, does not suffice."""
+    said = ("can't allocate memory", "Storage size calculation overflowed")  # PyTorch has no class for the CPU's
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(words in str(error) for words in said)
+
+
 def fastest_thread_count(work, seconds=0.3):
     """Return the number of threads, among 1, 2, 4, … and all cores, with which work() runs fastest now.
 

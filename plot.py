@@ -20,6 +20,7 @@ from typing import NamedTuple
 import numpy as np
 
 import runlog
+from flags import OneLineParser
 
 INTERPOLATION = 0.99  # training accuracy from which on the training set counts as fitted
 HOLD = 3  # consecutive log points for which a rise must last
@@ -603,7 +604,7 @@ def draw(histories, path):
 # ------------------------------------------------------------------------------------------------------- command line
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = OneLineParser(prog="plot.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("histories", nargs="*", metavar="HISTORY.json", default=["logs/training_history.json"],
                         help="history files of train.py (default: logs/training_history.json)")
     parser.add_argument("--out", metavar="PATH", help="write PATH.png and PATH.svg (default: beside the history; "

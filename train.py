@@ -156,8 +156,8 @@ def parse_args(argv=None):
     for name in ("epsilons", "lc_radius"):
         if getattr(args, name) is not None:
             setattr(args, name, [value for word in getattr(args, name) for value in word])
-            if len(set(getattr(args, name))) < len(getattr(args, name)):
-                parser.error(f"argument --{name}: a value is given twice")
+            if len({f"{value:.6g}" for value in getattr(args, name)}) < len(getattr(args, name)):
+                parser.error(f"argument --{name}: two values agree in six digits")
     return args
 
 
@@ -461,16 +461,14 @@ def train(run):
     """Train to args.n_steps with a log step at each step of the schedule; return the number of the signal that stopped
     the run, or 0 if it is complete."""
     args = run.args
-    # The processes of a distributed run have to drop a measurement together or not at all.
-    stop = machine.Stop(can_interrupt=parallel.size() == 1)
     schedule = schedule_for(args)
     run.console.start(run.step, args.n_steps)
     stopped_by = 0
     while not stopped_by:
         if run.step in schedule and run.step not in run.history["step"]:
             with contextlib.suppress(machine.Interrupted):
-                log_step(run, stop)
-        stopped_by = parallel.largest(stop.signal, run.device)
+                log_step(run)
+        stopped_by = parallel.largest(run.stop.signal, run.device)
         if stopped_by or run.step == args.n_steps:
             break
         train_until(run, min(step for step in schedule if step > run.step))
@@ -496,12 +494,12 @@ def train_until(run, log_step):
     run.console.progress(run.step)
 
 
-def log_step(run, stop):
+def log_step(run):
     """Measure, and write the history, a checkpoint and the row of the table."""
     args, history = run.args, run.history
     check_finite(run)
     torch.set_num_threads(args.eval_threads)
-    with stop.while_measuring():
+    with run.stop.while_measuring():
         row = measure(run.model, run.dataset, run.probes, args)
     torch.set_num_threads(args.threads)
     row = {"epoch": run.epoch, "step": run.step, **row, "seconds": run.seconds}
@@ -589,6 +587,8 @@ class Run:
         self.began = time.perf_counter() - seconds
         self.saved_at = self.drawn_at = time.perf_counter()
         self.drawing_took, self.steps_at_once = 0.0, 1
+        # The processes of a distributed run have to drop a measurement together or not at all.
+        self.stop = machine.Stop(can_interrupt=parallel.size() == 1)
 
     @property
     def epoch(self):
@@ -658,6 +658,10 @@ def main(argv=None):
         run = Run(args)
     except (ValueError, OSError) as error:
         return fail_together(error, 2)
+    except (MemoryError, RuntimeError) as error:
+        if not machine.out_of_memory(error):
+            raise
+        return fail("not enough memory: lower --width, --train_size, --adv_size or --lc_samples", 2)
     except KeyboardInterrupt:
         return fail("interrupted before the first step", 128 + signal.SIGINT)
     try:
@@ -669,13 +673,13 @@ def main(argv=None):
     except OSError as error:
         return fail_together(
             f"{error}; the files written before are whole: run again with --resume once this is mended", 1)
-    except torch.OutOfMemoryError:
-        return fail("the GPU's memory is full: lower --eval_batch_size or --batch_size and run again with --resume", 1)
-    except RuntimeError as error:
+    except (MemoryError, RuntimeError) as error:
+        if machine.out_of_memory(error):
+            return fail("the memory is full: lower --eval_batch_size or --batch_size and run again with --resume", 1)
         if not parallel.lost_another(error):
             raise
         return fail("another process of this run has ended, so this one ends too: run again with --resume", 1)
-    parallel.end()
+    parallel.wait()  # none leaves while another is still listening to it
     return 128 + stopped_by if stopped_by else 0
 
 
@@ -705,4 +709,4 @@ def fail_together(error, status):
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    parallel.leave(main())
