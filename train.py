@@ -405,7 +405,7 @@ def accuracy_under_attack(model, probes, args, batch_size):
     robust = attacks.robust_accuracy(model, x, y, args.epsilons, args.pgd_steps, args.robust_budget, batch_size)
     correct[len(args.epsilons):-1] = (torch.tensor(robust) * n).round()
 
-    shares = (parallel.total(correct) / args.adv_size).tolist()
+    shares = (parallel.total(correct).double() / args.adv_size).tolist()
     keys = [f"{epsilon:.6g}" for epsilon in args.epsilons]
     return {"adv_acc": dict(zip(keys, shares, strict=False)),
             "robust_acc": dict(zip(keys, shares[len(keys):], strict=False)), "saturated": shares[-1]}
@@ -417,7 +417,7 @@ def mean_local_complexity(model, probes, args):
     for name, points in probes.points.items():
         counts = local_complexity.local_complexity(model, points[parallel.share(len(points))], args.lc_radius,
                                                    probes.directions, args.eval_batch_size)
-        mean = (parallel.total(counts.sum(1)) / len(points)).tolist()
+        mean = (parallel.total(counts.sum(1)).double() / len(points)).tolist()
         means[name] = {f"{radius:.6g}": layers for radius, layers in zip(args.lc_radius, mean, strict=True)}
     return means
 
