@@ -21,6 +21,7 @@ HISTORY_VERSION = 1
 HISTORY_NAME = "training_history.json"
 CHECKPOINT_PATTERN = "checkpoint_epoch_*.pt"
 ROLLING_NAME = "rolling.pt"
+HISTORY_PATTERN = "training_history.*"  # the history and its figures
 HISTORY_TYPES = {"step": list, "warnings": list, "config": dict}
 CHECKPOINT_TYPES = {"epoch": (int, float), "step": int, "seconds": (int, float), "logged": int, "config": dict,
                     "sizes": dict, "model_state_dict": dict, "optimizer_state_dict": dict}
@@ -240,6 +241,9 @@ def lock_folders(*folders):
                 f"another run is writing to {folder}: wait for it, or give this one its own --log_dir and --save_dir"
             ) from None
         held.append(file)
+        for pattern in (CHECKPOINT_PATTERN, ROLLING_NAME, HISTORY_PATTERN):
+            for part in folder.glob(f".{pattern}.part"):  # a killed run was writing it
+                part.unlink()
     return held
 
 
@@ -248,7 +252,7 @@ def move_aside(log_dir, save_dir):
     stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
     made = []
     # The history goes last: without its checkpoints it is no run to resume, while they without it could not be used.
-    for folder, patterns in ((save_dir, [CHECKPOINT_PATTERN, ROLLING_NAME]), (log_dir, ["training_history.*"])):
+    for folder, patterns in ((save_dir, [CHECKPOINT_PATTERN, ROLLING_NAME]), (log_dir, [HISTORY_PATTERN])):
         files = [path for pattern in patterns for path in sorted(Path(folder).glob(pattern))]
         if not files:
             continue
