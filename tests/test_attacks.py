@@ -1,0 +1,412 @@
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import attacks
+import data
+import models
+
+EPSILONS = [0.02, 0.05, 0.1, 0.15, 0.2]
+EVERY_MODEL = [(name, batch_norm) for name in ("mlp", "cnn", "resnet18") for batch_norm in (False, True)]
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return data.load_dataset("digits")
+
+
+@pytest.fixture(scope="module")
+def images(digits):
+    return digits.x_test[:100].double() / 255, digits.y_test[:100]
+
+
+@pytest.fixture(scope="module")
+def trained(digits):
+    torch.manual_seed(0)
+    return fit(models.build_model("mlp", (1, 8, 8), 10, depth=3, width=32, mean=digits.mean, std=digits.std), digits)
+
+
+@pytest.fixture(scope="module")
+def linear(digits):
+    torch.manual_seed(0)
+    return fit(nn.Sequential(nn.Flatten(), nn.Linear(64, 10)), digits)
+
+
+def fit(model, digits, steps=300):
+    """Train on digits, too shortly for the softmax to saturate, and return the model in float64."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    x, y = digits.x_train.float() / 255, digits.y_train
+    for _ in range(steps):
+        part = torch.randint(len(x), (200,))
+        optimizer.zero_grad()
+        F.cross_entropy(model(x[part]), y[part]).backward()
+        optimizer.step()
+    return model.double().eval()
+
+
+def random_model(name, batch_norm):
+    """A small network in float64 whose batch norm, if any, has seen data, and whose predictions are not all one."""
+    torch.manual_seed(1)
+    model = models.build_model(name, (2, 8, 8), 5, width=6, batch_norm=batch_norm).double()
+    for _ in range(5):
+        model(torch.rand(20, 2, 8, 8, dtype=torch.float64))
+    last = [module for module in model.modules() if isinstance(module, nn.Linear)][-1]
+    last.bias.data -= model.eval()(torch.rand(20, 2, 8, 8, dtype=torch.float64)).detach().mean(0)
+    return model.train()
+
+
+def accuracy(model, x, y):
+    with torch.no_grad():
+        return (model(x).argmax(1) == y).double().mean().item()
+
+
+def slow_pgd(model, image, label, epsilon, steps, step_size, start):
+    """PGD on one image, by the definition; the image comes and goes without a batch dimension."""
+    point = (image + epsilon * start).clamp(0, 1)
+    for _ in range(steps):
+        point = point.clone().requires_grad_(True)
+        logits = model(point[None])[0]
+        wrong = torch.stack([logits[j] for j in range(len(logits)) if j != label])
+        (wrong.exp().sum().log() - logits[label]).backward(inputs=[point])
+        moved = point.detach() + step_size * point.grad.sign()
+        point = (image + (moved - image).clamp(-epsilon, epsilon)).clamp(0, 1)
+    return point.detach()
+
+
+def slow_robust(model, image, label, epsilons, steps, budget):
+    """How many of the ascending epsilons one image withstands; None if its clean prediction is wrong."""
+    classes, rounds, factor, reach = attacks.BUDGETS[budget]
+    steps *= factor
+    clean = model(image[None])[0]
+    if clean.argmax() != label:
+        return None
+    wrong = [j for j in range(len(clean)) if j != label]
+    withstood, start = len(epsilons), image
+    for _ in range(rounds):
+        withstood, end = slow_descent(model, image, label, start, None, epsilons, withstood, steps, reach)
+        with torch.no_grad():
+            logits = model(end[None])[0]
+        for target in sorted(wrong, key=lambda j: -logits[j])[:classes]:
+            withstood, _ = slow_descent(model, image, label, start, target, epsilons, withstood, steps, reach)
+        start = image + (image - end)
+    return withstood
+
+
+def slow_descent(model, image, label, start, target, epsilons, withstood, steps, reach):
+    """One pass of the above toward one class, None for the strongest of the moment: what is withstood, the end."""
+    epsilon = epsilons[withstood - 1] if withstood else 0
+    point, taken, given_up = (image + (start - image).clamp(-epsilon, epsilon)).clamp(0, 1), 0, False
+    while withstood > 0 and not given_up:
+        point = point.clone().requires_grad_(True)
+        logits = model(point[None])[0]
+        strongest = max((j for j in range(len(logits)) if j != label), key=lambda j: logits[j])
+        rival = strongest if target is None else target
+        gap = logits[label] - logits[rival]
+        gap.backward(inputs=[point])
+        gradient, gap, point = point.grad, gap.item(), point.detach()
+        if logits.argmax() != label:
+            withstood, taken = withstood - 1, 0
+        if withstood > 0:
+            epsilon = epsilons[withstood - 1]
+            given_up = taken == steps or taken >= 2 and gap > reach * epsilon * gradient.abs().sum()
+            moved = point - 2 * epsilon * (1 - taken / steps) * gradient.sign()
+            point = (image + (moved - image).clamp(-epsilon, epsilon)).clamp(0, 1)
+            taken += 1
+    return withstood, point
+
+
+@pytest.mark.parametrize("objective", ["exact", "ce"])
+def test_pgd_stays_in_the_ball_and_in_the_unit_cube(trained, images, objective):
+    x, y = images
+    for epsilon in (0.0, 0.03, 0.3, 2.0):
+        x_adv = attacks.pgd(trained, x, y, epsilon, objective=objective)
+        assert x_adv.shape == x.shape and x_adv.dtype == x.dtype and not x_adv.requires_grad
+        assert x_adv.min() >= 0 and x_adv.max() <= 1
+        assert (x_adv - x).abs().max() <= epsilon + 1e-12
+        assert epsilon == 0 or (x_adv - x).abs().max() > 0.9 * min(epsilon, 1)
+
+
+def test_attacks_beat_random_noise(trained, images):
+    x, y = images
+    generator = torch.Generator().manual_seed(0)
+    noise = 0.1 * (2 * torch.rand(x.shape, generator=generator, dtype=x.dtype) - 1).sign()
+    under_noise = accuracy(trained, (x + noise).clamp(0, 1), y)
+    under_pgd = accuracy(trained, attacks.pgd(trained, x, y, 0.1), y)
+    robust, = attacks.robust_accuracy(trained, x, y, [0.1])
+    assert under_noise > under_pgd + 0.2
+    assert robust <= under_pgd
+
+
+@pytest.mark.parametrize("name, batch_norm", EVERY_MODEL)
+def test_pgd_equals_the_slow_one(name, batch_norm):
+    model = random_model(name, batch_norm)
+    x, y = torch.rand(3, 2, 8, 8, dtype=torch.float64), torch.tensor([0, 4, 2])
+    starts = torch.rand(1, *x.shape, dtype=torch.float64) * 2 - 1
+    x_adv = attacks.pgd(model, x, y, 0.05, steps=4, step_size=0.03, starts=starts)
+    model.eval()
+    slow = torch.stack([slow_pgd(model, *each, 0.05, 4, 0.03, start)
+                        for *each, start in zip(x, y, starts[0], strict=True)])
+    torch.testing.assert_close(x_adv, slow, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("name, batch_norm", EVERY_MODEL)
+def test_robust_accuracy_equals_the_slow_one(name, batch_norm):
+    model = random_model(name, batch_norm)
+    x = torch.rand(6, 2, 8, 8, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    model.eval()
+    y = model(x).argmax(1)
+    y[0] = (y[0] + 1) % 5  # one image that is misclassified as it is
+    model.train()
+
+    grid = [1e-4 * 3**k for k in range(9)]
+    fast = [attacks.robust_accuracy(model, x[i:i + 1], y[i:i + 1], grid, steps=5, budget="low") for i in range(6)]
+    model.eval()
+    slow = [slow_robust(model, *each, grid, 5, "low") for each in zip(x, y, strict=True)]
+    assert slow[0] is None and len(set(slow)) > 2
+    assert fast == [[float(k < (withstood or 0)) for k in range(len(grid))] for withstood in slow]
+
+
+@pytest.mark.parametrize("budget", attacks.BUDGETS)
+def test_robust_accuracy_equals_the_slow_one_on_digits(trained, images, budget):
+    x, y = images[0][:10], images[1][:10]
+    slow = [slow_robust(trained, *each, EPSILONS, 4, budget) for each in zip(x, y, strict=True)]
+    expected = [sum(k < (withstood or 0) for withstood in slow) / len(x) for k in range(len(EPSILONS))]
+    assert attacks.robust_accuracy(trained, x, y, EPSILONS, steps=4, budget=budget) == expected
+    assert 0 < expected[2] < 1
+
+
+def test_robust_accuracy_is_monotone_and_keeps_the_order(trained, images):
+    x, y = images
+    ascending = attacks.robust_accuracy(trained, x, y, [0.0, *EPSILONS])
+    assert ascending[0] == accuracy(trained, x, y)
+    assert ascending == sorted(ascending, reverse=True)
+    assert ascending[1] > ascending[-1]
+    shuffled = [EPSILONS[2], 0.0, EPSILONS[4], EPSILONS[0], EPSILONS[2], EPSILONS[1], EPSILONS[3]]
+    expected = dict(zip([0.0, *EPSILONS], ascending, strict=True))
+    assert attacks.robust_accuracy(trained, x, y, shuffled) == [expected[epsilon] for epsilon in shuffled]
+
+
+def test_robust_accuracy_never_exceeds_clean_accuracy(trained, images):
+    x, y = images
+    wrong = (y + 1) % 10
+    assert attacks.robust_accuracy(trained, x, wrong, [0.0, 0.01, 0.3])[0] == accuracy(trained, x, wrong)
+    nothing_right = (trained(x).argmax(1) + 1) % 10
+    assert attacks.robust_accuracy(trained, x, nothing_right, [0.0, 0.01, 0.3]) == [0.0, 0.0, 0.0]
+
+
+def test_more_classes_never_find_less(trained, images):
+    low = attacks.robust_accuracy(trained, *images, EPSILONS, budget="low")
+    default = attacks.robust_accuracy(trained, *images, EPSILONS, budget="default")
+    assert all(more <= less for more, less in zip(default, low, strict=True))
+
+
+def worst_case_margins(linear, x, y, epsilon):
+    """z_y - z_j of a linear classifier at the worst point of the ball, box included, for every wrong class j."""
+    weight, bias = linear[1].weight.detach(), linear[1].bias.detach()
+    x = x.flatten(1)
+    lowest, highest = (x - epsilon).clamp(min=0), (x + epsilon).clamp(max=1)
+    difference = weight[y][:, None] - weight[None]
+    corner = torch.where(difference > 0, lowest[:, None], highest[:, None])
+    margins = (difference * corner).sum(2) + bias[y][:, None] - bias[None]
+    return margins.scatter(1, y[:, None], torch.inf), corner
+
+
+def test_on_a_linear_classifier_robust_accuracy_is_exact(linear, images):
+    x, y = images
+    expected = []
+    for epsilon in EPSILONS:
+        margins = worst_case_margins(linear, x, y, epsilon)[0].amin(1)
+        assert margins.abs().min() > 1e-9  # no image is on the edge
+        expected.append((margins > 0).double().mean().item())
+    assert 0 < expected[-1] < expected[1] < 1
+    assert attacks.robust_accuracy(linear, x, y, EPSILONS) == expected
+
+
+def test_on_a_linear_classifier_of_two_classes_pgd_finds_the_worst_point(linear, images):
+    x, y = images[0], images[1] % 2
+    two = nn.Sequential(nn.Flatten(), nn.Linear(64, 2)).double()
+    two[1].weight.data, two[1].bias.data = linear[1].weight.data[:2].clone(), linear[1].bias.data[:2].clone()
+    for epsilon in (0.03, 0.2):
+        worst = worst_case_margins(two, x, y, epsilon)[1][torch.arange(len(x)), 1 - y]
+        torch.testing.assert_close(attacks.pgd(two, x, y, epsilon).flatten(1), worst, rtol=0, atol=1e-12)
+
+
+def test_both_objectives_have_the_same_signs_while_nothing_saturates(trained, images):
+    x, y = images
+    exact, ce = (attacks.pgd(trained, x, y, 0.1, steps=1, objective=objective) for objective in ("exact", "ce"))
+    torch.testing.assert_close(exact, ce, rtol=0, atol=1e-12)
+
+
+def test_cross_entropy_fails_on_a_saturated_network_in_float32(trained, images):
+    x, y = images[0].float(), images[1]
+    saturated = nn.Sequential(copy.deepcopy(trained), nn.Linear(10, 10, bias=False)).float()
+    saturated[1].weight.data = 300 * torch.eye(10)
+    under = {objective: accuracy(saturated, attacks.pgd(saturated, x, y, 0.1, objective=objective), y)
+             for objective in ("exact", "ce")}
+    robust, = attacks.robust_accuracy(saturated, x, y, [0.1])
+    assert under["ce"] > under["exact"] + 0.2
+    # The scale changes no prediction: what is found must be what is found without it.
+    assert abs(under["exact"] - accuracy(trained, attacks.pgd(trained, *images, 0.1), y)) <= 0.05
+    assert abs(robust - attacks.robust_accuracy(trained, *images, [0.1])[0]) <= 0.02
+
+
+def test_robust_accuracy_finds_at_least_what_pgd_finds(trained, images):
+    x, y = images
+    robust = attacks.robust_accuracy(trained, x, y, EPSILONS)
+    for epsilon, found in zip(EPSILONS, robust, strict=True):
+        assert found <= accuracy(trained, attacks.pgd(trained, x, y, epsilon, restarts=2), y)
+
+
+class Failing(nn.Module):
+    """Raises at the third of the calls in eval mode."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = 0
+
+    def forward(self, x):
+        self.calls += not self.training
+        if self.calls == 3:
+            raise RuntimeError("third call")
+        return x
+
+
+CALLS = {
+    "pgd": lambda model, x, y: attacks.pgd(model, x, y, 0.05),
+    "robust_accuracy": lambda model, x, y: attacks.robust_accuracy(model, x, y, [0.05, 0.1]),
+}
+
+
+@pytest.mark.parametrize("failing", [False, True])
+@pytest.mark.parametrize("attack", CALLS)
+@pytest.mark.parametrize("name", ["mlp", "cnn", "resnet18"])
+def test_the_model_is_left_as_it_was(name, attack, failing):
+    model = nn.Sequential(random_model(name, batch_norm=True), Failing() if failing else nn.Identity())
+    x = torch.rand(4, 2, 8, 8, dtype=torch.float64)
+    with torch.no_grad():
+        y = model[0].eval()(x).argmax(1)
+    model.train()
+    next(module for module in model.modules() if isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d))).eval()
+    frozen, remembering, *others = model.parameters()
+    frozen.requires_grad_(False)
+    remembering.grad = torch.ones_like(remembering)
+    modes = [module.training for module in model.modules()]
+    state = {key: value.clone() for key, value in model.state_dict().items()}
+
+    if failing:
+        with pytest.raises(RuntimeError, match="third call"):
+            CALLS[attack](model, x, y)
+    else:
+        CALLS[attack](model, x, y)
+
+    assert [module.training for module in model.modules()] == modes
+    assert not frozen.requires_grad and all(parameter.requires_grad for parameter in (remembering, *others))
+    assert torch.equal(remembering.grad, torch.ones_like(remembering))
+    assert all(parameter.grad is None for parameter in (frozen, *others))
+    assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("attack", CALLS)
+def test_works_where_gradients_are_switched_off(trained, images, attack):
+    expected = CALLS[attack](trained, *images)
+    with torch.no_grad():
+        found = CALLS[attack](trained, *images)
+        assert not torch.is_grad_enabled()
+    assert torch.equal(torch.as_tensor(found), torch.as_tensor(expected))
+
+
+def test_pgd_repeats_by_seed_and_takes_starts(trained, images):
+    x, y = images
+    first = attacks.pgd(trained, x, y, 0.05, seed=3)
+    assert torch.equal(first, attacks.pgd(trained, x, y, 0.05, seed=3))
+    assert not torch.equal(first, attacks.pgd(trained, x, y, 0.05, seed=4))
+
+    starts = torch.rand(2, *x.shape, generator=torch.Generator().manual_seed(0), dtype=x.dtype) * 2 - 1
+    whole = attacks.pgd(trained, x, y, 0.05, restarts=2, starts=starts)
+    part = attacks.pgd(trained, x[:7], y[:7], 0.05, restarts=2, starts=starts[:, :7])
+    torch.testing.assert_close(whole[:7], part, rtol=0, atol=1e-12)
+    tiny = attacks.pgd(trained, x, y, 0.05, step_size=0.0, starts=starts[:1])
+    torch.testing.assert_close(tiny, (x + 0.05 * starts[0]).clamp(0, 1), rtol=0, atol=1e-15)
+
+
+def test_restarts_keep_the_worst_last_iterate_of_each_image(trained, images):
+    x, y = images
+    starts = torch.rand(3, *x.shape, generator=torch.Generator().manual_seed(0), dtype=x.dtype) * 2 - 1
+    single = torch.stack([attacks.pgd(trained, x, y, 0.08, steps=3, starts=start[None]) for start in starts])
+    with torch.no_grad():
+        logits = torch.stack([trained(x_adv) for x_adv in single])
+    others = logits.masked_fill(F.one_hot(y, 10).bool(), -torch.inf).amax(2)
+    best = (others - logits[:, torch.arange(len(x)), y]).argmax(0)
+    assert len(set(best.tolist())) == 3
+    together = attacks.pgd(trained, x, y, 0.08, steps=3, restarts=3, starts=starts)
+    assert torch.equal(together, single[best, torch.arange(len(x))])
+
+
+def test_an_image_fares_alone_as_in_company(trained, images):
+    """Neither the batch size nor the others that still stand change what is found of an image."""
+    x, y = images[0][:12], images[1][:12]
+    together = attacks.robust_accuracy(trained, x, y, EPSILONS)
+    assert together[0] > together[-1]
+    for batch_size in (1, 7, 1000):
+        assert attacks.robust_accuracy(trained, x, y, EPSILONS, batch_size=batch_size) == together
+
+    model, x = copy.deepcopy(trained).float(), x.float()
+    together = attacks.robust_accuracy(model, x, y, EPSILONS)
+    assert attacks.robust_accuracy(model, x, y, EPSILONS, batch_size=4) == pytest.approx(together, abs=1 / 12 + 1e-9)
+
+
+def test_two_classes_and_flat_images_will_do():
+    torch.manual_seed(0)
+    model = nn.Linear(5, 2)
+    x = torch.rand(20, 5)
+    y = model(x).argmax(1)
+    assert attacks.pgd(model, x, y, 0.1).shape == x.shape
+    assert attacks.robust_accuracy(model, x, y, [0.0, 1.0])[0] == 1.0
+
+
+BAD = {
+    "epsilon negative": dict(epsilon=-0.1),
+    "epsilon not a number": dict(epsilon=float("nan")),
+    "epsilon infinite": dict(epsilon=float("inf")),
+    "no steps": dict(steps=0),
+    "image below 0": dict(x=torch.full((2, 1, 2, 2), -0.01)),
+    "image above 1": dict(x=torch.full((2, 1, 2, 2), 1.01)),
+    "image not a number": dict(x=torch.full((2, 1, 2, 2), float("nan"))),
+    "bytes": dict(x=torch.ones(2, 1, 2, 2, dtype=torch.uint8)),
+    "too few labels": dict(y=torch.zeros(1, dtype=torch.int64)),
+    "labels of another shape": dict(y=torch.zeros(2, 1, dtype=torch.int64)),
+    "no images": dict(x=torch.zeros(0, 1, 2, 2), y=torch.zeros(0, dtype=torch.int64)),
+}
+
+
+def bad_input(**changes):
+    return {"x": torch.rand(2, 1, 2, 2), "y": torch.zeros(2, dtype=torch.int64), "epsilon": 0.1, **changes}
+
+
+@pytest.mark.parametrize("change", BAD)
+def test_bad_input_is_refused(change):
+    model = nn.Sequential(nn.Flatten(), nn.Linear(4, 3))
+    arguments = bad_input(**BAD[change])
+    with pytest.raises(ValueError):
+        attacks.pgd(model, **arguments)
+    arguments["epsilons"] = [0.05, arguments.pop("epsilon")]
+    with pytest.raises(ValueError):
+        attacks.robust_accuracy(model, **arguments)
+
+
+@pytest.mark.parametrize("change", [dict(objective="dlr"), dict(restarts=0), dict(step_size=-0.1),
+                                    dict(step_size=float("nan")), dict(starts=torch.zeros(2, 2, 1, 2, 2))])
+def test_pgd_refuses_what_it_cannot_do(change):
+    with pytest.raises(ValueError):
+        attacks.pgd(nn.Sequential(nn.Flatten(), nn.Linear(4, 3)), **bad_input(**change))
+
+
+@pytest.mark.parametrize("change", [dict(budget="lavish"), dict(batch_size=0)])
+def test_robust_accuracy_refuses_what_it_cannot_do(change):
+    arguments = bad_input(**change)
+    arguments["epsilons"] = [arguments.pop("epsilon")]
+    with pytest.raises(ValueError):
+        attacks.robust_accuracy(nn.Sequential(nn.Flatten(), nn.Linear(4, 3)), **arguments)
