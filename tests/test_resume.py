@@ -1,0 +1,936 @@
+"""Runs that are interrupted, killed, starved of room or fed damaged files: what is on the disk stays sound, and the
+resumed run ends equal, bit for bit, to one that was never interrupted."""
+
+import contextlib
+import errno
+import functools
+import gc
+import io
+import json
+import math
+import multiprocessing
+import os
+import pickle
+import random
+import signal
+import subprocess
+import sys
+import time
+import zipfile
+from pathlib import Path
+
+import pytest
+import sklearn.datasets
+import torch
+from conftest import ENVIRONMENT, SMALL, command, history_of, run_here
+
+import models
+import runlog
+import train
+
+# Processes forked from this one: real ones to kill, without the seconds of an import.
+FORK = multiprocessing.get_context("fork")
+PATIENCE = 300  # seconds after which a process is taken to hang
+FSYNC = os.fsync
+
+
+def files_in(folder):
+    """Return {relative path: content} of all files below the folder."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(Path(folder).rglob("*"))
+            if path.is_file()}
+
+
+def bits(value):
+    """Return nested dicts and lists of tensors as something that is equal only if every bit is."""
+    if isinstance(value, torch.Tensor):
+        return str(value.dtype), tuple(value.shape), value.numpy().tobytes()
+    if isinstance(value, dict):
+        return {key: bits(entry) for key, entry in value.items()}
+    return [bits(entry) for entry in value] if isinstance(value, list) else value
+
+
+def columns(folder):
+    """Return what a resumed run has to repeat of the history."""
+    return {key: value for key, value in history_of(folder).items() if key not in ("config", "environment", "seconds")}
+
+
+def checkpoints(folder):
+    return runlog.saved_checkpoints(Path(folder) / "checkpoints")
+
+
+def outcome(folder):
+    """Return all of a finished run that has to repeat: the history, the checkpoints' names, weights, optimizer."""
+    paths = checkpoints(folder)
+    state = torch.load(paths[0], weights_only=True)
+    return (columns(folder), [path.name for path in paths], bits(state["model_state_dict"]),
+            bits(state["optimizer_state_dict"]))
+
+
+def assert_sound(folder):
+    """Every file under a final name is whole, whatever happened."""
+    if (Path(folder) / "logs" / runlog.HISTORY_NAME).exists():
+        history_of(folder)
+        runlog.read_history(Path(folder) / "logs" / runlog.HISTORY_NAME)
+    for path in (Path(folder) / "checkpoints").glob("*.pt"):
+        runlog.load_checkpoint(path)
+
+
+def one_line(text):
+    assert text.count("\n") == 1 and text.endswith("\n") and "Traceback" not in text, text
+    return text
+
+
+# ---- interruptions in this process ----------------------------------------------------------------------------------
+
+class Killed(BaseException):
+    """Takes the place of a SIGKILL where the run is in this process: nothing of train.py runs after it."""
+
+
+def kill():
+    raise Killed
+
+
+def terminate():
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def after_step(patch, step, act):
+    """Let act() happen once exactly `step` steps are made."""
+    train_until = train.train_until
+
+    def until(run, log_step):
+        if run.step < step:
+            run.steps_at_once = min(run.steps_at_once, step - run.step)
+        train_until(run, log_step)
+        if run.step == step:
+            act()
+
+    patch.setattr(train, "train_until", until)
+
+
+def within_log_step(patch, step, act):
+    """Let act() happen in the middle of the measurement at `step`."""
+    log_step, robust_accuracy = train.log_step, train.attacks.robust_accuracy
+
+    def log(run):
+        with pytest.MonkeyPatch.context() as inner:
+            if run.step == step:
+                inner.setattr(train.attacks, "robust_accuracy",
+                              lambda *args, **options: act() or robust_accuracy(*args, **options))
+            log_step(run)
+
+    patch.setattr(train, "log_step", log)
+
+
+def between_history_and_checkpoint(patch, step, act):
+    """Let act() happen after the history with the row of `step` is written and before its checkpoint is."""
+    save_checkpoint = runlog.save_checkpoint
+
+    def save(folder, state, keep):
+        if state["step"] == step:
+            act()
+        return save_checkpoint(folder, state, keep)
+
+    patch.setattr(runlog, "save_checkpoint", save)
+
+
+def interrupted_run(folder, flags, where, step, act):
+    """Run train.py with --resume in this process until act() ends it, as `where` says at `step`."""
+    with pytest.MonkeyPatch.context() as patch:
+        where(patch, step, act)
+        if act is kill:
+            with contextlib.suppress(Killed):
+                run_here(folder, *flags, "--resume")
+                pytest.fail("the run was not killed")
+        else:
+            run_here(folder, *flags, "--resume", status=128 + signal.SIGTERM)
+    gc.collect()  # a dead process holds no lock; here the traceback's frames did
+    assert_sound(folder)
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    """Parse the digits once, and leave out fsync where the run is in this process: no test takes its power away."""
+    monkeypatch.setattr(sklearn.datasets, "load_digits", load_digits)
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+load_digits = functools.cache(sklearn.datasets.load_digits)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """Return a function: flags -> the folder of a run with them that nothing interrupted; to be copied, not changed."""
+    folders = {}
+
+    def folder_for(*flags):
+        if flags not in folders:
+            folders[flags] = tmp_path_factory.mktemp("finished")
+            run_here(folders[flags], *flags)
+        return folders[flags]
+
+    return folder_for
+
+
+def copied(folder, to):
+    """Copy a run's files, the lock aside."""
+    for name, content in files_in(folder).items():
+        if not name.endswith(".lock"):
+            (to / name).parent.mkdir(parents=True, exist_ok=True)
+            (to / name).write_bytes(content)
+    return to
+
+
+TINY = [*SMALL, "--train_size=60", "--batch_size=20", "--adv_size=10", "--lc_samples=4"]  # log steps: 0 1 3 7 17 40
+CONV = [*TINY, "--width=4", "--train_size=40", "--batch_size=8"]
+
+
+EVERYWHERE = [
+    (after_step, 2, terminate),  # between log points: a rolling checkpoint
+    (after_step, 6, kill),  # back to the checkpoint of step 3
+    (after_step, 7, terminate),  # at a log point, before it is measured
+    (within_log_step, 17, terminate),
+    (between_history_and_checkpoint, 17, kill),  # a row without its checkpoint
+    (after_step, 39, terminate),
+    (within_log_step, 40, terminate),
+    (between_history_and_checkpoint, 40, kill),
+]
+SELDOM = [EVERYWHERE[i] for i in (0, 3, 4, 5)]
+
+
+@pytest.mark.parametrize("interruptions, flags", [
+    (EVERYWHERE, TINY),
+    (SELDOM, [*TINY, "--optimizer=adam"]),
+    (SELDOM, [*TINY, "--optimizer=sgd", "--lr=0.1"]),
+    (SELDOM, [*TINY, "--loss=mse", "--activation=tanh", "--label_noise=0.3"]),
+    (SELDOM, [*TINY, "--dtype=float64", "--pgd_restarts=2", "--lc_radius=0.01,0.1"]),
+    (EVERYWHERE, [*TINY, "--batch_norm", "--train_size=75"]),
+    (SELDOM, [*TINY, "--dtype=float64", "--loss=mse", "--optimizer=sgd", "--batch_norm", "--depth=2"]),
+    (SELDOM, [*CONV, "--model=cnn"]),
+    (SELDOM, [*CONV, "--model=cnn", "--batch_norm", "--optimizer=adam"]),
+    (SELDOM, [*CONV, "--model=resnet18"]),
+    (SELDOM, [*CONV, "--model=resnet18", "--batch_norm", "--loss=mse", "--optimizer=sgd", "--lr=0.1"]),
+], ids=lambda flags: " ".join(flags[len(TINY):]) if isinstance(flags[0], str) else str(len(flags)))
+def test_an_interrupted_run_ends_as_if_it_had_not_been(tmp_path, interruptions, flags):
+    flags = [*flags, "--n_steps=40"]
+    run_here(tmp_path / "whole", *flags)
+    assert history_of(tmp_path / "whole")["step"] == [0, 1, 3, 7, 17, 40]
+    for interruption in interruptions:
+        interrupted_run(tmp_path / "parts", flags, *interruption)
+    run_here(tmp_path / "parts", *flags, "--resume")
+    assert outcome(tmp_path / "parts") == outcome(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("flags", [
+    ["--n_steps=700"],  # batches are drawn in blocks of 65 epochs, 325 steps
+    ["--n_epochs=140", "--log_interval=60"],
+    ["--n_steps=333", "--log_interval=25", "--log_points=9"],
+    ["--n_steps=700", "--log_points=15"],
+], ids=" ".join)
+def test_interruptions_with_every_log_schedule(tmp_path, flags):
+    flags = [*SMALL, "--adv_size=10", "--lc_samples=4", *flags]
+    run_here(tmp_path / "whole", *flags)
+    parts = tmp_path / "parts"
+    for step in (5, 325, 330):
+        interrupted_run(parts, flags, after_step, step, terminate)
+    interrupted_run(parts, flags, within_log_step, history_of(tmp_path / "whole")["step"][-1], kill)
+    run_here(parts, *flags, "--resume")
+    assert outcome(parts) == outcome(tmp_path / "whole")
+
+
+def test_a_run_killed_before_its_first_checkpoint_starts_again(tmp_path, finished, capsys):
+    flags = (*TINY, "--n_steps=8")
+    interrupted_run(tmp_path, flags, within_log_step, 0, kill)
+    assert history_of(tmp_path)["step"] == [] and not checkpoints(tmp_path)
+    capsys.readouterr()
+    run_here(tmp_path, *flags, "--resume")
+    assert "nothing to resume" in capsys.readouterr().out
+    assert outcome(tmp_path) == outcome(finished(*flags))
+
+
+def test_the_seconds_of_the_parts_add_up(tmp_path):
+    flags = [*TINY, "--n_steps=8"]
+    interrupted_run(tmp_path, flags, after_step, 2, terminate)
+    _, before = runlog.newest_checkpoint(tmp_path / "checkpoints", print)
+    spent = runlog.load_checkpoint(before)["seconds"]
+    run_here(tmp_path, *flags, "--resume")
+    seconds = history_of(tmp_path)["seconds"]
+    assert seconds == sorted(seconds) and seconds[1] < spent < seconds[2]
+
+
+# ---- real processes: signals, kills and the lock --------------------------------------------------------------------
+
+STARTED = "in the training loop"
+
+
+def child(folder, flags, hook, *details):
+    """What a forked process does: train.py with its output in a file; hook(*details) prepares a fault."""
+    train_ = train.train
+    train.train = lambda run: print(STARTED, flush=True) or train_(run)
+    with open(folder / "output", "a") as output:
+        os.dup2(output.fileno(), 1)
+        os.dup2(output.fileno(), 2)
+    sys.stdout, sys.stderr = (os.fdopen(descriptor, "w", buffering=1) for descriptor in (1, 2))
+    os.fsync = FSYNC
+    if hook is not None:
+        hook(*details)
+    sys.exit(train.main([*flags, f"--log_dir={folder}/logs", f"--save_dir={folder}/checkpoints"]))
+
+
+def start(folder, *flags, hook=None, details=()):
+    """Start train.py with --resume in a process of its own; what it prints goes to folder/output."""
+    folder.mkdir(exist_ok=True)
+    (folder / "output").write_text("")
+    process = FORK.Process(target=child, args=(folder, [*map(str, flags), "--resume"], hook, *details))
+    process.start()
+    return process
+
+
+def output_of(folder):
+    return (folder / "output").read_text()
+
+
+def wait_for(process, folder, text):
+    """Wait until the process has printed `text` (True) or has ended (False)."""
+    deadline = time.monotonic() + PATIENCE
+    while text not in output_of(folder):
+        if not process.is_alive():
+            return text in output_of(folder)
+        assert time.monotonic() < deadline, f"no '{text}' in {output_of(folder)}"
+        time.sleep(0.002)
+    return True
+
+
+def status_of(process):
+    process.join(PATIENCE)
+    assert process.exitcode is not None, "the process does not end"
+    return process.exitcode
+
+
+LONG = (*SMALL, "--n_steps=1200", "--log_points=12", "--checkpoint_minutes=0.001")
+
+
+def seconds_of_a_run(finished):
+    """Return how long LONG takes on this machine: random moments are drawn from a part of it."""
+    return history_of(finished(*LONG))["seconds"][-1]
+
+
+def test_runs_killed_at_20_random_moments_end_as_if_they_had_not_been(tmp_path, finished):
+    rng = random.Random(0)
+    expected, span = outcome(finished(*LONG)), 0.4 * seconds_of_a_run(finished)
+    kills = progressed = campaign = 0
+    while kills < 20:
+        campaign += 1
+        assert campaign <= 20, "the runs end before they can be killed"
+        folder, alive, last_step = tmp_path / str(campaign), True, 0
+        while alive:
+            process = start(folder, *LONG)
+            if kills < 20 and wait_for(process, folder, STARTED):
+                time.sleep(rng.uniform(0, span))
+                process.kill()
+            status = status_of(process)
+            alive = status == -signal.SIGKILL
+            if alive:
+                kills += 1
+                assert_sound(folder)
+                step = train_step(folder)
+                assert step >= last_step, "work before the last checkpoint was lost"
+                progressed += step > last_step
+                last_step = step
+            else:
+                assert status == 0, output_of(folder)
+        assert outcome(folder) == expected
+        assert not list(folder.rglob("*.part"))
+    assert progressed >= 5
+
+
+def train_step(folder):
+    """Return the step of the newest checkpoint; every one has to be sound."""
+    state, _ = runlog.newest_checkpoint(folder / "checkpoints", pytest.fail)
+    return state["step"] if state else 0
+
+
+@pytest.mark.parametrize("number, name", [(signal.SIGTERM, "SIGTERM"), (signal.SIGINT, "SIGINT"),
+                                          (signal.SIGUSR1, "SIGUSR1")])
+def test_a_signal_stops_a_run_that_can_be_resumed(tmp_path, finished, number, name):
+    rng, span = random.Random(number), 0.2 * seconds_of_a_run(finished)
+    flags = [*LONG, "--checkpoint_minutes=10"]
+    stopped, last_step = 0, -1
+    while stopped < 3:
+        process = start(tmp_path, *flags)
+        assert wait_for(process, tmp_path, STARTED)
+        time.sleep(rng.uniform(0, span))
+        os.kill(process.pid, number)
+        status = status_of(process)
+        if status == 0:  # the machine was so fast that the run was over
+            break
+        assert status == 128 + number, output_of(tmp_path)
+        step = train_step(tmp_path)
+        said = f"stopped by {name} at step {step}; continue with the same command and --resume"
+        assert output_of(tmp_path).splitlines()[-1] == said
+        assert step >= last_step
+        assert_sound(tmp_path)
+        stopped, last_step = stopped + 1, step
+    assert stopped
+    assert status_of(start(tmp_path, *flags)) == 0
+    assert outcome(tmp_path) == outcome(finished(*LONG))
+
+
+def test_control_c_before_the_first_step(tmp_path, monkeypatch, capsys):
+    def interrupt(*_args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train, "draw_probes", interrupt)
+    run_here(tmp_path, *TINY, "--n_steps=3", status=128 + signal.SIGINT)
+    assert "interrupted" in one_line(capsys.readouterr().err)
+    monkeypatch.undo()
+    run_here(tmp_path, *TINY, "--n_steps=3")
+
+
+def saving_takes_long():
+    """Make the checkpoint that a signal asks for last for ever."""
+    def save_rolling(run):
+        print("saving", flush=True)
+        while True:
+            time.sleep(1)
+
+    train.save_rolling = save_rolling
+
+
+@pytest.mark.parametrize("first", [signal.SIGINT, signal.SIGTERM])
+def test_a_second_control_c_ends_at_once(tmp_path, first):
+    process = start(tmp_path, *LONG, "--checkpoint_minutes=10", hook=saving_takes_long)
+    assert wait_for(process, tmp_path, STARTED)
+    os.kill(process.pid, first)
+    assert wait_for(process, tmp_path, "saving")
+    os.kill(process.pid, signal.SIGINT)
+    assert status_of(process) == 128 + signal.SIGINT
+    assert_sound(tmp_path)
+
+
+def measuring_takes_long():
+    def robust_accuracy(*_args, **_options):
+        print("measuring", flush=True)
+        while True:
+            time.sleep(1)
+
+    train.attacks.robust_accuracy = robust_accuracy
+
+
+def test_a_signal_does_not_wait_for_a_log_step(tmp_path, finished):
+    flags = (*TINY, "--n_steps=8")
+    process = start(tmp_path, *flags, hook=measuring_takes_long)
+    assert wait_for(process, tmp_path, "measuring")
+    os.kill(process.pid, signal.SIGUSR1)
+    assert status_of(process) == 128 + signal.SIGUSR1
+    assert train_step(tmp_path) == 0
+    run_here(tmp_path, *flags, "--resume")
+    assert outcome(tmp_path) == outcome(finished(*flags))
+
+
+def test_a_folder_belongs_to_one_run_and_to_none_after_its_crash(tmp_path, finished, capsys):
+    first = start(tmp_path, *LONG)
+    assert wait_for(first, tmp_path, STARTED)
+    os.kill(first.pid, signal.SIGSTOP)  # alive, and whatever it was writing stays as it is
+    try:
+        before = files_in(tmp_path)
+        for flags in ([], ["--resume"]):
+            run_here(tmp_path, *LONG, *flags, status=2)
+            assert "another run is writing to" in one_line(capsys.readouterr().err)
+        train.main([*LONG, f"--log_dir={tmp_path}/elsewhere", f"--save_dir={tmp_path}/checkpoints"])
+        assert "another run is writing to" in one_line(capsys.readouterr().err)
+        after = files_in(tmp_path)
+        assert {name: after[name] for name in before} == before and after.keys() - before.keys() <= {"elsewhere/.lock"}
+    finally:
+        first.kill()
+    assert status_of(first) == -signal.SIGKILL
+    run_here(tmp_path, *LONG, "--resume")
+    assert outcome(tmp_path) == outcome(finished(*LONG))
+
+
+# ---- faults at the write calls --------------------------------------------------------------------------------------
+
+class Faults:
+    """Counts what runlog asks of the file system and lets strike() happen at the n-th: within a write, or before the
+    fsync, the rename or the removal of a file."""
+
+    def __init__(self, patch, n, strike):
+        self.count, self.n, self.strike, self.log = 0, n, strike, []
+        patch.setattr(runlog, "open", self.open, raising=False)
+        for name in ("fsync", "replace", "unlink"):
+            patch.setattr(os, name, self.before(name, getattr(os, name)))
+
+    def touch(self, what):
+        self.count += 1
+        self.log.append(what)
+        if self.count == self.n:
+            self.strike()
+
+    def before(self, name, function):
+        def faulty(*args, **options):
+            if not str(args[0]).endswith(".part") or name == "replace":  # the clean-up of a failed write works
+                self.touch(name)
+            return function(*args, **options)
+        return faulty
+
+    def open(self, path, *mode):
+        faults, file = self, open(path, *mode)
+        if Path(path).suffix != ".part":
+            return file
+
+        class Half(io.FileIO):
+            def write(self, content):
+                super().write(content[:len(content) // 2])
+                faults.touch(f"write {Path(path).name}")
+                return super().write(content[len(content) // 2:])
+
+        file.close()
+        return Half(path, "w")
+
+
+def no_room():
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+FAULTY = (*TINY, "--n_steps=3", "--log_points=3", "--checkpoint_minutes=0")  # log steps 0, 1 and 3, rolling between
+
+
+def file_operations(tmp_path):
+    """Return what a run of FAULTY asks of the file system, in order."""
+    with pytest.MonkeyPatch.context() as patch:
+        faults = Faults(patch, 0, None)
+        run_here(tmp_path / "counted", *FAULTY)
+    return faults.log
+
+
+def test_a_full_disk_at_any_write_leaves_a_run_that_can_be_resumed(tmp_path, finished, capsys):
+    operations = file_operations(tmp_path)
+    names = {name.partition(" ")[2] for name in operations if name.startswith("write")}
+    assert {".training_history.json.part", ".rolling.pt.part"} <= names and len(names) == 5
+    expected, started = outcome(finished(*FAULTY)), 0
+    for n, operation in enumerate(operations, 1):
+        folder = tmp_path / str(n)
+        capsys.readouterr()
+        with pytest.MonkeyPatch.context() as patch:
+            Faults(patch, n, no_room)
+            status = train.main([*FAULTY, f"--log_dir={folder}/logs", f"--save_dir={folder}/checkpoints"])
+        line = one_line(capsys.readouterr().err)
+        started += (folder / "checkpoints" / "rolling.pt").exists() or bool(checkpoints(folder))
+        assert status in (1, 2) and "No space left" in line, operation
+        assert status == 1 or not history_of_exists(folder) or history_of(folder)["step"] == [], operation
+        assert_sound(folder)
+        assert not list(folder.rglob("*.part")), operation
+        run_here(folder, *FAULTY, "--resume")
+        assert outcome(folder) == expected, operation
+    assert started > len(operations) / 2
+
+
+def history_of_exists(folder):
+    return (folder / "logs" / runlog.HISTORY_NAME).exists()
+
+
+def die_at(n):
+    Faults(pytest.MonkeyPatch(), n, lambda: os.kill(os.getpid(), signal.SIGKILL))
+
+
+def test_a_kill_at_any_write_leaves_a_run_that_can_be_resumed(tmp_path, finished):
+    operations = file_operations(tmp_path)
+    expected = outcome(finished(*FAULTY))
+    for n in random.Random(1).sample(range(1, len(operations) + 1), 12):
+        folder = tmp_path / str(n)
+        assert status_of(start(folder, *FAULTY, hook=die_at, details=(n,))) == -signal.SIGKILL, operations[n - 1]
+        assert_sound(folder)
+        run_here(folder, *FAULTY, "--resume")
+        assert outcome(folder) == expected, operations[n - 1]
+        assert not list(folder.rglob("*.part")), operations[n - 1]
+
+
+def test_no_room_for_the_figure_is_one_line_and_costs_nothing_else(tmp_path, finished, capsys):
+    flags = [flag for flag in FAULTY if flag != "--no_plot"]
+    with pytest.MonkeyPatch.context() as patch:
+        faults = Faults(patch, 0, None)
+        run_here(tmp_path / "counted", *flags)
+        first = faults.log.index("write .training_history.png.part") + 1
+    assert (tmp_path / "counted" / "logs" / "training_history.png").exists()
+    capsys.readouterr()
+    with pytest.MonkeyPatch.context() as patch:
+        Faults(patch, first, no_room)
+        run_here(tmp_path / "full", *flags, status=1)
+    assert "No space left" in one_line(capsys.readouterr().err)
+    assert not list((tmp_path / "full" / "logs").glob("*.p*"))
+    assert outcome(tmp_path / "full") == outcome(finished(*FAULTY))
+    run_here(tmp_path / "full", *flags, "--resume")
+    assert (tmp_path / "full" / "logs" / "training_history.png").exists()
+
+
+def files_of_20_kilobytes():
+    import resource
+
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+
+
+def test_a_limit_of_the_kernel_on_the_files_size(tmp_path, finished):
+    """The write itself fails, after a part of the file is on the disk."""
+    flags = (*TINY, "--n_steps=8", "--width=100")
+    assert status_of(start(tmp_path, *flags, hook=files_of_20_kilobytes)) == 1
+    line = output_of(tmp_path).splitlines()[-1]
+    assert line.startswith("train.py: error: ") and "File too large" in line and "--resume" in line
+    assert history_of(tmp_path)["step"] == [0]
+    assert not list(tmp_path.rglob("*.pt*")) and not list(tmp_path.rglob("*.part"))
+    assert status_of(start(tmp_path, *flags)) == 0
+    assert outcome(tmp_path) == outcome(finished(*flags))
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_output_to_a_full_disk(tmp_path, finished):
+    flags = (*TINY, "--n_steps=3")
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(command(*flags), cwd=tmp_path, env=ENVIRONMENT, stdout=full, stderr=subprocess.PIPE,
+                              text=True, timeout=PATIENCE)
+    assert done.returncode == 1
+    assert "No space left" in one_line(done.stderr)
+    assert_sound(tmp_path)
+    run_here(tmp_path, *flags, "--resume")
+    assert outcome(tmp_path) == outcome(finished(*flags))
+
+
+# ---- damaged, foreign and malicious checkpoints ---------------------------------------------------------------------
+
+class Malice:
+    """Unpickled by a careless reader, this makes a file."""
+
+    def __init__(self, proof):
+        self.proof = proof
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.proof}",)
+
+
+def truncated(content, _proof):
+    return content[:-100]
+
+
+def cut_in_half(content, _proof):
+    return content[:len(content) // 2]
+
+
+def emptied(_content, _proof):
+    return b""
+
+
+def one_bit_flipped(content, _proof):
+    """Flip a bit in the middle of the largest tensor: PyTorch loads such a file without a word."""
+    with zipfile.ZipFile(io.BytesIO(content)) as archive:
+        largest = max(archive.infolist(), key=lambda entry: entry.file_size)
+    middle = largest.header_offset + largest.file_size // 2 + 256
+    return content[:middle] + bytes([content[middle] ^ 16]) + content[middle + 1:]
+
+
+def zeros_in_the_middle(content, _proof):
+    third = len(content) // 3
+    return content[:third] + bytes(third) + content[2 * third:]
+
+
+def text(_content, _proof):
+    return b"no checkpoint at all\n" * 100
+
+
+def weights_of_another_program(_content, _proof):
+    file = io.BytesIO()
+    torch.save(torch.nn.Linear(3, 3).state_dict(), file)
+    return file.getvalue()
+
+
+def whole_model(_content, _proof):
+    file = io.BytesIO()
+    torch.save(torch.nn.Linear(3, 3), file)
+    return file.getvalue()
+
+
+def malicious_pickle(_content, proof):
+    return pickle.dumps(Malice(proof))
+
+
+def malicious_checkpoint(content, proof):
+    """A sound checkpoint whose config runs a command when it is unpickled."""
+    state = torch.load(io.BytesIO(content), weights_only=True)
+    state["config"]["model"] = Malice(proof)
+    file = io.BytesIO()
+    torch.save(state, file)
+    return file.getvalue()
+
+
+DAMAGES = [truncated, cut_in_half, emptied, one_bit_flipped, zeros_in_the_middle, text, weights_of_another_program,
+           whole_model, malicious_pickle, malicious_checkpoint]
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(tmp_path, finished, capsys, damage):
+    flags = (*TINY, "--n_steps=8")
+    copied(finished(*flags), tmp_path)
+    newest, before = checkpoints(tmp_path)[:2]
+    rolling = newest.with_name(runlog.ROLLING_NAME)
+    for path in (newest, rolling):
+        path.write_bytes(damage(newest.read_bytes() if path is newest else before.read_bytes(), tmp_path / "proof"))
+    run_here(tmp_path, *flags, "--resume")
+    out = capsys.readouterr().out
+    for path in (newest, rolling):
+        assert sum(str(path) in line and "passed over" in line for line in out.splitlines()) == 1
+    assert f"continuing from {before}" in out
+    assert not (tmp_path / "proof").exists()
+    assert outcome(tmp_path) == outcome(finished(*flags))
+
+
+def test_malice_works_on_a_careless_reader(tmp_path):
+    pickle.loads(malicious_pickle(None, tmp_path / "proof"))
+    assert (tmp_path / "proof").exists()
+    (tmp_path / "proof").unlink()
+    file = io.BytesIO()
+    torch.save({"config": {}}, file)
+    torch.load(io.BytesIO(malicious_checkpoint(file.getvalue(), tmp_path / "proof")), weights_only=False)
+    assert (tmp_path / "proof").exists()
+
+
+def test_without_a_sound_checkpoint_the_run_starts_and_the_damaged_ones_are_kept(tmp_path, finished, capsys):
+    flags = (*TINY, "--n_steps=3")
+    copied(finished(*flags), tmp_path)
+    for path in checkpoints(tmp_path):
+        path.write_bytes(b"")
+    run_here(tmp_path, *flags, "--resume")
+    assert "nothing to resume" in capsys.readouterr().out
+    assert outcome(tmp_path) == outcome(finished(*flags))
+    assert len(list((tmp_path / "checkpoints").glob("earlier-*/*.pt"))) == 4
+
+
+def test_every_single_bit_of_damage_is_noticed(tmp_path, finished):
+    """Whatever byte of a checkpoint is damaged, loading gives the same values or ValueError."""
+    content = checkpoints(finished(*TINY, "--n_steps=3"))[0].read_bytes()
+    path, rng, noticed = tmp_path / "checkpoint.pt", random.Random(0), 0
+    path.write_bytes(content)
+    sound = bits(runlog.load_checkpoint(path))
+    for _ in range(200):
+        place = rng.randrange(len(content))
+        path.write_bytes(content[:place] + bytes([content[place] ^ (1 << rng.randrange(8))]) + content[place + 1:])
+        try:
+            assert bits(runlog.load_checkpoint(path)) == sound
+        except ValueError as error:
+            noticed += 1
+            assert str(path) in str(error)
+    assert noticed > 150
+
+
+# ---- what may change between a run and its continuation -------------------------------------------------------------
+
+RUN = (*TINY, "--n_steps=8")
+
+
+@pytest.mark.parametrize("flag", [
+    "--depth=3", "--width=17", "--activation=gelu", "--batch_norm", "--init_scale=2", "--train_size=61",
+    "--label_noise=0.1", "--optimizer=adam", "--loss=mse", "--lr=0.002", "--weight_decay=0", "--batch_size=19",
+    "--dtype=float64", "--seed=43", "--log_points=7", "--log_interval=1", "--epsilons=0.2", "--pgd_steps=3",
+    "--pgd_step_size=0.1", "--pgd_restarts=2", "--adv_size=11", "--lc_samples=5", "--lc_directions=5",
+    "--lc_radius=0.1", "--tf32"])
+def test_another_experiment_is_not_resumed(tmp_path, finished, capsys, flag):
+    copied(finished(*RUN), tmp_path)
+    (tmp_path / "logs" / ".lock").touch()
+    (tmp_path / "checkpoints" / ".lock").touch()
+    before = files_in(tmp_path)
+    run_here(tmp_path, *RUN, "--resume", flag, status=2)
+    line = one_line(capsys.readouterr().err)
+    name = flag.partition("=")[0]
+    assert f"{name} was" in line and str(tmp_path) in line
+    assert files_in(tmp_path) == before
+
+
+def test_all_the_differences_are_listed(tmp_path, finished, capsys):
+    copied(finished(*RUN), tmp_path)
+    run_here(tmp_path, *RUN, "--resume", "--lr=0.5", "--seed=7", "--model=cnn", status=2)
+    line = one_line(capsys.readouterr().err)
+    assert "--lr was 0.001, is 0.5" in line and "--seed was 42, is 7" in line and "--model was mlp, is cnn" in line
+    assert "--batch_size" not in line and "--resume" not in line
+
+
+def test_a_longer_run_continues_and_keeps_its_log_points(tmp_path, finished):
+    short, long = finished(*RUN), finished(*TINY, "--n_steps=40")
+    copied(short, tmp_path)
+    run_here(tmp_path, *TINY, "--n_steps=40", "--resume")
+    assert history_of(tmp_path)["step"] == sorted({*history_of(short)["step"],
+                                                   *(step for step in history_of(long)["step"] if step > 8)})
+    for name in ("train_loss", "weight_norm", "local_complexity", "robust_acc"):
+        column, before = history_of(tmp_path)[name], history_of(short)[name]
+        while isinstance(column, dict):
+            key = next(iter(column))
+            column, before = column[key], before[key]
+        assert column[:len(before)] == before and len(column) > len(before)
+    assert outcome(tmp_path)[2:] == outcome(long)[2:]
+
+
+def test_a_run_that_is_past_the_end_asked_for_is_not_cut(tmp_path, finished, capsys):
+    copied(finished(*RUN), tmp_path)
+    before = files_in(tmp_path)
+    run_here(tmp_path, *TINY, "--n_steps=5", "--resume", status=2)
+    assert "past --n_steps=5" in one_line(capsys.readouterr().err)
+    assert {name: content for name, content in files_in(tmp_path).items() if ".lock" not in name} == before
+
+
+def test_resuming_a_complete_run_changes_nothing(tmp_path, finished, capsys):
+    copied(finished(*RUN), tmp_path)
+    run_here(tmp_path, *RUN, "--resume")
+    assert "no delay to measure" in capsys.readouterr().out
+    once = files_in(tmp_path)
+    assert outcome(tmp_path) == outcome(finished(*RUN))
+    run_here(tmp_path, *RUN, "--resume")
+    assert files_in(tmp_path) == once
+    assert {name: once[name] for name in once if name.endswith(".pt")} == {
+        name: content for name, content in files_in(finished(*RUN)).items() if name.endswith(".pt")}
+
+
+def test_flags_that_do_not_change_the_result_may_change(tmp_path, finished):
+    copied(finished(*RUN), tmp_path)
+    checkpoints(tmp_path)[0].unlink()
+    flags = [flag for flag in RUN if flag != "--no_plot"]
+    run_here(tmp_path, *flags, "--resume", "--checkpoint_minutes=0", "--keep_checkpoints=last", "--on_nan=continue",
+             "--device=auto" if not torch.cuda.is_available() else "--device=cpu", "--data_dir=nowhere")
+    assert columns(tmp_path) == columns(finished(*RUN))
+    assert len(checkpoints(tmp_path)) == 1 and (tmp_path / "logs" / "training_history.svg").exists()
+
+
+def edit_history(folder, **changes):
+    path = folder / "logs" / runlog.HISTORY_NAME
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+@pytest.mark.parametrize("damage, said", [
+    (lambda path: path.unlink(), "no history at"),
+    (lambda path: path.write_bytes(b""), "is empty"),
+    (lambda path: path.write_bytes(path.read_bytes()[:-20]), "is no JSON"),
+    (lambda path: path.write_bytes(b"\xff\xfe\x00"), "is no JSON"),
+    (lambda path: path.write_bytes(b"[" * 200_000), "is no JSON"),
+    (lambda path: path.write_text("[1, 2]"), "is no training history"),
+    (lambda path: path.write_text('{"version": 1, "step": [], "config": 5}'), "is no training history"),
+    (lambda path: edit_history(path.parent.parent, version=0), "version 0"),
+    (lambda path: edit_history(path.parent.parent, train_loss=[0.1]), "columns differ in length"),
+    (lambda path: edit_history(path.parent.parent, note="mine"), "columns differ in length"),
+], ids=["missing", "empty", "cut", "no text", "deep", "a list", "config", "version", "lengths", "a string"])
+def test_a_missing_or_damaged_history_beside_checkpoints(tmp_path, finished, capsys, damage, said):
+    copied(finished(*RUN), tmp_path)
+    path = tmp_path / "logs" / runlog.HISTORY_NAME
+    damage(path)
+    before = files_in(tmp_path)
+    run_here(tmp_path, *RUN, "--resume", status=2)
+    line = one_line(capsys.readouterr().err)
+    assert said in line and str(path) in line
+    assert {name: content for name, content in files_in(tmp_path).items() if ".lock" not in name} == before
+
+
+def test_a_history_older_than_the_checkpoints(tmp_path, finished, capsys):
+    copied(finished(*RUN), tmp_path)
+    path = tmp_path / "logs" / runlog.HISTORY_NAME
+    history = runlog.read_history(path)
+    runlog.forget_after(history, 2)
+    runlog.write_history(path, history)
+    run_here(tmp_path, *RUN, "--resume", status=2)
+    assert "log points are missing" in one_line(capsys.readouterr().err)
+
+
+def test_a_checkpoint_whose_weights_do_not_fit_its_config(tmp_path, finished, capsys):
+    copied(finished(*RUN), tmp_path)
+    newest = checkpoints(tmp_path)[0]
+    state = runlog.load_checkpoint(newest)
+    state["model_state_dict"] = models.build_model("cnn", (1, 8, 8), 10, width=4).state_dict()
+    runlog.save_state(newest, state)
+    before = files_in(tmp_path)
+    run_here(tmp_path, *RUN, "--resume", status=2)
+    assert str(newest) in one_line(capsys.readouterr().err)
+    assert {name: content for name, content in files_in(tmp_path).items() if ".lock" not in name} == before
+
+
+# ---- how many checkpoints are kept ----------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("keep, steps", [("all", [0, 1, 2, 4, 8]), ("last", [8]), ("1", [8]), ("2", [4, 8]),
+                                         ("99", [0, 1, 2, 4, 8])])
+def test_keep_checkpoints(tmp_path, keep, steps):
+    flags = [*TINY, "--n_steps=8", "--log_points=5", f"--keep_checkpoints={keep}"]
+    mine = tmp_path / "checkpoints" / "checkpoint_epoch_best.pt"
+    mine.parent.mkdir()
+    interrupted_run(tmp_path, flags, after_step, 5, terminate)
+    mine.write_bytes(b"a file that the user put there")
+    run_here(tmp_path, *flags, "--resume")
+    assert sorted(runlog.step_in_name(path) for path in checkpoints(tmp_path)) == steps
+    assert mine.exists() and not (tmp_path / "checkpoints" / runlog.ROLLING_NAME).exists()
+
+
+def test_the_newest_are_kept_however_long_the_run(tmp_path):
+    state = {"epoch": 0.0, "step": 0, "model_state_dict": {}}
+    for step in (9 * 10**9, 10**10, 2 * 10**10):
+        runlog.save_checkpoint(tmp_path, {**state, "epoch": step / 2, "step": step}, 2)
+    assert [runlog.step_in_name(path) for path in runlog.saved_checkpoints(tmp_path)] == [2 * 10**10, 10**10]
+
+
+def test_sixty_checkpoints_of_resnet18_take_less_than_a_gigabyte(tmp_path):
+    model = models.build_model("resnet18", (3, 32, 32), 10)
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(torch.rand(1, 3, 32, 32)).sum().backward()
+    optimizer.step()
+    path = runlog.save_checkpoint(tmp_path, {"epoch": 1.0, "step": 5, "model_state_dict": model.state_dict(),
+                                             "optimizer_state_dict": optimizer.state_dict()})
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    assert 3 * weights < path.stat().st_size < 1e9 / 60
+
+
+# ---- a loss that is not finite --------------------------------------------------------------------------------------
+
+def training_losses(patch):
+    """Return a list that gets the loss of every training step."""
+    losses, make_loss = [], train.make_loss
+
+    def make(*args):
+        loss_function = make_loss(*args)
+
+        def recorded(logits, labels):
+            loss = loss_function(logits, labels)
+            if torch.is_grad_enabled():
+                losses.append(loss.item())
+            return loss
+
+        return recorded
+
+    patch.setattr(train, "make_loss", make)
+    return losses
+
+
+@pytest.mark.parametrize("flags", [
+    ["--optimizer=sgd", "--lr=1e6"], ["--lr=1e30"], ["--optimizer=sgd", "--loss=mse", "--lr=10"],
+    ["--loss=mse", "--init_scale=1e10", "--depth=2"]], ids=" ".join)
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, monkeypatch, capsys, flags):
+    flags = [*TINY, "--n_steps=200", "--log_points=30", "--weight_decay=0", *flags]
+    losses = training_losses(monkeypatch)
+    run_here(tmp_path, *flags, status=1)
+    first = next(step for step, loss in enumerate(losses, 1) if not math.isfinite(loss))
+    line = one_line(capsys.readouterr().err)
+    assert f"the loss of step {first} is not finite (learning rate {train.parse_args(flags).lr:g})" in line
+    good = [path for path in checkpoints(tmp_path) if runlog.step_in_name(path) < first - 1]
+    assert (f"the last good checkpoint is {good[0]};" if good else "there is no good checkpoint;") in line
+    assert good or first == 1
+    if good:
+        state = runlog.load_checkpoint(good[0])
+        assert all(tensor.isfinite().all() for tensor in state["model_state_dict"].values())
+    assert_sound(tmp_path)
+    run_here(tmp_path, *flags, "--resume", status=1)
+    assert f"the loss of step {first} is not finite" in one_line(capsys.readouterr().err)
+
+
+def test_on_nan_continue_goes_on_and_writes_null(tmp_path, capsys):
+    flags = [flag for flag in TINY if flag != "--no_plot"] + ["--n_steps=40", "--lr=1e30", "--on_nan=continue"]
+    interrupted_run(tmp_path, flags, after_step, 10, terminate)
+    run_here(tmp_path, *flags, "--resume")
+    history = history_of(tmp_path)
+    assert history["step"] == train.log_schedule(40, 6)
+    assert math.isfinite(history["train_loss"][0]) and history["train_loss"][-1] is history["weight_norm"][-1] is None
+    assert b"NaN" not in (tmp_path / "logs" / runlog.HISTORY_NAME).read_bytes()
+    assert (tmp_path / "logs" / "training_history.png").stat().st_size > 10_000
+    assert "Traceback" not in "".join(capsys.readouterr())
