@@ -128,11 +128,11 @@ def test_every_model_trains_on_every_shape(tmp_path, model, width, side, colour)
 
 
 @pytest.mark.parametrize("flags", [
-    ["--optimizer=adam"], ["--optimizer=sgd", "--lr=0.1"], ["--loss=mse"], ["--dtype=float64"], ["--batch_norm"],
+    ["--optimizer=adam"], ["--optimizer=sgd", "--lr=0.3"], ["--loss=mse"], ["--dtype=float64"], ["--batch_norm"],
     ["--activation=gelu"], ["--activation=tanh"], ["--init_scale=2"], ["--label_noise=0.3"],
 ], ids=lambda flags: flags[0])
 def test_every_variant_lowers_the_training_loss(tmp_path, flags):
-    run_here(tmp_path, *SMALL, "--n_steps=60", *flags)
+    run_here(tmp_path, *SMALL, "--n_steps=150", *flags)
     history = history_of(tmp_path)
     assert history["train_loss"][-1] < 0.9 * history["train_loss"][0]
 
@@ -148,7 +148,7 @@ def test_without_lc_samples_there_is_no_local_complexity(tmp_path):
 
 
 def test_several_radii_and_fractions_of_255(tmp_path):
-    run_here(tmp_path, *SMALL, "--n_steps=2", "--lc_radius", "0.01", "0.5", "--epsilons=8/255,0", "1/255")
+    run_here(tmp_path, *SMALL, "--n_steps=2", "--lc_radius", "0.01", "0.5", "--epsilons", "8/255,0", "1/255")
     history = history_of(tmp_path)
     assert list(history["robust_acc"]) == ["0", "0.00392157", "0.0313725"]
     small, large = (np.array(column) for column in history["local_complexity"]["random"].values())
@@ -180,7 +180,7 @@ def test_log_schedule_is_even_in_log_step(n_steps, log_points):
         assert max(ratios) - 1 < 1.5 * (min(ratios) - 1) + 2 / 200
 
 
-@given(st.floats(0, 1), st.integers(1, 10_000))
+@given(st.floats(0, 1, allow_subnormal=False), st.integers(1, 10_000))
 def test_epsilons_are_read_as_numbers_and_fractions(value, denominator):
     assert parse_epsilon(repr(value)) == value
     numerator = int(value * denominator)
@@ -211,7 +211,7 @@ def test_seeds_differ_by_purpose_and_number():
 
 
 def test_the_gap_between_the_measures_is_explained_beyond_five_points():
-    row = {"adv_acc": {"0.1": 0.55, "0.2": 0.50}, "robust_acc": {"0.1": 0.50, "0.2": 0.10}, "saturated": 0.3}
+    row = {"adv_acc": {"0.1": 0.55, "0.2": 0.50}, "robust_acc": {"0.1": 0.52, "0.2": 0.10}, "saturated": 0.3}
     assert "40 points at epsilon 0.2: on 30% of the images the softmax rounds to exactly 1" in explain_gap(row)
     assert "tries harder" in explain_gap({**row, "saturated": 0.0})
     row["robust_acc"]["0.2"] = 0.46
@@ -222,7 +222,7 @@ def test_a_saturated_run_says_so_once_and_records_it(tmp_path, capsys):
     # Weights this large saturate the softmax from the start.
     run_here(tmp_path, *SMALL, "--n_steps=40", "--init_scale=30", "--adv_size=100", "--epsilons=0.02,0.05,0.1")
     history = history_of(tmp_path)
-    assert capsys.readouterr().out.count("the softmax rounds to exactly 1") == 1
+    assert " ".join(capsys.readouterr().out.split()).count("the softmax rounds to exactly 1") == 1
     assert sum("rounds to exactly 1" in warning["text"] for warning in history["warnings"]) == 1
     assert history["saturated"][-1] > 0.5
 
