@@ -26,6 +26,8 @@ def choose_device(name):
 
 def set_precision(tf32=False, deterministic=False):
     """float32 means float32 unless tf32 is asked for; subnormal numbers, which slow a CPU tenfold, count as zero."""
+    for dtype in (np.float32, np.float64):
+        np.finfo(dtype)  # NumPy keeps it; older versions warn when they look at it and subnormals are off
     torch.set_flush_denormal(True)
     precision = "tf32" if tf32 else "ieee"
     torch.backends.cuda.matmul.fp32_precision = precision
