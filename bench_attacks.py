@@ -1,6 +1,6 @@
 """How close robust_acc is to AutoAttack, and what it costs: one table for each checkpoint that train.py wrote.
 
-    python bench_attacks.py checkpoints/checkpoint_epoch_20000.pt --images=500
+    python bench_attacks.py checkpoints/checkpoint_epoch_*_step_000100000.pt --images=500
 
 AutoAttack (Croce and Hein 2020, arXiv:2003.01690) comes from torchattacks, where that is installed
 (`pip install --no-deps torchattacks requests tqdm`); it takes minutes. Accuracies are in percent. The attack behind

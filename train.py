@@ -4,7 +4,7 @@ One command trains an MLP, a CNN or a ResNet-18 and records at each log step cle
 attack and local complexity: the experiment of Humayun, Balestriero and Baraniuk, "Deep Networks Always Grok and Here is
 Why" (arXiv:2402.15555).
 
-    python train.py --dataset=digits --n_steps=20000                # embedded data, a minute on a laptop
+    python train.py --dataset=digits --n_steps=20000                # embedded data, no download
     python train.py --dataset=mnist --n_epochs=20000                # the paper's MNIST MLP, 100,000 steps
     torchrun --nproc_per_node=2 train.py --model=resnet18 --dataset=cifar10 --batch_size=64 --weight_decay=0
     sbatch run_mnist_mlp.sh --width=1000                            # on a SLURM cluster
@@ -108,11 +108,12 @@ def parse_args(argv=None):
                        help="radii of the attack in pixel units of [0, 1], such as 0.1 or 8/255 (default: 0.03 0.06 "
                             "0.10 0.13 0.16 0.20 for grey images, 1/255 2/255 4/255 8/255 for colour)")
     group.add_argument("--pgd_steps", type=flags.number(int, low=1), default=10, metavar="N",
-                       help="iterations of the attack behind adv_acc (default 10)")
+                       help="iterations of the attack behind adv_acc; the most toward one class behind robust_acc "
+                            "(default 10)")
     group.add_argument("--pgd_step_size", type=flags.number(float, above=0), metavar="X",
-                       help="step of the attack in pixel units (default 2.5 epsilon / steps)")
+                       help="step of the attack behind adv_acc in pixel units (default 2.5 epsilon / steps)")
     group.add_argument("--pgd_restarts", type=flags.number(int, low=1), default=1, metavar="N",
-                       help="random starts of the attack; the worst counts (default 1)")
+                       help="random starts of the attack behind adv_acc; the worst counts (default 1)")
     group.add_argument("--adv_size", type=flags.count_or("all"), default=1000, metavar="N|all",
                        help="test images to attack, the same at every log step (default 1000)")
     group.add_argument("--robust_budget", default=attacks.DEFAULT_BUDGET, choices=list(attacks.BUDGETS),
@@ -618,7 +619,8 @@ class Run:
         for what, config in ((path, checkpoint["config"]), (self.history_path, history["config"])):
             differences = runlog.differences(config, vars(args))
             if differences:
-                raise ValueError(f"{what} belongs to another experiment: {'; '.join(differences)}")
+                raise ValueError(f"{what} belongs to another experiment: {'; '.join(differences)}; give this one its "
+                                 "own --log_dir and --save_dir")
         if args.n_steps < checkpoint["step"]:
             raise ValueError(f"{path} is at step {checkpoint['step']}, past --n_steps={args.n_steps}")
         if len(history["step"]) < checkpoint["logged"]:
