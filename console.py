@@ -54,8 +54,8 @@ class Console:
         self.began = self.last_line = time.monotonic()
         width = 6 * len(self.keys)
         self.note(f"{'':29} {'robust_acc at epsilon'[:width]:<{width}}adv_acc  local")
-        self.note(f"{'step':>8} {'loss':>8} {'train':>5} {'test':>5}" + "".join(f"{key[:5]:>6}" for key in self.keys)
-                  + f" {self.middle[:5]:>6} {'compl.':>7} {'|w|':>7} {'s':>6}")
+        self.note(f"{'step':>8} {'loss':>8} {'train':>5} {'test':>5}" + "".join(f"{label(key):>6}" for key in self.keys)
+                  + f" {label(self.middle):>6} {'compl.':>7} {'|w|':>7} {'s':>6}")
         if not self.quiet and sys.stderr.isatty():
             self.bar = tqdm(total=n_steps, initial=step, unit="step", dynamic_ncols=True, leave=False)
 
@@ -85,6 +85,14 @@ class Console:
     def end(self):
         if self.bar is not None:
             self.bar.close()
+
+
+def label(epsilon):
+    """Write an epsilon's key in five characters: as it is, as 8/255, or rounded."""
+    in_255ths = float(epsilon) * 255
+    if len(epsilon) > 5 and abs(in_255ths - round(in_255ths)) < 1e-3 and in_255ths < 10:
+        return f"{round(in_255ths)}/255"
+    return epsilon if len(epsilon) <= 5 else f"{float(epsilon):.3f}"
 
 
 def thin(values, most):
