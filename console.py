@@ -46,9 +46,7 @@ class Console:
         self.note("")
 
     def start(self, step, n_steps):
-        self.shown = thin(list(range(len(self.history["config"]["epsilons"]))), MOST_EPSILONS)
-        keys = [f"{epsilon:.6g}" for epsilon in self.history["config"]["epsilons"]]
-        self.keys = [keys[i] for i in self.shown]
+        self.keys = thin([f"{epsilon:.6g}" for epsilon in self.history["config"]["epsilons"]], MOST_EPSILONS)
         self.middle = self.keys[len(self.keys) // 2]
         self.n_steps, self.first_step = n_steps, step
         self.began = self.last_line = time.monotonic()
