@@ -692,7 +692,7 @@ def finish(run, stopped_by):
         run.console.note(f"stopped by {signal.Signals(stopped_by).name} at step {run.step}; continue with the same "
                          "command and --resume")
     else:
-        print(plot.summary(run.history))
+        print("\n" + plot.summary(run.history))
 
 
 def fail(error, status):
