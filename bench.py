@@ -106,8 +106,7 @@ def eager_steps(args, dataset, device):
 
 def program_steps(args, dataset, device):
     """The steps as train.py makes them."""
-    dataset = data.Dataset(dataset.name, dataset.x_train.to(device), dataset.y_train.to(device),
-                           dataset.x_test.to(device), dataset.y_test.to(device), 10, dataset.mean, dataset.std)
+    dataset = train.resident(dataset, device)
     model = train.build_model(args, dataset, device)
     advance = train.training_steps(model, train.build_optimizer(args, model, device), dataset, args, print)
     done = 0
@@ -295,8 +294,7 @@ def scaling(device, repeats, seconds):
         dataset = random_images((1, 28, 28), n_train)
         args = arguments([*MNIST, *flags], dataset)
         fastest_threads(args, dataset, device)
-        for split in ("x_train", "y_train", "x_test", "y_test"):
-            setattr(dataset, split, getattr(dataset, split).to(device))
+        dataset = train.resident(dataset, device)
         model = train.build_model(args, dataset, device)
         probes = train.draw_probes(args, dataset)
         step = take_turns({"step": program_steps(args, dataset, device),

@@ -16,6 +16,7 @@ loss that is not finite); 2 the command or its input is wrong; 128 + n it was st
 
 import contextlib
 import copy
+import dataclasses
 import itertools
 import signal
 import sys
@@ -189,9 +190,13 @@ def load_data(args, device):
         args.n_steps = args.n_epochs * (n_train // args.batch_size)
     else:
         args.n_epochs = None
-    for split in ("x_train", "y_train", "x_test", "y_test"):
-        setattr(loaded, split, getattr(loaded, split).to(device))
-    return loaded
+    return resident(loaded, device)
+
+
+def resident(dataset, device):
+    """Return dataset with its tensors on device."""
+    splits = ("x_train", "y_train", "x_test", "y_test")
+    return dataclasses.replace(dataset, **{split: getattr(dataset, split).to(device) for split in splits})
 
 
 def seed_for(seed, purpose, number=0):
