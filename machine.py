@@ -24,14 +24,13 @@ def choose_device(name):
     return torch.device(name)
 
 
-def set_precision(tf32=False, deterministic=False):
-    """float32 means float32 unless tf32 is asked for; subnormal numbers, which slow a CPU tenfold, count as zero."""
+def set_precision(deterministic=False):
+    """float32 means float32, on GPUs as well; subnormal numbers, which slow a CPU tenfold, count as zero."""
     for dtype in (np.float32, np.float64):
         np.finfo(dtype)  # NumPy keeps it; older versions warn when they look at it and subnormals are off
     torch.set_flush_denormal(True)
-    precision = "tf32" if tf32 else "ieee"
-    torch.backends.cuda.matmul.fp32_precision = precision
-    torch.backends.cudnn.conv.fp32_precision = precision
+    torch.backends.cuda.matmul.fp32_precision = "ieee"
+    torch.backends.cudnn.conv.fp32_precision = "ieee"
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)

@@ -150,7 +150,6 @@ def parse_args(argv=None):
                        help="CPU threads (default: measured at the start)")
     group.add_argument("--no_cuda_graph", dest="cuda_graph", action="store_false",
                        help="launch the kernels of each step one by one: slower, for comparison")
-    group.add_argument("--tf32", action="store_true", help="let the GPU round matrix products' inputs to 10 bits")
     group.add_argument("--deterministic", action="store_true",
                        help="use only deterministic GPU kernels, so that a resumed run repeats bit for bit")
 
@@ -563,7 +562,7 @@ class Run:
         self.args = args
         self.device = parallel.start(machine.choose_device(args.device))
         args.device = str(self.device)
-        machine.set_precision(args.tf32, args.deterministic)
+        machine.set_precision(args.deterministic)
         self.dataset = load_data(args, self.device)
         self.model = build_model(args, self.dataset, self.device)
         self.optimizer = build_optimizer(args, self.model, self.device)

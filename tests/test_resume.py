@@ -733,7 +733,7 @@ RUN = (*TINY, "--n_steps=8")
     "--label_noise=0.1", "--optimizer=adam", "--loss=mse", "--lr=0.002", "--weight_decay=0", "--batch_size=19",
     "--dtype=float64", "--seed=43", "--log_points=7", "--log_interval=1", "--epsilons=0.2", "--pgd_steps=3",
     "--pgd_step_size=0.1", "--pgd_restarts=2", "--adv_size=11", "--lc_samples=5", "--lc_directions=5",
-    "--lc_radius=0.1", "--tf32"])
+    "--lc_radius=0.1"])
 def test_another_experiment_is_not_resumed(tmp_path, finished, capsys, flag):
     copied(finished(*RUN), tmp_path)
     (tmp_path / "logs" / ".lock").touch()
