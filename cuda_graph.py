@@ -1,4 +1,9 @@
-"""Training steps replayed as CUDA graphs, so that a step costs its arithmetic and not its kernel launches."""
+"""Training steps replayed as CUDA graphs, so that a step costs its arithmetic and not its kernel launches.
+
+The log step is not captured. There are sixty of them to 100,000 steps, and their matrix products are large where those
+of a training step are small. The attack behind robust_acc drops an image as soon as it is decided: on the MNIST MLP it
+makes 37 passes an image in 160 iterations; at the fixed shape that a graph needs it would make 160.
+"""
 
 import torch
 

@@ -292,16 +292,17 @@ def training_steps(model, optimizer, dataset, args, report):
     positions = first_batch.clone()
     finite_steps = torch.zeros((), dtype=torch.int64, device=device)
     all_finite = torch.ones((), dtype=torch.bool, device=device)
+    white = torch.tensor(255, dtype=dtype, device=device)  # a tensor, so that one kernel casts and divides
 
     def training_step():
         rows = order.index_select(0, positions)
         positions.add_(args.batch_size)
-        images = dataset.x_train.index_select(0, rows).to(dtype) / 255
+        images = dataset.x_train.index_select(0, rows) / white
         optimizer.zero_grad(set_to_none=True)
         loss = loss_function(network(images), dataset.y_train.index_select(0, rows))
         loss.backward()
         optimizer.step()
-        finite_steps.add_(all_finite.logical_and_(torch.isfinite(loss)))
+        finite_steps.add_(all_finite.logical_and_(loss < torch.inf))  # false for NaN, too
 
     def repeat(n):
         for _ in range(n):

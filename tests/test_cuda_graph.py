@@ -1,0 +1,117 @@
+"""What of capturing steps can be tested without a GPU: that a step reads nothing back, and how steps are shared out."""
+
+import contextlib
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import cuda_graph
+import train
+
+
+class Operations(TorchDispatchMode):
+    """Collects the operations made in its block."""
+
+    def __enter__(self):
+        self.seen = []
+        return super().__enter__()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.seen.append(func)
+        return func(*args, **(kwargs or {}))
+
+
+def wait_for_the_device(operation):
+    """Whether the host needs a tensor's values to make the operation, so that it cannot be captured."""
+    return bool({torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape} & set(operation.tags))
+
+
+def test_the_test_knows_what_waits():
+    with Operations() as operations:
+        values = torch.ones(3)
+        values.sum().item()
+        values[values > 0]
+    assert sum(map(wait_for_the_device, operations.seen)) == 2
+
+
+@pytest.mark.parametrize("flags", [
+    ["--model=mlp", "--batch_norm"], ["--model=cnn", "--width=4"], ["--model=resnet18", "--width=4", "--batch_norm"],
+    ["--loss=mse"], ["--optimizer=sgd"], ["--optimizer=adam"], ["--dtype=float64"], ["--label_noise=0.5"]],
+    ids=lambda flags: flags[0])
+def test_a_training_step_reads_nothing_back(flags):
+    args = train.parse_args(["--dataset=digits", "--batch_size=20", "--n_steps=4", "--width=8", *flags])
+    device = torch.device("cpu")
+    dataset = train.load_data(args, device)
+    model = train.build_model(args, dataset, device)
+    optimizer = train.build_optimizer(args, model, device)
+    for group in optimizer.param_groups:
+        group["capturable"] = "capturable" in group  # as on a GPU
+    advance = train.training_steps(model, optimizer, dataset, args, print)
+    advance(0, 3)
+    with Operations() as operations:
+        advance(3, 1)
+    assert len(operations.seen) > 20
+    assert [str(operation) for operation in operations.seen if wait_for_the_device(operation)] == []
+
+
+@pytest.fixture
+def fake_cuda(monkeypatch):
+    """Put in the place of CUDA's streams and graphs what records a capture and plays it back."""
+    class Stream:
+        def wait_stream(self, other):
+            pass
+
+    capturing = []
+
+    @contextlib.contextmanager
+    def graph(target):
+        capturing.append(target)
+        yield
+        capturing.pop()
+
+    class Graph:
+        def __init__(self):
+            self.steps = 0
+
+        def replay(self):
+            made.extend(["replayed"] * self.steps)
+
+    made = []
+
+    def step():
+        if capturing:
+            capturing[-1].steps += 1
+        else:
+            made.append("eager")
+
+    for name, value in {"Stream": Stream, "current_stream": Stream, "stream": lambda stream: contextlib.nullcontext(),
+                        "CUDAGraph": Graph, "graph": graph, "synchronize": lambda: None}.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    return step, made
+
+
+@pytest.mark.parametrize("calls", [[1] * 30, [2, 2, 2], [100], [3, 10, 1, 19, 67], [1, 65, 5]])
+def test_every_step_is_made_once_and_a_capture_makes_none(fake_cuda, calls):
+    step, made = fake_cuda
+    repeat = cuda_graph.repeater(step, report=pytest.fail)
+    for n in calls:
+        repeat(n)
+    assert made == ["eager"] * 3 + ["replayed"] * (sum(calls) - 3)
+
+
+def test_what_cannot_be_captured_is_reported_once_and_runs_eagerly(fake_cuda, monkeypatch):
+    step, made = fake_cuda
+
+    @contextlib.contextmanager
+    def refuse(target):
+        raise RuntimeError("operation not permitted\nwhen stream is capturing")
+        yield
+
+    monkeypatch.setattr(torch.cuda, "graph", refuse)
+    reports = []
+    repeat = cuda_graph.repeater(step, reports.append)
+    for n in (5, 20, 1):
+        repeat(n)
+    assert made == ["eager"] * 26
+    assert len(reports) == 1 and reports[0].endswith("the steps run eagerly: operation not permitted")
