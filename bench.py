@@ -26,6 +26,7 @@ from torch.utils.data import DataLoader
 from torchvision import transforms
 
 import attacks
+import cuda_graph
 import data
 import local_complexity
 import machine
@@ -118,20 +119,41 @@ def program_steps(args, dataset, device):
     return steps
 
 
+def repeated(work, device):
+    """Return repeat(n) of a limit: on a GPU the work is replayed as a graph, so that its launches do not count."""
+    if device.type == "cuda":
+        return cuda_graph.repeater(work, print)
+
+    def repeat(n):
+        for _ in range(n):
+            work()
+    return repeat
+
+
 def matrix_products(args, dataset, device):
     """The MLP's matrix products alone: forward, gradients of the weights, gradients of the hidden layers."""
     sizes = [dataset.x_train[0].numel(), *[args.width] * (args.depth - 1), 10]
     inputs = [torch.randn(args.batch_size, n, device=device) for n in sizes]
     weights = [torch.randn(n, m, device=device) for n, m in zip(sizes, sizes[1:], strict=False)]
 
-    def steps(n):
-        for _ in range(n):
-            for i, w in enumerate(weights):
-                inputs[i] @ w
-                inputs[i].t() @ inputs[i + 1]
-                if i > 0:
-                    inputs[i + 1] @ w.t()
-    return steps
+    def products():
+        for i, w in enumerate(weights):
+            inputs[i] @ w
+            inputs[i].t() @ inputs[i + 1]
+            if i > 0:
+                inputs[i + 1] @ w.t()
+    return repeated(products, device)
+
+
+def forward_and_backward(args, dataset, device):
+    """A network's forward and backward pass alone, on one batch again and again."""
+    model = train.build_model(args, dataset, device)
+    x = dataset.x_train[:args.batch_size].to(device) / 255
+
+    def passes():
+        model.zero_grad(set_to_none=True)
+        model(x).sum().backward()
+    return repeated(passes, device)
 
 
 def arguments(flags, dataset, threads=None):
@@ -207,15 +229,16 @@ def step_rows(flags, shape, n_train, label, device, repeats, seconds):
     dataset = random_images(shape, n_train)
     args = arguments(flags, dataset)
     threads = fastest_threads(args, dataset, device)
-    variants = {"plain loop": plain_loop, "eager steps": eager_steps, "this program": program_steps}
-    if args.model == "mlp":
-        variants["matrix products alone"] = matrix_products
+    limit, make_limit = (("matrix products", matrix_products) if args.model == "mlp"
+                         else ("forward and backward", forward_and_backward))
+    variants = {"plain loop": plain_loop, "eager steps": eager_steps, "this program": program_steps,
+                f"{limit} alone": make_limit}
     times = take_turns({name: make(args, dataset, device) for name, make in variants.items()}, device, repeats, seconds)
     rows = []
     for name, taken in times.items():
-        limit = f"{ratio(taken, times['matrix products alone']):.2f} × products" if args.model == "mlp" else "-"
         rows.append([f"{label}: {name}", spread(taken), f"{1 / statistics.median(taken):,.0f} steps/s",
-                     f"{ratio(times['plain loop'], taken):.1f}", f"{ratio(times['eager steps'], taken):.1f}", limit])
+                     f"{ratio(times['plain loop'], taken):.1f}", f"{ratio(times['eager steps'], taken):.1f}",
+                     f"{ratio(taken, times[f'{limit} alone']):.2f} × {limit}"])
     note = f", {threads} threads" if device.type == "cpu" else ""
     print(f"{label}: {args.batch_size} images a step{note}", file=sys.stderr)
     return rows
@@ -232,31 +255,32 @@ def instrument_rows(device, repeats, seconds):
     steps = 0.05 * torch.cat([directions, -directions])
     vertices = (points[:512].flatten(1).unsqueeze(1) + steps).reshape(-1, 1, 28, 28)
 
-    def bare_forward(n):
-        with torch.no_grad():
-            for _ in range(n * len(points) // 512):
-                for part in vertices.split(2048):
-                    model(part)
+    part = 2048 if device.type == "cpu" else len(vertices)  # what suits the device's cache
 
-    def forward_backward(n):
-        for _ in range(n):
-            x_in = x.detach().requires_grad_()
-            torch.autograd.grad(model(x_in).sum(), x_in)
+    @torch.no_grad()
+    def bare_forward():
+        for _ in range(len(points) // 512):
+            for images in vertices.split(part):
+                model(images)
+
+    def passes_to_the_input():
+        x_in = x.detach().requires_grad_()
+        torch.autograd.grad(model(x_in).sum(), x_in)
 
     for p in model.parameters():
         p.requires_grad_(False)
     if device.type == "cpu":
-        torch.set_num_threads(machine.fastest_thread_count(lambda: forward_backward(1)))
+        torch.set_num_threads(machine.fastest_thread_count(passes_to_the_input))
     times = take_turns({
         "pgd": lambda n: [attacks.pgd(model, x, y, 0.1, steps=10) for _ in range(n)],
-        "products": forward_backward,
+        "passes": repeated(passes_to_the_input, device),
         "lc": lambda n: [local_complexity.local_complexity(model, points, 0.05, directions) for _ in range(n)],
-        "bare": bare_forward,
+        "bare": repeated(bare_forward, device),
     }, device, repeats, seconds)
     pgd, lc = times["pgd"], times["lc"]
     return [
         ["PGD-10, 1,000 images", spread(pgd), f"{10 * len(x) / statistics.median(pgd):,.0f} images × iterations/s",
-         "-", "-", f"{ratio(pgd, times['products']) / 10:.2f} × forward and backward alone"],
+         "-", "-", f"{ratio(pgd, times['passes']) / 10:.2f} × forward and backward alone"],
         ["local complexity, 3 × 1,024 points, P = 25", spread(lc),
          f"{len(points) / statistics.median(lc):,.0f} points/s", "-", "-",
          f"{ratio(lc, times['bare']):.2f} × the vertices' forward passes alone"]]
@@ -265,20 +289,27 @@ def instrument_rows(device, repeats, seconds):
 def process_rows(data_dir, device):
     """Return the rows of a run as a process: its time from the command to the first table row, its peak memory."""
     mnist = (Path(data_dir) / "MNIST" / "raw").is_dir()
-    flags = [f"--dataset={'mnist' if mnist else 'digits'}", f"--data_dir={data_dir}", f"--device={device}"]
+    flags = [f"--dataset={'mnist' if mnist else 'digits'}", f"--data_dir={Path(data_dir).resolve()}",
+             f"--device={device}", "--n_steps=50", "--log_points=3"]
+    program = "import sys, torch, train; train.main(sys.argv[1:]); print('reserved', torch.cuda.max_memory_reserved())"
     with tempfile.TemporaryDirectory() as folder:
         start = time.perf_counter()
         process = subprocess.Popen(
-            [sys.executable, str(Path(__file__).with_name("train.py")), *flags, "--n_steps=50", "--log_points=3",
-             f"--log_dir={folder}", f"--save_dir={folder}"], stdout=subprocess.PIPE, text=True)
+            [sys.executable, "-c", program, *flags, f"--log_dir={folder}", f"--save_dir={folder}"],
+            cwd=Path(__file__).parent, stdout=subprocess.PIPE, text=True)
         for line in process.stdout:
-            if line.split()[:1] == ["0"]:
+            first_word, *words = line.split() or [""]
+            if first_word == "0":
                 first = time.perf_counter() - start
+            elif first_word == "reserved":
+                reserved = int(words[0]) / 2**30
         process.wait()
-    memory = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20
+    memory = {"process": resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20}
+    if device.type == "cuda":
+        memory["device"] = reserved
     name = "MNIST MLP" if mnist else "digits MLP"
     return [[f"{name}: from the command to the end of the first log step", duration(first), *["-"] * 4],
-            [f"{name}: peak memory of the process", f"{memory:.2f} GB", *["-"] * 4]]
+            *[[f"{name}: peak memory of the {whose}", f"{size:.2f} GB", *["-"] * 4] for whose, size in memory.items()]]
 
 
 def scaling(device, repeats, seconds):
@@ -300,6 +331,8 @@ def scaling(device, repeats, seconds):
         step = take_turns({"step": program_steps(args, dataset, device),
                            "products": matrix_products(args, dataset, device)}, device, repeats, seconds)
         log_step = []
+        if device.type == "cuda":
+            train.measure(model, dataset, probes, args)  # the first call of each kernel loads it
         for _ in range(2):  # by itself: one of the widest network takes as long as thousands of steps
             start = time.perf_counter()
             train.measure(model, dataset, probes, args)
