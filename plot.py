@@ -98,7 +98,8 @@ class Rise(NamedTuple):
     start: float  # value at interpolation
     largest: float  # largest later value
     final: float
-    half: int | None  # index of the log point at which half of the later rise is reached; None: no delayed rise
+    half: int | None = None  # index of the log point at which half of the later rise is reached; None: no delayed rise
+    brief: bool = False  # none, but a log point that sampling noise does not explain
 
 
 def delayed_rise(values, start, images, confidence=CONFIDENCE):
@@ -109,18 +110,23 @@ def delayed_rise(values, start, images, confidence=CONFIDENCE):
     The largest of many noisy values always lies above the first one. So a rise counts only if a level is *held*, that
     is, if the lowest of HOLD consecutive log points has a Wilson interval wholly above the interval at `start`; and
     half of the rise is reached where the next log point is still above that half. The caller divides the error rate
-    1 - confidence among the curves that it looks at.
+    1 - confidence among the curves that it looks at; to tell whether a value that is not held is more than noise, it is
+    here divided among the log points, too.
     """
     known = np.flatnonzero(np.isfinite(values))
     final = values[known[-1]] if len(known) else np.nan
     base = np.nan if start is None else values[start]
     points = known[known > start] if np.isfinite(base) else known[:0]
     if not len(points):
-        return Rise(base, np.nan, final, None)
+        return Rise(base, np.nan, final)
     later = values[points]
     held = np.lib.stride_tricks.sliding_window_view(later, min(HOLD, len(later))).min(axis=1).max()
-    if wilson_interval(held, images, confidence)[0] <= wilson_interval(base, images, confidence)[1]:
-        return Rise(base, later.max(), final, None)
+
+    def beyond_noise(level, confidence):
+        return wilson_interval(level, images, confidence)[0] > wilson_interval(base, images, confidence)[1]
+
+    if not beyond_noise(held, confidence):
+        return Rise(base, later.max(), final, brief=beyond_noise(later.max(), 1 - (1 - confidence) / len(later)))
     above = later >= base + (later.max() - base) / 2 - 1e-9  # less than one image, more than rounding
     stays = above & np.append(above[1:], True)
     return Rise(base, later.max(), final, int(points[np.argmax(stays if stays.any() else above)]))
@@ -168,7 +174,7 @@ def summary(history):
     for label, rise in rises.items():
         line = f"{label:<18}{percent(rise.start):>16}{percent(rise.largest):>16}{percent(rise.final):>9}"
         if rise.half is None:
-            line += f"{'no delayed rise':>21}"
+            line += f"{'rise not held' if rise.brief else 'no delayed rise':>21}"
         else:
             line += f"{'step ' + format(steps[rise.half], ','):>21}{factor(steps[rise.half], steps[start]):>15}"
         lines.append(line)
@@ -202,8 +208,8 @@ def table_row(history):
     epsilon = epsilons[(len(epsilons) - 1) // 2] if epsilons else "-"
     row.append(epsilon)
     for measure in ("robust", "adv"):
-        rise = rises.get(f"{measure} ε {epsilon}", Rise(np.nan, np.nan, np.nan, None))
-        delay = "-" if np.isnan(rise.largest) else "none"
+        rise = rises.get(f"{measure} ε {epsilon}", Rise(np.nan, np.nan, np.nan))
+        delay = "-" if np.isnan(rise.largest) else "brief" if rise.brief else "none"
         row += [percent(rise.start), percent(rise.final),
                 delay if rise.half is None else factor(steps[rise.half], steps[start])]
 
