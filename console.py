@@ -6,6 +6,8 @@ import time
 
 from tqdm import tqdm
 
+from flags import epsilon_label
+
 SECONDS_BETWEEN_LINES = 60
 MOST_EPSILONS = 6
 WIDTH = 100
@@ -85,12 +87,10 @@ class Console:
             self.bar.close()
 
 
-def label(epsilon):
-    """Write an epsilon's key in five characters: as it is, as 8/255, or rounded."""
-    in_255ths = float(epsilon) * 255
-    if len(epsilon) > 5 and abs(in_255ths - round(in_255ths)) < 1e-3 and in_255ths < 10:
-        return f"{round(in_255ths)}/255"
-    return epsilon if len(epsilon) <= 5 else f"{float(epsilon):.3f}"
+def label(key):
+    """Return an epsilon's label in five characters."""
+    text = epsilon_label(key)
+    return text if len(text) <= 5 else f"{float(key):.3f}"
 
 
 def thin(values, most):

@@ -42,6 +42,13 @@ def parse_epsilon(text):
     return value
 
 
+def epsilon_label(key):
+    """Return how an epsilon of the history is shown: "0.03" as it is, "0.0313725" as "8/255"."""
+    levels = float(key) * 255
+    is_long = len(key) > len("0.005")
+    return f"{round(levels)}/255" if is_long and abs(levels - round(levels)) < 1e-3 else key
+
+
 def listed(parse):
     """Return an argparse type for one word that holds several values with commas between them."""
     return lambda text: [parse(part) for part in text.split(",")]

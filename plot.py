@@ -20,7 +20,7 @@ from typing import NamedTuple
 import numpy as np
 
 import runlog
-from flags import OneLineParser
+from flags import OneLineParser, epsilon_label
 
 INTERPOLATION = 0.99  # training accuracy from which on the training set counts as fitted
 HOLD = 3  # consecutive log points for which a rise must last
@@ -41,13 +41,6 @@ STRIP = 0.9  # of a panel's height: above it are the names of the phases, below 
 def as_array(column):
     """A column of the history as floats; null becomes NaN."""
     return np.array(column, dtype=float)
-
-
-def epsilon_label(key):
-    """'0.03' stays as it is; '0.0313725' becomes '8/255'."""
-    levels = float(key) * 255
-    is_long = len(key) > len("0.005")
-    return f"{round(levels)}/255" if is_long and abs(levels - round(levels)) < 1e-3 else key
 
 
 def accuracy_curves(history):

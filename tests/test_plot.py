@@ -10,6 +10,7 @@ import torch
 from conftest import run_command
 from torch import nn
 
+import flags
 import models
 import partition
 import plot
@@ -150,7 +151,7 @@ def test_wilson_interval_agrees_with_published_values():
 @pytest.mark.parametrize("key, label", [("0.03", "0.03"), ("0.2", "0.2"), ("0.005", "0.005"), ("0.0313725", "8/255"),
                                         ("0.00392157", "1/255"), ("0.0123457", "0.0123457")])
 def test_epsilons_are_written_as_a_reader_would(key, label):
-    assert plot.epsilon_label(key) == label
+    assert flags.epsilon_label(key) == label
 
 
 # ---- the table of a sweep ----
