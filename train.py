@@ -153,6 +153,7 @@ def parse_args(argv=None):
     group.add_argument("--deterministic", action="store_true",
                        help="use only deterministic GPU kernels, so that a resumed run repeats bit for bit")
 
+    parser.set_defaults(eval_threads=None)  # no flag: measured like --threads
     args = parser.parse_args(argv)
     for name in ("epsilons", "lc_radius"):
         if getattr(args, name) is not None:
@@ -252,8 +253,7 @@ def choose_threads(args, model, dataset):
         images = (dataset.x_test[:1000].to(getattr(torch, args.dtype)) / 255).requires_grad_()
         args.eval_threads = machine.fastest_thread_count(lambda: torch.autograd.grad(twin(images).sum(), images))
     args.threads = args.threads or torch.get_num_threads()
-    if getattr(args, "eval_threads", None) is None:
-        args.eval_threads = args.threads
+    args.eval_threads = args.eval_threads or args.threads
 
 
 # ---- the training step ----------------------------------------------------------------------------------------------

@@ -229,5 +229,5 @@ def test_a_saturated_run_says_so_once_and_records_it(tmp_path, capsys):
 
 def test_help_names_every_flag_with_its_default():
     parser_help = run_command(".", "--help").stdout
-    flags = [flag for flag in vars(parse_args([])) if flag not in ("cuda_graph", "plot")]
+    flags = [flag for flag in vars(parse_args([])) if flag not in ("cuda_graph", "plot", "eval_threads")]
     assert all(f"--{flag} " in parser_help or f"--{flag}\n" in parser_help for flag in flags)
