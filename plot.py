@@ -479,8 +479,8 @@ def run_title(history, flags):
 def group_title(group, flags):
     """What sets this group off from the others, in lines that a small panel has room for."""
     config = group[0]["config"]
-    text = ", ".join(f"{flag.replace('_', ' ')} {flag_text(config.get(flag))}" for flag in flags)
-    return textwrap.fill(text, 42)
+    pairs = [f"{flag.replace('_', ' ')} {flag_text(config.get(flag))}" for flag in flags]
+    return textwrap.fill(", ".join(pair.replace(" ", "\N{NO-BREAK SPACE}") for pair in pairs), 42)
 
 
 def runs_text(group):
