@@ -11,7 +11,7 @@ import torch
 
 
 def choose_device(name):
-    """Return the torch.device that --device means; ValueError if this machine has no such device."""
+    """Return the torch.device that --device means, made the current one; ValueError if this machine has none such."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     kind, _, index = name.partition(":")
@@ -21,6 +21,8 @@ def choose_device(name):
         raise ValueError(f"--device={name}: PyTorch sees no CUDA device here; use --device=cpu or auto")
     if index and int(index) >= torch.cuda.device_count():
         raise ValueError(f"--device={name}: there are {torch.cuda.device_count()} CUDA devices, counted from 0")
+    if index:
+        torch.cuda.set_device(int(index))  # streams, events and graphs are the current device's
     return torch.device(name)
 
 

@@ -493,11 +493,22 @@ def train_until(run, log_step):
     began = time.perf_counter()
     run.advance(run.step, length)
     run.step += length
-    if run.device.type == "cpu":  # on a GPU this would wait for the device; there it is left to the log steps
+    if run.device.type == "cpu":
         check_finite(run)
+    else:  # looking at the loss would wait for the device; that is left to the log steps
+        stay_close(run)
     pace = 0.5 / max(time.perf_counter() - began, 1e-6)
     run.steps_at_once = max(1, int(length * min(pace, 2.0)))
     run.console.progress(run.step)
+
+
+def stay_close(run):
+    """Let the host run ahead of the GPU by these steps at most: the GPU never idles, and a signal is soon obeyed."""
+    enqueued = torch.cuda.Event()
+    enqueued.record()
+    if run.last_enqueued is not None:
+        run.last_enqueued.synchronize()
+    run.last_enqueued = enqueued
 
 
 def log_step(run):
@@ -592,7 +603,7 @@ class Run:
         torch.set_num_threads(args.threads)
         self.began = time.perf_counter() - seconds
         self.saved_at = self.drawn_at = time.perf_counter()
-        self.drawing_took, self.steps_at_once = 0.0, 1
+        self.drawing_took, self.steps_at_once, self.last_enqueued = 0.0, 1, None
         # The processes of a distributed run have to drop a measurement together or not at all.
         self.stop = machine.Stop(can_interrupt=parallel.size() == 1)
 

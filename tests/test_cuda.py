@@ -24,6 +24,14 @@ def test_captured_steps_equal_eager_ones(tmp_path, flags, capsys):
     assert columns(tmp_path / "graph") == columns(tmp_path / "eager")
 
 
+def test_the_last_of_several_gpus_trains_as_the_first(tmp_path):
+    last = f"--device=cuda:{torch.cuda.device_count() - 1}"
+    run_here(tmp_path / "last", *CUDA, last, "--n_steps=60")
+    assert torch.cuda.current_device() == torch.cuda.device_count() - 1
+    run_here(tmp_path / "first", *CUDA, "--device=cuda:0", "--n_steps=60")
+    assert columns(tmp_path / "last") == columns(tmp_path / "first")
+
+
 def test_a_resumed_run_equals_a_whole_one(tmp_path):
     run_here(tmp_path / "whole", *CUDA, "--n_steps=60", "--log_interval=4")
     run_here(tmp_path / "parts", *CUDA, "--n_steps=40", "--log_interval=4")
