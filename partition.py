@@ -90,7 +90,8 @@ def boundaries(model, centre, axes, reach, raster=RASTER):
     The plane is sampled at (raster + 1)^2 points from -reach to reach along both axes. layers: bool (layers, raster,
     raster), true at [l, i, j] if a unit of layer l is positive at point (i, j) and not at its neighbour (i + 1, j) or
     (i, j + 1), or the other way round; decision: bool (raster, raster), the same of the argmax. i counts along the
-    second axis, j along the first. The memory is bounded whatever the model: the plane is covered tile by tile.
+    second axis, j along the first. The memory is bounded whatever the model: the plane is covered tile by tile. The
+    first layer is affine, so it is needed at the centre and along the axes only.
     """
     units = local_complexity.layer_units(model, tuple(centre.shape))
     modules = [model.get_submodule(name) for name in units]
@@ -99,7 +100,10 @@ def boundaries(model, centre, axes, reach, raster=RASTER):
     parameter = next(model.parameters())
     centre, axes = centre.to(parameter), axes.to(parameter)
     ticks = torch.linspace(-reach, reach, raster + 1, dtype=torch.float64).to(parameter)
-    side = max(1, min(raster, math.isqrt(BATCH_NUMBERS // max(centre.numel(), *units.values())) - 1))
+    with local_complexity.evaluating(model):
+        encode, decode = local_complexity.split(model, axes[:1])
+        origin, (step_u, step_v) = encode(centre[None]), encode(axes) - encode(torch.zeros_like(axes[:1]))
+    side = max(1, min(raster, math.isqrt(BATCH_NUMBERS // max(origin.numel(), *units.values())) - 1))
 
     def changes(values):
         """values: (height + 1, width + 1, …), of neighbouring points -> bool (height, width)."""
@@ -115,9 +119,10 @@ def boundaries(model, centre, axes, reach, raster=RASTER):
         def watch(module, args, shape=shape, tile=tile):
             layers[modules.index(module)][tile] = changes((args[0] > 0).unflatten(0, shape))
 
-        points = centre + v.view(-1, 1, 1, 1, 1) * axes[1] + u.view(-1, 1, 1, 1) * axes[0]
-        with local_complexity.pre_hooks(modules, watch), torch.no_grad():
-            decision[tile] = changes(model(points.flatten(0, 1)).argmax(1).view(*shape, 1))
+        ones = [1] * step_u.dim()
+        points = origin + v.view(-1, 1, *ones) * step_v + u.view(-1, *ones) * step_u
+        with local_complexity.pre_hooks(modules, watch), local_complexity.evaluating(model):
+            decision[tile] = changes(decode(points.flatten(0, 1)).argmax(1).view(*shape, 1))
     return layers, decision
 
 
