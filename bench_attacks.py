@@ -14,6 +14,7 @@ import torch
 
 import attacks
 import data
+import machine
 import models
 
 EPSILONS = [0.03, 0.06, 0.10, 0.13, 0.16, 0.20]
@@ -32,7 +33,7 @@ def main():
     parser.add_argument("--threads", type=int, default=1, help="default 1")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    torch.set_flush_denormal(True)  # as in training; the gradients of a saturated cross-entropy are subnormal
+    machine.set_precision()  # as in training
 
     autoattack_steps = args.autoattack_steps
     try:

@@ -5,6 +5,8 @@ of a training step are small. The attack behind robust_acc drops an image as soo
 makes 37 passes an image in 160 iterations; at the fixed shape that a graph needs it would make 160.
 """
 
+import warnings
+
 import torch
 
 WARM_UP_STEPS = 3
@@ -41,7 +43,9 @@ def repeater(step, report):
 def run_on_side_stream(step, n):
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
+    with torch.cuda.stream(stream), warnings.catch_warnings():
+        # The optimizer does not know that its next steps will be captured.
+        warnings.filterwarnings("ignore", message=".*constructed with capturable=True")
         for _ in range(n):
             step()
     torch.cuda.current_stream().wait_stream(stream)
@@ -49,16 +53,18 @@ def run_on_side_stream(step, n):
 
 def capture(step, report):
     """Return {number of steps: function that makes them}, longest first; capturing runs nothing."""
-    graphs = {}
+    graphs, stream = {}, torch.cuda.Stream()
     try:
         for length in (STEPS_IN_LONG_GRAPH, 1):
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
+            # PyTorch's own stream for captures stays on the device of the process's first capture.
+            with torch.cuda.graph(graph, stream=stream):
                 for _ in range(length):
                     step()
             graphs[length] = graph.replay
     except RuntimeError as error:
         torch.cuda.synchronize()
-        report(f"CUDA graph capture failed, the steps run eagerly: {str(error).splitlines()[0]}")
+        reason = error.__context__ or error  # ending a broken capture raises once more
+        report(f"CUDA graph capture failed, the steps run eagerly: {str(reason).splitlines()[0]}")
         return {1: step}
     return graphs

@@ -217,9 +217,13 @@ def build_model(args, dataset, device):
 
 def build_optimizer(args, model, device):
     kind = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam, "sgd": torch.optim.SGD}[args.optimizer]
-    # A captured step needs Adam's step counter on the device.
-    capturable = {} if args.optimizer == "sgd" else {"capturable": device.type == "cuda"}
+    capturable = {} if args.optimizer == "sgd" else {"capturable": captures_steps(args, device)}
     return kind(model.parameters(), lr=args.lr, weight_decay=args.weight_decay, fused=True, **capturable)
+
+
+def captures_steps(args, device):
+    """Whether the steps are replayed as CUDA graphs; with several processes they are not: these exchange gradients."""
+    return device.type == "cuda" and args.cuda_graph and parallel.size() == 1
 
 
 def log_schedule(n_steps, log_points):
@@ -308,7 +312,7 @@ def training_steps(model, optimizer, dataset, args, report):
         for _ in range(n):
             training_step()
 
-    if device.type == "cuda" and args.cuda_graph and parallel.size() == 1:
+    if captures_steps(args, device):
         repeat = cuda_graph.repeater(training_step, report)
     order_of = None
 
@@ -498,7 +502,8 @@ def train_until(run, log_step):
     else:  # looking at the loss would wait for the device; that is left to the log steps
         stay_close(run)
     pace = 0.5 / max(time.perf_counter() - began, 1e-6)
-    run.steps_at_once = max(1, int(length * min(pace, 2.0)))
+    # The root: the time taken on a GPU is that of the steps before these, and without it the lengths would swing.
+    run.steps_at_once = max(1, int(length * min(pace**0.5, 2.0)))
     run.console.progress(run.step)
 
 

@@ -1,5 +1,7 @@
 """What only a GPU can show: captured steps give the curves of eager ones, and a resumed run those of a whole one."""
 
+import signal
+
 import pytest
 import torch
 from conftest import SMALL, history_of, run_here
@@ -9,6 +11,16 @@ CUDA = [flag for flag in SMALL if not flag.startswith("--device")] + ["--device=
 VARIANTS = [["--optimizer=adamw"], ["--optimizer=adam"], ["--optimizer=sgd", "--lr=0.1"], ["--loss=mse"],
             ["--batch_norm"], ["--dtype=float64"], ["--model=cnn", "--width=4"],
             ["--model=resnet18", "--width=4", "--batch_norm"]]
+
+
+@pytest.fixture(autouse=True)
+def as_before():
+    """What a run sets for its whole process is as it was when the test has ended."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
+    yield
+    torch.use_deterministic_algorithms(False)
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
 
 
 def columns(folder):

@@ -65,7 +65,7 @@ def fake_cuda(monkeypatch):
     capturing = []
 
     @contextlib.contextmanager
-    def graph(target):
+    def graph(target, stream):
         capturing.append(target)
         yield
         capturing.pop()
@@ -104,8 +104,11 @@ def test_what_cannot_be_captured_is_reported_once_and_runs_eagerly(fake_cuda, mo
     step, made = fake_cuda
 
     @contextlib.contextmanager
-    def refuse(target):
-        raise RuntimeError("operation not permitted\nwhen stream is capturing")
+    def refuse(target, stream):
+        try:
+            raise RuntimeError("operation not permitted\nwhen stream is capturing")
+        finally:  # like the end of a capture that has been broken
+            raise RuntimeError("operation failed due to a previous error during capture")
         yield
 
     monkeypatch.setattr(torch.cuda, "graph", refuse)

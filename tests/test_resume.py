@@ -269,6 +269,7 @@ STARTED = "in the training loop"
 
 def child(folder, flags, hook, *details):
     """What a forked process does: train.py with its output in a file; hook(*details) prepares a fault."""
+    torch.cuda.is_available = lambda: False  # CUDA cannot be used after a fork
     train_ = train.train
     train.train = lambda run: print(STARTED, flush=True) or train_(run)
     with open(folder / "output", "a") as output:
