@@ -62,7 +62,8 @@ def parse_args(argv=None):
     group.add_argument("--batch_norm", action="store_true",
                        help="add batch norm before each activation; in the paper it prevents grokking")
     group.add_argument("--init_scale", type=flags.number(float, above=0), default=1.0, metavar="X",
-                       help="factor on the initial weights; above 1 delays generalisation (default 1)")
+                       help="factor on the initial weights; 8 with --loss=mse delays generalisation by thousands of "
+                            "steps (default 1)")
 
     group = parser.add_argument_group("the data")
     group.add_argument("--dataset", default="mnist", choices=list(data.DATASETS),
