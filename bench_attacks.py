@@ -15,9 +15,8 @@ import torch
 import attacks
 import data
 import machine
-import models
-
-EPSILONS = [0.03, 0.06, 0.10, 0.13, 0.16, 0.20]
+import partition
+import runlog
 
 
 def main():
@@ -43,7 +42,7 @@ def main():
         autoattack_steps = []
     for path in args.checkpoints:
         model, x, y, config, step = load(path, args)
-        epsilons = args.epsilons or config.get("epsilons") or EPSILONS
+        epsilons = args.epsilons or config["epsilons"]
         print(f"\n{path}: {config['model']} on {config['dataset']}, step {step}, {len(x)} test images, "
               f"{torch.device(args.device).type}, {args.threads} thread{'s'[:args.threads != 1]}\n", flush=True)
         print_table(epsilons, measure(model, x, y, epsilons, autoattack_steps))
@@ -51,19 +50,14 @@ def main():
 
 def load(path, args):
     """Return the network of a checkpoint and the images to attack."""
-    checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    checkpoint = runlog.load_checkpoint(path)
     config = checkpoint["config"]
     dataset = data.load_dataset(config["dataset"], args.data_dir or config["data_dir"], config["train_size"],
                                 config["seed"], config["image_size"], config["label_noise"])
-    depth = config["depth"] if config["model"] == "mlp" else None
-    model = models.build_model(config["model"], dataset.x_test.shape[1:], dataset.num_classes, depth=depth,
-                               width=config["width"], activation=config["activation"],
-                               batch_norm=config["batch_norm"], mean=dataset.mean, std=dataset.std)
-    model.load_state_dict(checkpoint["model_state_dict"])
-    dtype = getattr(torch, config["dtype"])
-    x = dataset.x_test[:args.images].to(args.device, dtype) / 255
+    model = partition.load_network(checkpoint, dataset).to(args.device)
+    x = dataset.x_test[:args.images].to(args.device, getattr(torch, config["dtype"])) / 255
     y = dataset.y_test[:args.images].to(args.device)
-    return model.to(args.device, dtype).eval(), x, y, config, checkpoint["step"]
+    return model, x, y, config, checkpoint["step"]
 
 
 def measure(model, x, y, epsilons, autoattack_steps):
