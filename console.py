@@ -6,7 +6,7 @@ import time
 
 from tqdm import tqdm
 
-from flags import epsilon_label
+from flags import epsilon_label, history_key
 
 SECONDS_BETWEEN_LINES = 60
 MOST_EPSILONS = 6
@@ -48,7 +48,7 @@ class Console:
         self.note("")
 
     def start(self, step, n_steps):
-        self.keys = thin([f"{epsilon:.6g}" for epsilon in self.history["config"]["epsilons"]], MOST_EPSILONS)
+        self.keys = thin([*map(history_key, self.history["config"]["epsilons"])], MOST_EPSILONS)
         self.middle = self.keys[len(self.keys) // 2]
         self.n_steps, self.first_step = n_steps, step
         self.began = self.last_line = time.monotonic()

@@ -42,6 +42,11 @@ def parse_epsilon(text):
     return value
 
 
+def history_key(value):
+    """Return the name of an epsilon or a radius in the history: six digits."""
+    return f"{value:.6g}"
+
+
 def epsilon_label(key):
     """Return how an epsilon of the history is shown: "0.03" as it is, "0.0313725" as "8/255"."""
     levels = float(key) * 255

@@ -159,7 +159,7 @@ def parse_args(argv=None):
     for name in ("epsilons", "lc_radius"):
         if getattr(args, name) is not None:
             setattr(args, name, [value for word in getattr(args, name) for value in word])
-            if len({f"{value:.6g}" for value in getattr(args, name)}) < len(getattr(args, name)):
+            if len({*map(flags.history_key, getattr(args, name))}) < len(getattr(args, name)):
                 parser.error(f"argument --{name}: two values agree in six digits")
     return args
 
@@ -417,7 +417,7 @@ def accuracy_under_attack(model, probes, args, batch_size):
     correct[len(args.epsilons):-1] = (torch.tensor(robust) * n).round()
 
     shares = (parallel.total(correct).double() / args.adv_size).tolist()
-    keys = [f"{epsilon:.6g}" for epsilon in args.epsilons]
+    keys = [*map(flags.history_key, args.epsilons)]
     return {"adv_acc": dict(zip(keys, shares, strict=False)),
             "robust_acc": dict(zip(keys, shares[len(keys):], strict=False)), "saturated": shares[-1]}
 
@@ -429,7 +429,7 @@ def mean_local_complexity(model, probes, args):
         counts = local_complexity.local_complexity(model, points[parallel.share(len(points))], args.lc_radius,
                                                    probes.directions, args.eval_batch_size)
         mean = (parallel.total(counts.sum(1)).double() / len(points)).tolist()
-        means[name] = {f"{radius:.6g}": layers for radius, layers in zip(args.lc_radius, mean, strict=True)}
+        means[name] = {flags.history_key(radius): layers for radius, layers in zip(args.lc_radius, mean, strict=True)}
     return means
 
 
