@@ -1,8 +1,10 @@
+import contextlib
 import json
 import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 # One thread: the tests' results do not depend on the machine, and two would wait for each other on a busy one.
 torch.set_num_threads(1)
+PATIENCE = 90  # seconds after which what a test waits for is taken not to come
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 
 
@@ -46,12 +49,26 @@ def run_here(folder, *flags, status=0):
     """Run train.main() in this process, with `folder` as the place of its files: without the seconds of an import."""
     import train
 
+    with handlers_kept():
+        assert train.main([*map(str, flags), f"--log_dir={folder}/logs", f"--save_dir={folder}/checkpoints"]) == status
+
+
+@contextlib.contextmanager
+def handlers_kept():
+    """Put back the handlers of the signals that a run catches."""
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
     try:
-        assert train.main([*map(str, flags), f"--log_dir={folder}/logs", f"--save_dir={folder}/checkpoints"]) == status
+        yield
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
+
+
+def wait_for(condition):
+    deadline = time.monotonic() + PATIENCE
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.05)
 
 
 def history_of(folder):
@@ -60,3 +77,8 @@ def history_of(folder):
         raise ValueError(f"{constant} is not JSON")
 
     return json.loads((Path(folder) / "logs" / "training_history.json").read_text(), parse_constant=refuse)
+
+
+def columns(folder):
+    """Return what a repeated or resumed run has to repeat of the history."""
+    return {key: value for key, value in history_of(folder).items() if key not in ("config", "environment", "seconds")}

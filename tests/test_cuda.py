@@ -1,10 +1,8 @@
 """What only a GPU can show: captured steps give the curves of eager ones, and a resumed run those of a whole one."""
 
-import signal
-
 import pytest
 import torch
-from conftest import SMALL, history_of, run_here
+from conftest import SMALL, columns, handlers_kept, history_of, run_here
 
 pytestmark = pytest.mark.cuda
 CUDA = [flag for flag in SMALL if not flag.startswith("--device")] + ["--device=cuda", "--deterministic"]
@@ -16,16 +14,9 @@ VARIANTS = [["--optimizer=adamw"], ["--optimizer=adam"], ["--optimizer=sgd", "--
 @pytest.fixture(autouse=True)
 def as_before():
     """What a run sets for its whole process is as it was when the test has ended."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
-    yield
+    with handlers_kept():
+        yield
     torch.use_deterministic_algorithms(False)
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
-
-
-def columns(folder):
-    return {name: column for name, column in history_of(folder).items()
-            if name not in ("config", "seconds", "environment")}
 
 
 @pytest.mark.parametrize("flags", VARIANTS, ids=lambda flags: flags[0])

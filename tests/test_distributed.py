@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import ENVIRONMENT, ROOT, SMALL, history_of, run_here
+from conftest import ENVIRONMENT, PATIENCE, ROOT, SMALL, history_of, run_here, wait_for
 
 import runlog
 
@@ -23,7 +23,6 @@ os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["train", "sklearn.datasets", "test_distributed"])
 STARTED = []
-PATIENCE = 90
 # Odd sizes, so that the processes' shares differ.
 FLAGS = [*SMALL, "--adv_size=21", "--lc_samples=9"]
 FOR_EVER = ["--n_steps=100000000", "--log_points=30"]
@@ -104,13 +103,6 @@ def printed(folder):
 def run_two(folder, *flags, launcher=by_torchrun):
     assert statuses(start_two(folder, *flags, launcher=launcher)) == [0, 0], printed(folder)
     return folder / "rank0"
-
-
-def wait_for(condition):
-    deadline = time.monotonic() + PATIENCE
-    while not condition():
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.05)
 
 
 def newest(folder):

@@ -22,7 +22,7 @@ from pathlib import Path
 import pytest
 import sklearn.datasets
 import torch
-from conftest import ENVIRONMENT, SMALL, command, history_of, run_here
+from conftest import ENVIRONMENT, SMALL, columns, command, history_of, run_here
 
 import models
 import runlog
@@ -47,11 +47,6 @@ def bits(value):
     if isinstance(value, dict):
         return {key: bits(entry) for key, entry in value.items()}
     return [bits(entry) for entry in value] if isinstance(value, list) else value
-
-
-def columns(folder):
-    """Return what a resumed run has to repeat of the history."""
-    return {key: value for key, value in history_of(folder).items() if key not in ("config", "environment", "seconds")}
 
 
 def checkpoints(folder):

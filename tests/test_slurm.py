@@ -8,17 +8,15 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
 import torch
-from conftest import ENVIRONMENT, ROOT, SMALL, history_of, run_here
+from conftest import ENVIRONMENT, PATIENCE, ROOT, SMALL, columns, run_here, wait_for
 
 import runlog
 import train
 
 SCRIPT = ROOT / "run_mnist_mlp.sh"
-PATIENCE = 90
 FLAGS = [*SMALL, "--n_steps=3000"]
 
 
@@ -28,21 +26,10 @@ def write_program(path, text):
     path.chmod(0o755)
 
 
-def wait_for(condition):
-    deadline = time.monotonic() + PATIENCE
-    while not condition():
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.05)
-
-
 def same_python(folder):
     """Return an environment in which the script finds the Python of these tests."""
     write_program(folder / "venv" / "bin" / "python", f'#!/bin/sh\nexec "{sys.executable}" "$@"\n')
     return {**ENVIRONMENT, "VIRTUAL_ENV": str(folder / "venv")}
-
-
-def columns(folder):
-    return {key: value for key, value in history_of(folder).items() if key not in ("config", "environment", "seconds")}
 
 
 def final_weights(folder):
