@@ -1,6 +1,7 @@
 """What of capturing steps can be tested without a GPU: that a step reads nothing back, and how steps are shared out."""
 
 import contextlib
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -118,3 +119,26 @@ def test_what_cannot_be_captured_is_reported_once_and_runs_eagerly(fake_cuda, mo
         repeat(n)
     assert made == ["eager"] * 26
     assert len(reports) == 1 and reports[0].endswith("the steps run eagerly: operation not permitted")
+
+
+def test_the_host_waits_for_the_steps_before_the_last_ones(monkeypatch):
+    said = []
+
+    class Event:
+        made = 0
+
+        def __init__(self):
+            Event.made += 1
+            self.number = Event.made
+
+        def record(self):
+            said.append(f"record {self.number}")
+
+        def synchronize(self):
+            said.append(f"wait for {self.number}")
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    run = SimpleNamespace(last_enqueued=None)
+    for _ in range(3):
+        train.stay_close(run)
+    assert said == ["record 1", "record 2", "wait for 1", "record 3", "wait for 2"]
