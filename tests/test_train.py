@@ -2,6 +2,8 @@
 
 import argparse
 import math
+import os
+import time
 
 import numpy as np
 import pytest
@@ -11,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+import machine
 import models
 import runlog
 from flags import parse_epsilon
@@ -224,6 +227,41 @@ def test_a_saturated_run_says_so_once_and_records_it(tmp_path, capsys):
     assert " ".join(capsys.readouterr().out.split()).count("the softmax rounds to exactly 1") == 1
     assert sum("rounds to exactly 1" in warning["text"] for warning in history["warnings"]) == 1
     assert history["saturated"][-1] > 0.5
+
+
+@pytest.mark.parametrize("seconds, best", [({1: 8, 2: 4, 4: 1, 6: 3}, 4), ({1: 1, 2: 60, 4: 60, 6: 60}, 1),
+                                           ({1: 4, 2: 2, 4: 1.96, 6: 2}, 2), ({1: 8, 2: 8, 4: 8, 6: 4}, 6)])
+def test_the_fastest_number_of_threads_is_taken_and_of_equals_the_smallest(monkeypatch, seconds, best):
+    now = {"time": 0.0, "threads": 1}
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(6))
+    monkeypatch.setattr(time, "perf_counter", lambda: now["time"])
+    monkeypatch.setattr(torch, "set_num_threads", lambda n: now.update(threads=n))
+
+    def work():
+        now["time"] += seconds[now["threads"]]
+
+    assert machine.fastest_thread_count(work) == best
+
+
+def test_the_threads_are_measured_stored_and_kept_unless_they_are_given(tmp_path, monkeypatch, capsys):
+    flags = [flag for flag in SMALL if flag != "--threads=1"]
+    counts = iter([1, 2])
+
+    def measured(work):
+        work()
+        return next(counts)
+
+    monkeypatch.setattr(machine, "fastest_thread_count", measured)
+    try:
+        run_here(tmp_path, *flags, "--n_steps=2")
+        assert "threads: 1 in training, 2 in log steps" in capsys.readouterr().out
+        run_here(tmp_path, *flags, "--n_steps=3", "--resume")  # a third measurement would raise StopIteration
+        config = history_of(tmp_path)["config"]
+        assert (config["threads"], config["eval_threads"]) == (1, 2)
+        run_here(tmp_path, *flags, "--n_steps=4", "--resume", "--threads=2")
+        assert history_of(tmp_path)["config"]["threads"] == 2
+    finally:
+        torch.set_num_threads(1)
 
 
 def test_help_names_every_flag_with_its_default():
