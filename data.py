@@ -5,7 +5,7 @@ A compute node often has no internet; fetch and check ahead of time, on a node t
     python data.py mnist cifar10 --data_dir data
 
 mnist, cifar10, cifar100 and imagenette are downloaded and checked by torchvision, digits comes with scikit-learn, and
-imagefolder is any folder of the layout {train,test or val}/CLASS/IMAGE.
+imagefolder is any folder of the layout {train,test or val}/CLASS/IMAGE. Another data set is one more entry in DATASETS.
 """
 
 import argparse
@@ -15,37 +15,22 @@ import os
 import socket
 import sys
 import uuid
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torchvision import datasets
+from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.datasets.utils import check_integrity
 from tqdm import tqdm
 
-DATASETS = ("mnist", "cifar10", "cifar100", "imagenette", "digits", "imagefolder")
-DEFAULT_TRAIN_SIZE = {"mnist": 1000, "digits": 1000}  # the paper's 1,000; all training images for the others
 DEFAULT_IMAGE_SIZE = 128
-
-# Mean and standard deviation of the channels over the training set, in pixel units of [0, 1].
-STATISTICS = {
-    "mnist": ([0.1307], [0.3081]),
-    "cifar10": ([0.4914, 0.4822, 0.4465], [0.2470, 0.2435, 0.2616]),
-    "cifar100": ([0.5071, 0.4865, 0.4409], [0.2673, 0.2564, 0.2762]),
-    "imagenette": ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]),
-}
-# What to put where by hand: torchvision takes an archive that lies there for its own download, after checking its MD5.
-ARCHIVES = {
-    "mnist": ("MNIST/raw", "train-images-idx3-ubyte.gz, train-labels-idx1-ubyte.gz, t10k-images-idx3-ubyte.gz and "
-                           "t10k-labels-idx1-ubyte.gz from https://ossci-datasets.s3.amazonaws.com/mnist/"),
-    "cifar10": ("", "cifar-10-python.tar.gz from https://www.cs.toronto.edu/~kriz/"),
-    "cifar100": ("", "cifar-100-python.tar.gz from https://www.cs.toronto.edu/~kriz/"),
-    "imagenette": ("", "imagenette2-160.tgz from https://s3.amazonaws.com/fast-ai-imageclas/"),
-}
 IMAGENETTE_COUNTS = {"train": 9469, "val": 3925}
 DOWNLOAD_TIMEOUT = 15  # seconds without an answer; a firewall that drops packets would else hold a run for minutes
 BLOCK = 64  # images a thread decodes at a time
@@ -66,6 +51,19 @@ class Dataset:
     std: list
 
 
+@dataclass
+class Source:
+    """What is known of a data set beforehand: one entry of DATASETS."""
+
+    read: Callable  # (name, data_dir, image_size) -> x_train, y_train, x_test, y_test, num_classes
+    statistics: tuple = ()  # mean and std of the whole training split; empty: they are computed
+    train_size: int | None = None  # how many training images are used where nobody says; None: all
+    archives: str = ""  # what else to put into data_dir/folder, by hand, where there is no internet: torchvision takes
+    folder: str = ""    # an archive that lies there for its own download, after checking its MD5
+    resizable: bool = False  # whether image_size applies
+    package: str = ""  # the package that it comes with: it takes nothing from data_dir
+
+
 def load_dataset(name, data_dir="data", train_size=None, seed=42, image_size=None, label_noise=0.0):
     """Return a Dataset on the CPU; download it into data_dir where it is missing and can be downloaded.
 
@@ -83,7 +81,7 @@ def load_dataset(name, data_dir="data", train_size=None, seed=42, image_size=Non
     Raises ValueError for an unknown name, an option out of range and damaged files; OSError (FileNotFoundError,
     NotADirectoryError, PermissionError among them) for what is missing, unreadable or cannot be downloaded.
     """
-    check_name(name)
+    source = source_of(name)
     if train_size not in (None, "all") and train_size < 1:
         raise ValueError(f"train_size must be at least 1, not {train_size}")
     if seed < 0:
@@ -94,7 +92,7 @@ def load_dataset(name, data_dir="data", train_size=None, seed=42, image_size=Non
     dataset = read_dataset(name, data_dir, image_size)
     available = len(dataset.x_train)
     if train_size is None:
-        train_size = min(DEFAULT_TRAIN_SIZE.get(name, available), available)
+        train_size = min(source.train_size or available, available)
     if train_size == "all":
         train_size = available
     if train_size > available:
@@ -109,37 +107,28 @@ def load_dataset(name, data_dir="data", train_size=None, seed=42, image_size=Non
     return dataset
 
 
-def check_name(name):
+def source_of(name):
     if name not in DATASETS:
         raise ValueError(f"unknown data set '{name}': choose from {', '.join(DATASETS)}")
+    return DATASETS[name]
 
 
 def read_dataset(name, data_dir="data", image_size=None):
     """Return the whole data set, before any subset or label noise. Arguments and errors as in load_dataset."""
-    check_name(name)
-    if image_size is not None and name not in ("imagenette", "imagefolder"):
-        raise ValueError(f"image_size is for imagenette and imagefolder only; the images of {name} have a fixed size")
+    source = source_of(name)
+    if image_size is not None and not source.resizable:
+        resizable = " and ".join(other for other in DATASETS if DATASETS[other].resizable)
+        raise ValueError(f"image_size is for {resizable} only; the images of {name} have a fixed size")
     if image_size is not None and image_size < 1:
         raise ValueError(f"image_size must be at least 1 pixel, not {image_size}")
     data_dir = os.path.expanduser(data_dir)
-    if name != "digits" and os.path.exists(data_dir):
+    if not source.package and os.path.lexists(data_dir):  # a link to nothing is there, too
         check_directory(data_dir)
-
-    if name == "digits":
-        arrays = read_digits()
-    elif name == "mnist":
-        arrays = read_mnist(data_dir)
-    elif name == "imagenette":
-        arrays = read_imagenette(data_dir, image_size or DEFAULT_IMAGE_SIZE)
-    elif name == "imagefolder":
-        arrays = read_folder(data_dir, image_size)
-    else:
-        arrays = read_cifar(name, data_dir)
-    x_train, y_train, x_test, y_test, num_classes = arrays
+    x_train, y_train, x_test, y_test, num_classes = source.read(name, data_dir, image_size)
     if x_train.shape[1:] != x_test.shape[1:]:
         raise ValueError(f"the training images of {name} are {shape_text(x_train)}, its test images "
                          f"{shape_text(x_test)}: files of two data sets are mixed in {data_dir}")
-    mean, std = STATISTICS[name] if name in STATISTICS else channel_statistics(x_train)
+    mean, std = source.statistics or channel_statistics(x_train)
     return Dataset(name, x_train, y_train, x_test, y_test, num_classes, list(mean), list(std))
 
 
@@ -167,7 +156,25 @@ def channel_statistics(x):
     return means, stds
 
 
-def read_digits():
+def pixels(images, dtype):
+    """Return uint8 images as values of dtype in [0, 1].
+
+    A true division, by a tensor on the images' device: a GPU multiplies by the rounded reciprocal of a Python number,
+    which differs in 126 of the 256 values.
+    """
+    return images / torch.full((), 255, dtype=dtype, device=images.device)
+
+
+def fingerprint(dataset):
+    """Return 16 hex digits that differ for data sets of other images, labels, sizes or order."""
+    digest = hashlib.sha256()
+    for tensor in (dataset.x_train, dataset.y_train, dataset.x_test, dataset.y_test):
+        digest.update(f"{tuple(tensor.shape)}".encode())
+        digest.update(tensor.cpu().contiguous().numpy())
+    return digest.hexdigest()[:16]
+
+
+def read_digits(name, data_dir, image_size):
     from sklearn.datasets import load_digits  # slow to import, and the other data sets do without it
 
     digits = load_digits()
@@ -180,20 +187,26 @@ def read_digits():
 
 
 def fetch(name, dataset_class, data_dir, **options):
-    """Construct one of torchvision's data sets, downloading it where it is missing."""
-    timeout = socket.getdefaulttimeout()
+    """Construct one of torchvision's data sets, downloading it where it is missing; a failure leaves no folder."""
+    def folders():
+        root = Path(data_dir)
+        return {path for path in (root, *root.parents, *root.glob("*/"), *root.glob("*/*/")) if os.path.isdir(path)}
+
+    before, timeout = folders(), socket.getdefaulttimeout()
     socket.setdefaulttimeout(DOWNLOAD_TIMEOUT)
     try:
         return dataset_class(data_dir, download=True, **options)
     except Exception as error:  # urllib's, http's, tarfile's, zlib's, torchvision's RuntimeError, a full disk, ...
-        folder, archives = ARCHIVES[name]
-        raise OSError(
-            f"cannot download {name} ({last_line(error)}): run `python data.py {name}` on a machine with internet and "
-            f"copy its data directory here, or put {archives} into {os.path.join(data_dir, folder)}; "
-            "--dataset=digits needs no download"
-        ) from error
+        source = DATASETS[name]
+        by_hand = f", or put {source.archives} into {os.path.join(data_dir, source.folder)}" if source.archives else ""
+        raise OSError(f"cannot download {name} ({last_line(error)}): run `python data.py {name}` on a machine with "
+                      f"internet and copy its data directory here{by_hand}; --dataset=digits needs no download"
+                      ) from error
     finally:
         socket.setdefaulttimeout(timeout)
+        for path in sorted(folders() - before, reverse=True):  # a folder comes after what is in it
+            with suppress(OSError):  # not empty: the download stands, or parts of it that the next try can use
+                path.rmdir()
 
 
 def last_line(error):
@@ -201,24 +214,25 @@ def last_line(error):
     return lines[-1] if lines else type(error).__name__
 
 
-def read_mnist(data_dir):
+def read_mnist(dataset_class, name, data_dir, image_size):
+    """Read MNIST, or a data set that torchvision keeps in the same files."""
     splits = []
     for train, prefix in ((True, "train"), (False, "t10k")):
-        images = os.path.join(data_dir, "MNIST", "raw", f"{prefix}-images-idx3-ubyte")
-        labels = os.path.join(data_dir, "MNIST", "raw", f"{prefix}-labels-idx1-ubyte")
-        check_idx(images, dimensions=3)
-        check_idx(labels, dimensions=1)
-        split = fetch("mnist", datasets.MNIST, data_dir, train=train)
+        images, labels = (os.path.join(data_dir, dataset_class.__name__, "raw", f"{prefix}-{kind}-ubyte")
+                          for kind in ("images-idx3", "labels-idx1"))
+        check_idx(name, images, dimensions=3)
+        check_idx(name, labels, dimensions=1)
+        split = fetch(name, dataset_class, data_dir, train=train)
         x, y = split.data.unsqueeze(1), split.targets
-        if len(x) != len(y):
-            raise ValueError(f"{images} holds {len(x)} images and {labels} {len(y)} labels: {remedy(images, 'mnist')}")
+        if len(x) != len(y):  # either may be the wrong one
+            raise ValueError(f"{images} holds {len(x)} images and {labels} {len(y)} labels: {remedy('both', name)}")
         if y.max() > 9:
-            raise ValueError(f"{labels} holds the label {y.max()}, not only 0 to 9: {remedy(labels, 'mnist')}")
+            raise ValueError(f"{labels} holds the label {y.max()}, not only 0 to 9: {remedy(labels, name)}")
         splits += [x, y]
     return *splits, 10
 
 
-def check_idx(path, dimensions):
+def check_idx(name, path, dimensions):
     """Raise ValueError unless the file, if there is one, is an idx file of unsigned bytes and as long as it says.
 
     torchvision checks the MD5 of what it downloads, but takes any file that already lies there. The format: big-endian
@@ -229,22 +243,21 @@ def check_idx(path, dimensions):
     with open(path, "rb") as file:
         header = np.frombuffer(file.read(4 * (1 + dimensions)), np.uint8)
     if len(header) < 4 * (1 + dimensions):
-        raise ValueError(f"{path} is cut off within its header: {remedy(path, 'mnist')}")
+        raise ValueError(f"{path} is cut off within its header: {remedy(path, name)}")
     magic, *lengths = (int(number) for number in header.view(">u4"))
     if magic != 0x0800 + dimensions:
         raise ValueError(f"{path} is no idx file of {dimensions}-dimensional bytes (it starts with 0x{magic:08x}, not "
-                         f"0x{0x0800 + dimensions:08x}): {remedy(path, 'mnist')}")
+                         f"0x{0x0800 + dimensions:08x}): {remedy(path, name)}")
     expected, size = len(header) + math.prod(lengths), os.path.getsize(path)
     if size != expected or 0 in lengths:
-        raise ValueError(f"{path} holds {size} bytes where its header promises {expected}: {remedy(path, 'mnist')}")
+        raise ValueError(f"{path} holds {size} bytes where its header promises {expected}: {remedy(path, name)}")
 
 
 def remedy(path, name):
     return f"delete {path} and run `python data.py {name}` to download it again"
 
 
-def read_cifar(name, data_dir):
-    dataset_class = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[name]
+def read_cifar(dataset_class, name, data_dir, image_size):
     # torchvision answers a damaged file with a new download: without a network its error would hide what is wrong
     folder, meta = os.path.join(data_dir, dataset_class.base_folder), dataset_class.meta
     for file_name, md5 in [*dataset_class.train_list, *dataset_class.test_list, (meta["filename"], meta["md5"])]:
@@ -259,64 +272,102 @@ def read_cifar(name, data_dir):
     return *splits, len(split.classes)
 
 
-def read_imagenette(data_dir, image_size):
+def read_imagenette(name, data_dir, image_size):
     root = os.path.join(data_dir, "imagenette2-160")
     if not os.path.exists(root):
-        fetch("imagenette", datasets.Imagenette, data_dir, size="160px")
+        fetch(name, datasets.Imagenette, data_dir, size="160px")
     # torchvision takes the folder's being there for the whole data set, even after an interrupted extraction
     counts = {split: sum(1 for _ in Path(root, split).glob("*/*.JPEG")) for split in IMAGENETTE_COUNTS}
     if counts != IMAGENETTE_COUNTS:
         raise ValueError(
             f"{root} holds {counts['train']} training and {counts['val']} test images where Imagenette has "
             f"{IMAGENETTE_COUNTS['train']} and {IMAGENETTE_COUNTS['val']}, as after an interrupted extraction: "
-            f"{remedy(root, 'imagenette')}; to train on a part of it, --dataset=imagefolder --data_dir={root}"
+            f"{remedy(root, name)}; to train on a part of it, --dataset=imagefolder --data_dir={root}"
         )
-    return read_folder(root, image_size)
+    return read_folder(name, root, image_size or DEFAULT_IMAGE_SIZE)
 
 
-def read_folder(root, image_size):
+def read_folder(name, root, image_size):
     """Decode root/train and root/test (or root/val), or take the decoded images from the cache."""
     if not os.path.exists(root):
         raise FileNotFoundError(f"there is no folder {root}: give the folder that holds train/ and test/ as --data_dir")
-    train = scan(root, "train")
-    test = scan(root, "test", "val")
-    if train.classes != test.classes:
-        differing = sorted(set(train.classes) ^ set(test.classes))
-        raise ValueError(f"{train.root} and {test.root} have different classes: only one of them has a folder "
-                         f"{', '.join(differing[:5])}{' ...' if len(differing) > 5 else ''}")
+    train, train_classes, train_paths, y_train = scan(root, "train")
+    test, test_classes, test_paths, y_test = scan(root, "test", "val")
+    if train_classes != test_classes:
+        raise ValueError(f"{train} and {test} have different classes: only one of them has a folder "
+                         f"{listing(set(train_classes) ^ set(test_classes))}")
 
-    train_paths, test_paths = ([path for path, _ in split.samples] for split in (train, test))
     cache = os.path.join(root, f"decoded-{image_size or 'auto'}.npz")
-    key = fingerprint(root, train_paths + test_paths, image_size)
+    key = cache_key(root, train_paths + test_paths, image_size)
     images = load_cache(cache, key)
     if images is None:
         images = decode_splits(train_paths, test_paths, image_size)
         save_cache(cache, fingerprint=key, x_train=images[0], x_test=images[1])
     x_train, x_test = map(torch.from_numpy, images)
-    return x_train, torch.tensor(train.targets), x_test, torch.tensor(test.targets), len(train.classes)
+    return x_train, torch.tensor(y_train), x_test, torch.tensor(y_test), len(train_classes)
 
 
 def scan(root, *names):
-    """Return torchvision's ImageFolder for the first of the folders `names` that root has."""
+    """Return (folder, classes, paths, labels) of the first of the folders `names` that root has.
+
+    In the order of torchvision's ImageFolder, which would follow a link that leads back up, round and round, and pass
+    over a folder without permission in silence.
+    """
     folder = next((path for path in (os.path.join(root, name) for name in names) if os.path.isdir(path)), None)
     if folder is None:
         raise FileNotFoundError(f"{root} has no folder {' or '.join(names)}/: the layout is train/CLASS/IMAGE and "
                                 "test/CLASS/IMAGE (or val/)")
     check_directory(folder)
-    try:
-        return datasets.ImageFolder(folder)
-    except FileNotFoundError as error:
-        raise FileNotFoundError(f"no images in {folder} ({last_line(error).rstrip('.')}): the layout is "
-                                f"{folder}/CLASS/IMAGE, with at least one image for each class") from error
+    classes = sorted(subfolders(folder, os.listdir(folder)))
+    images = [find_images(os.path.join(folder, name)) for name in classes]
+    empty = [name for name, paths in zip(classes, images, strict=True) if not paths]
+    if empty or not classes:
+        where = f" for the class{'es' * (len(empty) > 1)} {listing(empty)}" if empty else ""
+        raise FileNotFoundError(f"no images in {folder}{where}: the layout is {folder}/CLASS/IMAGE, with at least one "
+                                f"image ({' '.join(IMG_EXTENSIONS)}) for each class")
+    labels = [label for label, paths in enumerate(images) for _ in paths]
+    return folder, classes, [path for paths in images for path in paths], labels
 
 
-def fingerprint(root, paths, image_size):
+def find_images(folder):
+    """Return the paths of all images below folder. Raises OSError for a folder that cannot be read."""
+    def fail(error):
+        raise error
+
+    found = []
+    for parent, folders, files in os.walk(folder, followlinks=True, onerror=fail):
+        folders[:] = subfolders(parent, folders)
+        found += [os.path.join(parent, name) for name in files if name.lower().endswith(IMG_EXTENSIONS)]
+    return sorted(found, key=os.path.split)
+
+
+def subfolders(folder, names):
+    """Return those of the names that are folders in folder and no links back up to where the way here came from."""
+    def leads_back(path):
+        target = os.path.realpath(path)
+        return any(Path(os.path.realpath(parent)).is_relative_to(target) for parent in Path(path).parents)
+
+    paths = ((name, os.path.join(folder, name)) for name in names)
+    return [name for name, path in paths if os.path.isdir(path) and not (os.path.islink(path) and leads_back(path))]
+
+
+def listing(names):
+    return ", ".join(sorted(names)[:5]) + (" ..." if len(names) > 5 else "")
+
+
+def cache_key(root, paths, image_size):
     """A key that changes with the size wanted and with any file's name, size or time of change."""
     digest = hashlib.sha256(f"1 {image_size}".encode())
     for path in paths:
+        if not os.path.isfile(path):
+            raise unreadable(path, "no file, or a link to nothing")
         status = os.stat(path)
         digest.update(os.fsencode(f"\n{path[len(root):]} {status.st_size} {status.st_mtime_ns}"))
     return digest.hexdigest()
+
+
+def unreadable(path, reason):
+    return ValueError(f"cannot read the image {path} ({reason}): replace or remove it")
 
 
 def load_cache(path, key):
@@ -359,8 +410,8 @@ def decode(paths, width, height, resize):
     shape = (len(paths), 3, height, width)
     try:
         images = np.empty(shape, np.uint8)
-    except (MemoryError, ValueError) as error:
-        raise ValueError(f"{len(paths)} images of {width}x{height} pixels take {math.prod(shape) / 1e9:.1f} GB, "
+    except (MemoryError, OverflowError, ValueError) as error:
+        raise ValueError(f"{len(paths)} images of {width}x{height} pixels take {math.prod(shape) // 10**9:,} GB, "
                          "more than there is memory: choose a smaller image_size") from error
 
     def decode_block(start):
@@ -392,36 +443,59 @@ def read_image(path, size=None):
         return np.asarray(image).transpose(2, 0, 1)
     except Exception as error:  # Pillow raises OSError, SyntaxError, struct.error and more for a damaged file
         reason = "not an image" if isinstance(error, UnidentifiedImageError) else last_line(error)
-        raise ValueError(f"cannot read the image {path} ({reason}): replace or remove it") from error
+        raise unreadable(path, reason) from error
 
 
 def shape_text(x):
     return "x".join(map(str, x.shape[1:]))
 
 
+DATASETS = {
+    "mnist": Source(
+        partial(read_mnist, datasets.MNIST), ([0.1307], [0.3081]), train_size=1000, folder="MNIST/raw",  # as the paper
+        archives="train-images-idx3-ubyte.gz, train-labels-idx1-ubyte.gz, t10k-images-idx3-ubyte.gz and "
+                 "t10k-labels-idx1-ubyte.gz from https://ossci-datasets.s3.amazonaws.com/mnist/"),
+    "cifar10": Source(
+        partial(read_cifar, datasets.CIFAR10), ([0.4914, 0.4822, 0.4465], [0.2470, 0.2435, 0.2616]),
+        archives="cifar-10-python.tar.gz from https://www.cs.toronto.edu/~kriz/"),
+    "cifar100": Source(
+        partial(read_cifar, datasets.CIFAR100), ([0.5071, 0.4865, 0.4409], [0.2673, 0.2564, 0.2762]),
+        archives="cifar-100-python.tar.gz from https://www.cs.toronto.edu/~kriz/"),
+    "imagenette": Source(
+        read_imagenette, ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]), resizable=True,
+        archives="imagenette2-160.tgz from https://s3.amazonaws.com/fast-ai-imageclas/"),
+    "digits": Source(read_digits, train_size=1000, package="scikit-learn"),
+    "imagefolder": Source(read_folder, resizable=True),
+}
+
+
 def main():
-    def fail(message):
+    def fail(message, status=2):
         print(f"data.py: error: {message}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(status)
 
     parser = argparse.ArgumentParser(description="Fetch and check data sets without training.")
     parser.error = fail
     parser.add_argument("names", nargs="+", metavar="NAME", help=f"one or more of {', '.join(DATASETS)}")
     parser.add_argument("--data_dir", default="data", help="where data sets are kept; for imagefolder, the folder "
                         "that holds train/ and test/ or val/ (default: data)")
-    parser.add_argument("--image_size", type=int, help="decode and cache images at this size in pixels; imagenette "
-                        "and imagefolder only (default: 128, or the images' own size if they all have the same)")
+    parser.add_argument("--image_size", type=int, help="decode and cache images at this size in pixels; folders "
+                        "of images only (default: 128, or the images' own size if they all have the same)")
     args = parser.parse_args()
+    with suppress(AttributeError):  # no standard output, or not a text stream of Python's
+        sys.stdout.reconfigure(errors="backslashreplace")  # a path may hold what it cannot show
     try:
-        for name in args.names:
-            check_name(name)
-        for name in args.names:
+        sources = {name: source_of(name) for name in args.names}
+        for name, source in sources.items():
             dataset = read_dataset(name, args.data_dir, args.image_size)
-            where = "part of scikit-learn" if name == "digits" else os.path.abspath(os.path.expanduser(args.data_dir))
+            folder = os.path.abspath(os.path.expanduser(args.data_dir))
+            where = f"part of {source.package}" if source.package else folder
             print(f"{name}: {len(dataset.x_train):,} training and {len(dataset.x_test):,} test images, "
                   f"{shape_text(dataset.x_train)}, {dataset.num_classes} classes ({where})", flush=True)
     except (OSError, ValueError) as error:
         fail(error)
+    except KeyboardInterrupt:
+        fail("interrupted", status=130)
 
 
 if __name__ == "__main__":
