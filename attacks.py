@@ -4,10 +4,12 @@ Both ascend the input's gradient only: parameters get none, and the model is att
 """
 
 import math
-from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
+
+from losses import log_odds
+from models import evaluating
 
 # budget: (wrong classes attacked one by one, rounds over them, factor on `steps`, reach: how far from falling an image
 # may be before its class is given up). README.md has what each costs and finds. Each further class finds images that
@@ -51,21 +53,19 @@ def pgd(model, x, y, epsilon, steps=10, step_size=None, restarts=1, objective="e
         raise ValueError(f"starts must have the shape (restarts, *x.shape) = {shape}, not {tuple(starts.shape)}")
 
     x, best, best_excess = x.detach(), None, None
-    with attacked(model):
+    bounds = ball(x, epsilon)
+    with evaluating(model):
         for start in starts.to(x):
-            x_adv = project(x + epsilon * start, x, epsilon)
+            x_adv = torch.add(x, start, alpha=epsilon).clamp_(*bounds)
             for _ in range(steps):
-                x_adv.requires_grad_()
-                logits = model(x_adv)
-                loss = (F.cross_entropy(logits, y, reduction="sum") if objective == "ce"
-                        else (wrong_logits(logits, y).logsumexp(1) - true_logit(logits, y)).sum())
-                gradient, = torch.autograd.grad(loss, x_adv)
-                x_adv = project(x_adv.detach() + step_size * gradient.sign(), x, epsilon)
+                gradient = input_gradient(model, x_adv, y, objective)
+                x_adv = torch.add(x_adv.detach(), gradient.sign_(), alpha=step_size).clamp_(*bounds)
             if restarts == 1:
                 return x_adv
             with torch.no_grad():
                 logits = model(x_adv)
                 excess = wrong_logits(logits, y).amax(1) - true_logit(logits, y)
+                excess = excess.nan_to_num(nan=torch.inf)  # what is not a number is a wrong answer
             if best is None:
                 best, best_excess = x_adv, excess
             worse = excess > best_excess
@@ -74,16 +74,38 @@ def pgd(model, x, y, epsilon, steps=10, step_size=None, restarts=1, objective="e
     return best
 
 
+def input_gradient(model, x, y, objective):
+    """Return the gradient of the objective at the images x, which afterwards require one."""
+    with torch.enable_grad():
+        logits = model(x.requires_grad_())
+        loss = F.cross_entropy(logits, y, reduction="sum") if objective == "ce" else log_odds(logits, y).sum()
+        return torch.autograd.grad(loss, x)[0]
+
+
 def robust_accuracy(model, x, y, epsilons, steps=10, budget=DEFAULT_BUDGET, batch_size=None):
-    """Return, for each epsilon in the given order, the fraction of images (a float) that withstand the attack.
+    """Return, for each epsilon in the given order, the fraction of images (a float) that withstand the attack of
+    ranks(), whose arguments and errors these are.
 
     An image counts at epsilon only if its clean prediction is right and no iterate of the attack, at this epsilon or
     a smaller one of the grid, is misclassified: the result never rises with epsilon and never exceeds the accuracy
-    on x. It is deterministic, and no image's outcome depends on the others in its batch.
+    on x. batch_size: images attacked together, by default all; no image's outcome depends on the others.
+    """
+    check_images(x, y)
+    if batch_size is not None and batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, not {batch_size}")
+    parts = zip(x.split(batch_size or len(x)), y.split(batch_size or len(x)), strict=True)
+    rank = torch.cat([ranks(model, part_x, part_y, epsilons, steps, budget) for part_x, part_y in parts])
+    radii = ascending(epsilons)
+    return [(rank > radii.index(epsilon)).sum().item() / len(x) for epsilon in epsilons]
+
+
+def ranks(model, x, y, epsilons, steps=10, budget=DEFAULT_BUDGET):
+    """Return for each image (int64, (N,)) how many of the radii 0 and epsilons, in ascending order, it withstands:
+    0 if the clean image is misclassified, 1 if it falls at the smallest epsilon, and so on.
 
     x: images (N, ...) in [0, 1], in the model's dtype; y: true classes (N,); epsilons: radii in pixel units, 0
     allowed, in any order. steps: at most this many steps toward one class in one ball ("high": twice as many).
-    budget: a key of BUDGETS. batch_size: images attacked together, by default all.
+    budget: a key of BUDGETS. It is deterministic.
 
     Every image starts in the largest ball. An iterate that is misclassified drops it into the next smaller one,
     where the attack goes on from the same point: so it pays the many steps of an attack that fails for one epsilon,
@@ -101,87 +123,77 @@ def robust_accuracy(model, x, y, epsilons, steps=10, budget=DEFAULT_BUDGET, batc
         raise ValueError(f"robust accuracy needs steps >= 1, not {steps}")
     if budget not in BUDGETS:
         raise ValueError(f"unknown budget '{budget}': choose from {', '.join(BUDGETS)}")
-    if batch_size is not None and batch_size < 1:
-        raise ValueError(f"batch_size must be at least 1, not {batch_size}")
-
-    x = x.detach()
-    radii = [0.0, *sorted({epsilon for epsilon in epsilons if epsilon > 0})]
-    counts = torch.zeros(len(radii), dtype=torch.int64, device=x.device)
-    with attacked(model):
-        for part_x, part_y in zip(x.split(batch_size or len(x)), y.split(batch_size or len(x)), strict=True):
-            rank = largest_withstood(model, part_x, part_y, x.new_tensor(radii), steps, budget)
-            counts += (rank[:, None] >= torch.arange(len(radii), device=x.device)).sum(0)
-    withstood = dict(zip(radii, counts.tolist(), strict=True))
-    return [withstood[epsilon] / len(x) for epsilon in epsilons]
-
-
-def largest_withstood(model, x, y, radii, steps, budget):
-    """Return for each image the index (N,) of the largest of the ascending radii that it withstands; radii[0] is 0,
-    the clean image, and -1 is for an image that is misclassified as it is."""
     classes, rounds, step_factor, reach = BUDGETS[budget]
+    x, radii = x.detach(), x.new_tensor(ascending(epsilons))
     limits = radii, steps * step_factor, reach
-    with torch.no_grad():
-        clean = model(x).argmax(1) == y
-    rank = torch.where(clean, len(radii) - 1, -1)
-    start = x
-    for _ in range(rounds):
-        end = drop_while_fallen(model, x, y, start, None, rank, *limits)
-        with torch.no_grad():
-            logits = wrong_logits(model(end), y)
-        for target in logits.topk(min(classes, logits.shape[1] - 1)).indices.T:
-            drop_while_fallen(model, x, y, start, target, rank, *limits)
-        start = 2 * x - end  # the next round sets out from the other side
-    return rank
+    with evaluating(model), torch.no_grad():
+        # The place of the largest radius withstood; -1: not even the clean image is right.
+        place = torch.where(correct(model(x), y), len(radii) - 1, -1)
+        start = x
+        for _ in range(rounds):
+            end = drop_while_fallen(model, x, y, start, None, place, *limits)
+            strongest = wrong_logits(model(end), y).topk(min(classes, model(x[:1]).shape[1] - 1)).indices
+            for target in strongest.T:
+                drop_while_fallen(model, x, y, start, target, place, *limits)
+            start = 2 * x - end  # the next round sets out from the other side
+    return place + 1
 
 
-def drop_while_fallen(model, x, y, start, target, rank, radii, steps, reach):
-    """Attack every image in the ball of radius radii[rank] and lower its rank, in place, at each misclassified
+def ascending(epsilons):
+    return sorted({0.0, *epsilons})
+
+
+def drop_while_fallen(model, x, y, start, target, place, radii, steps, reach):
+    """Attack every image in the ball of radius radii[place] and lower its place, in place, at each misclassified
     iterate, until `steps` steps in one ball have not misclassified it or are not going to. Return the last points.
 
     start: the first points, drawn into the balls. target: the wrong class (N,) to go for, or None for the strongest
     one at each step. reach: the target is given up when the linear model says that a step of reach * radius would
     not get there.
     """
-    x_adv = project(start, x, like_images(radii[rank.clamp(min=0)], x))
-    age = torch.zeros_like(rank)  # steps taken in the present ball
-    active = (rank > 0).nonzero().flatten()
+    end = start.clamp(*ball(x, like_images(radii[place.clamp(min=0)], x)))
+    active = (place > 0).nonzero().flatten()
+    # The active images lie together, so that an iteration moves none of them unless one is done.
+    points, images, labels, places = end[active], x[active], y[active], place[active]
+    goals = None if target is None else target[active]
+    ages = torch.zeros_like(places)  # steps taken in the present ball
+    radius = radii[places]
+    bounds = ball(images, like_images(radius, x))
     while len(active) > 0:
-        points, labels = x_adv[active].requires_grad_(), y[active]
-        logits = model(points)
-        rival = wrong_logits(logits, labels).amax(1) if target is None else true_logit(logits, target[active])
-        deficit = true_logit(logits, labels) - rival
-        gradient, = torch.autograd.grad(-deficit.sum(), points)
-        with torch.no_grad():
-            fallen = logits.argmax(1) != labels
-            ranks = rank[active] - fallen.long()
-            ages = torch.where(fallen, 0, age[active])
-            radius = radii[ranks]
-            out_of_reach = deficit > reach * radius * gradient.flatten(1).abs().sum(1)
-            step = like_images(2 * (1 - ages / steps) * radius, x) * gradient.sign()
-            x_adv[active] = project(points + step, x[active], like_images(radius, x))
-            rank[active], age[active] = ranks, ages + 1
-            active = active[(ranks > 0) & (ages < steps) & ~(out_of_reach & (ages >= PATIENCE))]
-    return x_adv
-
-
-@contextmanager
-def attacked(model):
-    """Hold the model in eval mode and its parameters free of gradients; afterwards every flag is as it was."""
-    modes = [(module, module.training) for module in model.modules()]
-    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    try:
-        model.eval().requires_grad_(False)
         with torch.enable_grad():
-            yield
-    finally:
-        for module, training in modes:
-            module.training = training
-        for parameter, requires_grad in flags:
-            parameter.requires_grad_(requires_grad)
+            logits = model(points.requires_grad_())
+            rival = wrong_logits(logits, labels).amax(1) if goals is None else true_logit(logits, goals)
+            lead = true_logit(logits, labels) - rival
+            gradient, = torch.autograd.grad(lead.sum(), points)
+        fallen = ~correct(logits, labels)
+        if fallen.any():
+            places, ages = places - fallen.long(), ages.masked_fill(fallen, 0)
+            radius = radii[places]
+            bounds = ball(images, like_images(radius, x))
+        out_of_reach = lead > reach * radius * torch.linalg.vector_norm(gradient.flatten(1), 1, dim=1)
+        step = like_images(2 * (1 - ages / steps) * radius, x)
+        points = torch.addcmul(points.detach(), gradient.sign_(), step, value=-1).clamp_(*bounds)
+        going_on = (places > 0) & (ages < steps) & ~(out_of_reach & (ages >= PATIENCE))
+        ages = ages + 1
+        if not going_on.all():
+            done = active[~going_on]
+            place[done], end[done] = places[~going_on], points[~going_on]
+            kept = going_on.nonzero().flatten()
+            active, points, images, labels, places, ages, radius = (
+                values[kept] for values in (active, points, images, labels, places, ages, radius))
+            bounds = [bound[kept] for bound in bounds]
+            goals = None if goals is None else goals[kept]
+    return end
 
 
-def project(x_adv, x, radius):
-    return torch.minimum(torch.maximum(x_adv, x - radius), x + radius).clamp(0, 1)
+def correct(logits, y):
+    """Return for each row of logits (N, C) whether y (N,) is its largest; one that holds a NaN is a wrong answer."""
+    return (logits.argmax(1) == y) & ~logits.isnan().any(1)
+
+
+def ball(x, radius):
+    """Return the smallest and the largest images of the l-infinity ball around x within [0, 1]."""
+    return (x - radius).clamp_(min=0), (x + radius).clamp_(max=1)
 
 
 def true_logit(logits, y):

@@ -4,12 +4,20 @@ The linear regions of a network meet where a pre-activation is zero, so the unit
 around x count the boundaries that pass near x.
 """
 
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 
 import torch
-from torch import nn
+from torch.nn.modules import activation
 
-NONLINEARITIES = (nn.ReLU, nn.GELU, nn.LeakyReLU, nn.Tanh)
+from models import Network, evaluating
+
+# Of PyTorch's activation modules, those that do not act on each unit by itself.
+NOT_ELEMENTWISE = {"MultiheadAttention", "GLU", "Softmax", "Softmax2d", "LogSoftmax", "Softmin"}
+
+
+def is_nonlinearity(module):
+    """Whether a module is one of PyTorch's element-wise activations: a layer of local complexity."""
+    return type(module).__module__ == activation.__name__ and type(module).__name__ not in NOT_ELEMENTWISE
 
 
 def random_directions(n_directions, n_features, seed=0, dtype=torch.float32, device=None):
@@ -30,7 +38,7 @@ def layer_units(model, in_shape):
 
     in_shape: (C, H, W). Raises ValueError if the model has no non-linearity or uses one twice in a forward pass.
     """
-    names = {module: name for name, module in model.named_modules() if isinstance(module, NONLINEARITIES)}
+    names = {module: name for name, module in model.named_modules() if is_nonlinearity(module)}
     units = {}
 
     def note(module, args):
@@ -39,10 +47,10 @@ def layer_units(model, in_shape):
             raise ValueError(f"non-linearity '{name}' is used twice in a forward pass: give each use its own module")
         units[name] = args[0][0].numel()
 
-    with evaluating(model), pre_hooks(names, note):
+    with evaluating(model), torch.no_grad(), pre_hooks(names, note):
         model(next(model.parameters()).new_zeros(1, *in_shape))
     if not units:
-        raise ValueError("the model has no ReLU, GELU, LeakyReLU or Tanh module: there is no layer to count")
+        raise ValueError("the model has no activation module, such as nn.ReLU: there is no layer to count")
     return units
 
 
@@ -50,7 +58,11 @@ def local_complexity(model, x, radius, directions, batch_size=None):
     """Count for each point and layer the units whose pre-activation changes sign among the 2P points x ± radius * v.
 
     A unit counts unless torch.sign of its pre-activation is the same at all 2P points (zero is a sign of its own).
-    The model is in eval mode. layer_units gives the layers' names and sizes, in the same order.
+    Where a pre-activation is not a number, the point's count of that layer is -1. The model is in eval mode.
+    layer_units gives the layers' names and sizes, in the same order.
+
+    The affine first part of a models.Network is needed at x and at the directions only, not at every vertex. That
+    saves two thirds of an MLP's work on MNIST. Any other module is passed every vertex.
 
     x: (N, C, H, W), any range, dtype and device of the model. radius: in the units of x, or a sequence of R of them.
     directions: (P, C*H*W), orthonormal rows. batch_size: the most network inputs held at once. It bounds the memory
@@ -71,9 +83,9 @@ def local_complexity(model, x, radius, directions, batch_size=None):
     if len(x) == 0:
         return torch.zeros(*radii.shape, 0, len(layers), dtype=torch.int64, device=x.device)
 
-    with evaluating(model):
+    encode, decode = (model.encode, model.decode) if isinstance(model, Network) else (torch.nn.Identity(), model)
+    with evaluating(model), torch.no_grad():
         axes = directions.to(x).view(-1, *x.shape[1:])
-        encode, decode = split(model, axes[:1])
         steps = torch.cat([encode(part) for part in axes.split(batch_size)]) - encode(torch.zeros_like(axes[:1]))
         steps = torch.cat([steps, -steps])
         counts = []
@@ -99,45 +111,9 @@ def sign_changes(decode, layers, centers, steps, radius, batch_size):
         for part in steps.split(max(1, batch_size // len(centers))):
             decode(torch.add(centers, part.unsqueeze(1), alpha=radius).flatten(0, 1))
     # sign is monotone: the same at every vertex if it is the same at the lowest and the highest pre-activation
-    return torch.stack([(low[layer].sign() != high[layer].sign()).flatten(1).sum(1) for layer in layers], dim=1)
-
-
-def split(model, direction):
-    """Return encode and decode: model(x) = decode(encode(x)), with encode affine.
-
-    In the usual model encode ends with the first linear or convolutional layer. Being affine it is needed at x and at
-    the directions only, not at every vertex, which saves two thirds of an MLP's work on MNIST. The logits tell whether
-    a model is of that kind; if it is not, encode is the identity.
-    """
-    zero, one = torch.zeros_like(direction), torch.ones_like(direction)
-    scale = direction.numel() ** 0.5
-    linear = [module for module in model.modules() if isinstance(module, (nn.Linear, nn.Conv2d))]
-    called = []
-    with pre_hooks(linear, lambda module, args: called.append(module)):
-        logits = model(one + scale * direction)
-    if called:
-        encode, decode = cut_after(called[0], model, zero)
-        error = decode(encode(one) + scale * (encode(direction) - encode(zero))) - logits
-        if error.norm() <= 1e-3 * logits.norm():
-            return encode, decode
-    network = nn.Sequential(nn.Identity(), model)
-    return cut_after(network[0], network, zero)
-
-
-def cut_after(stem, network, blank):
-    """Return the network in two functions: images -> the output of its module stem, and from there -> logits."""
-
-    def encode(images):
-        outputs = []
-        with stem.register_forward_hook(lambda module, args, output: outputs.append(output)):
-            network(images)
-        return outputs[0]
-
-    def decode(output):
-        with stem.register_forward_hook(lambda *_: output):  # takes the place of what one blank image gave
-            return network(blank)
-
-    return encode, decode
+    counts = torch.stack([(low[layer].sign() != high[layer].sign()).flatten(1).sum(1) for layer in layers], dim=1)
+    undefined = torch.stack([low[layer].isnan().flatten(1).any(1) for layer in layers], dim=1)
+    return counts.masked_fill(undefined, -1)
 
 
 def check(x, radii, directions, batch_size):
@@ -162,16 +138,3 @@ def pre_hooks(modules, hook):
     for module in modules:
         hooks.enter_context(module.register_forward_pre_hook(hook))
     return hooks
-
-
-@contextmanager
-def evaluating(model):
-    """Eval mode, without gradients; afterwards each module has the mode it had."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode

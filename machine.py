@@ -1,9 +1,11 @@
 """What the machine gives: a device, the precision of its arithmetic, threads, and signals that ask a run to stop."""
 
 import contextlib
+import math
 import os
 import platform
 import signal
+import sys
 import time
 
 import numpy as np
@@ -36,6 +38,30 @@ def set_precision(deterministic=False):
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
+
+
+def open_streams():
+    """Let a run go on to its end without a standard output or error (>&-), and with one that knows no "ε"."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, "w"))
+        elif hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
+
+
+def total_memory():
+    """Return the bytes of memory that this machine has; infinity where it does not say."""
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):
+        return math.inf
+
+
+def free_memory(device):
+    """Return the bytes that are free on a CUDA device, those that PyTorch holds ready among them."""
+    free, _ = torch.cuda.mem_get_info(device)
+    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
 
 
 def out_of_memory(error):

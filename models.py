@@ -3,15 +3,17 @@
 Every model takes images in [0, 1], shape (N, C, H, W), and returns logits, shape (N, num_classes). It normalises
 them in its first layer, so that an attack's epsilon and the radius of local complexity are in pixel units for every
 data set. Each non-linearity is a module of its own and is used once in the forward pass: its input is the
-pre-activation whose sign local complexity watches.
+pre-activation whose sign local complexity watches. model(x) is model.decode(model.encode(x)), where encode is affine:
+the normalisation and the first linear or convolutional layer.
 """
+
+from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 from torch import nn
 
 ACTIVATIONS = {"relu": nn.ReLU, "gelu": nn.GELU, "leaky_relu": nn.LeakyReLU, "tanh": nn.Tanh}
-DEFAULT_WIDTH = {"mlp": 200, "cnn": 32, "resnet18": 16}
-DEFAULT_DEPTH = 4
 
 
 class Normalize(nn.Module):
@@ -28,7 +30,14 @@ class Normalize(nn.Module):
         return (x - self.mean) / self.std
 
 
-class MLP(nn.Module):
+class Network(nn.Module):
+    """A network in two parts: encode, which is affine and ends before the first non-linearity or norm, and decode."""
+
+    def forward(self, x):
+        return self.decode(self.encode(x))
+
+
+class MLP(Network):
     """`depth` linear layers, the hidden ones `width` units wide (Section 4 of the paper: depth 4, width 200)."""
 
     def __init__(self, in_shape, num_classes, depth, width, activation, batch_norm, mean, std):
@@ -46,11 +55,16 @@ class MLP(nn.Module):
         self.normalize = Normalize(mean, std, channels)
         self.layers = nn.Sequential(*layers)
 
-    def forward(self, x):
-        return self.layers(self.normalize(x).flatten(1))
+    def encode(self, x):
+        return self.layers[0](self.normalize(x).flatten(1))
+
+    def decode(self, hidden):
+        for layer in list(self.layers)[1:]:
+            hidden = layer(hidden)
+        return hidden
 
 
-class CNN(nn.Module):
+class CNN(Network):
     """Five 3x3 convolutions (three of them halve the resolution), the spatial mean, two linear layers."""
 
     def __init__(self, in_shape, num_classes, width, activation, batch_norm, mean, std):
@@ -69,8 +83,13 @@ class CNN(nn.Module):
             nn.Linear(channels, 4 * width), activation(), nn.Linear(4 * width, num_classes)
         )
 
-    def forward(self, x):
-        return self.classifier(self.features(self.normalize(x)).mean((2, 3)))
+    def encode(self, x):
+        return self.features[0](self.normalize(x))
+
+    def decode(self, hidden):
+        for layer in list(self.features)[1:]:
+            hidden = layer(hidden)
+        return self.classifier(hidden.mean((2, 3)))
 
 
 class PreActBlock(nn.Module):
@@ -98,7 +117,7 @@ class PreActBlock(nn.Module):
         return shortcut + self.conv2(self.act2(self.norm2(out)))
 
 
-class ResNet18(nn.Module):
+class ResNet18(Network):
     """Pre-activation ResNet-18 with a 3x3 stem; the four stages have width, 2, 4 and 8 times width channels."""
 
     def __init__(self, in_shape, num_classes, width, activation, batch_norm, mean, std):
@@ -115,9 +134,25 @@ class ResNet18(nn.Module):
         self.act = activation()
         self.classifier = nn.Linear(channels, num_classes)
 
-    def forward(self, x):
-        x = self.blocks(self.stem(self.normalize(x)))
-        return self.classifier(self.act(self.norm(x)).mean((2, 3)))
+    def encode(self, x):
+        return self.stem(self.normalize(x))
+
+    def decode(self, hidden):
+        hidden = self.blocks(hidden)
+        return self.classifier(self.act(self.norm(hidden)).mean((2, 3)))
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """A network of MODELS: its class, and the width and depth it has by default (depth None: it is fixed)."""
+
+    network: type
+    width: int
+    depth: int | None = None
+
+
+MODELS = {"mlp": Architecture(MLP, width=200, depth=4), "cnn": Architecture(CNN, width=32),
+          "resnet18": Architecture(ResNet18, width=16)}
 
 
 def build_model(name, in_shape, num_classes, *, depth=None, width=None, activation="relu", batch_norm=False,
@@ -131,24 +166,21 @@ def build_model(name, in_shape, num_classes, *, depth=None, width=None, activati
 
     Raises ValueError for an unknown name or activation, a size below 1, or a depth given to another model.
     """
-    if name not in DEFAULT_WIDTH:
-        raise ValueError(f"unknown model '{name}': choose from {', '.join(DEFAULT_WIDTH)}")
+    if name not in MODELS:
+        raise ValueError(f"unknown model '{name}': choose from {', '.join(MODELS)}")
     if activation not in ACTIVATIONS:
         raise ValueError(f"unknown activation '{activation}': choose from {', '.join(ACTIVATIONS)}")
-    if depth is not None and name != "mlp":
+    architecture = MODELS[name]
+    size = {"width": architecture.width if width is None else width}
+    if architecture.depth is not None:
+        size["depth"] = architecture.depth if depth is None else depth
+    elif depth is not None:
         raise ValueError(f"depth can be chosen for the mlp only; the {name}'s is fixed")
-    depth = DEFAULT_DEPTH if depth is None else depth
-    width = DEFAULT_WIDTH[name] if width is None else width
-    if depth < 2 or width < 1:
+    if size["width"] < 1 or size.get("depth", 2) < 2:
         raise ValueError(f"a network needs depth >= 2 and width >= 1, not depth {depth} and width {width}")
 
-    common = (ACTIVATIONS[activation], batch_norm, mean, std)
-    if name == "mlp":
-        model = MLP(in_shape, num_classes, depth, width, *common)
-    elif name == "cnn":
-        model = CNN(in_shape, num_classes, width, *common)
-    else:
-        model = ResNet18(in_shape, num_classes, width, *common)
+    model = architecture.network(in_shape, num_classes, activation=ACTIVATIONS[activation], batch_norm=batch_norm,
+                                 mean=mean, std=std, **size)
     if init_scale != 1.0:
         with torch.no_grad():
             for module in model.modules():
@@ -156,3 +188,45 @@ def build_model(name, in_shape, num_classes, *, depth=None, width=None, activati
                     for parameter in module.parameters():
                         parameter.mul_(init_scale)
     return model
+
+
+def from_config(config, in_shape, num_classes, mean=None, std=None):
+    """Return the network that a run's config (a dict) describes, freshly initialised, in the config's dtype.
+
+    in_shape, num_classes, mean and std as in build_model; so are the errors.
+    """
+    options = ("depth", "width", "activation", "batch_norm", "init_scale")
+    model = build_model(config["model"], tuple(in_shape), num_classes, mean=mean, std=std,
+                        **{name: config[name] for name in options if name in config})
+    return model.to(getattr(torch, config.get("dtype", "float32")))
+
+
+def load_network(checkpoint):
+    """Return the network of a checkpoint (a dict, as train.py writes it), in eval mode, on the CPU.
+
+    Raises ValueError, in one line, if its parts do not fit together.
+    """
+    try:
+        config, sizes, state = checkpoint["config"], checkpoint["sizes"], checkpoint["model_state_dict"]
+        model = from_config(config, sizes["in_shape"], sizes["num_classes"])
+        model.load_state_dict(state)
+    except KeyError as error:
+        raise ValueError(f"its config lacks {error}") from None
+    except (RuntimeError, TypeError, AttributeError):
+        raise ValueError("its weights do not fit the network that its config describes") from None
+    return model.eval()
+
+
+@contextmanager
+def evaluating(model):
+    """Hold the model in eval mode and its parameters free of gradients; afterwards every flag is as it was."""
+    modes = [(module, module.training) for module in model.modules()]
+    gradients = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        model.eval().requires_grad_(False)
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+        for parameter, requires_grad in gradients:
+            parameter.requires_grad_(requires_grad)

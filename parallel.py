@@ -9,27 +9,49 @@ import sys
 
 import torch
 import torch.distributed as dist
+from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
+
+torchrun = None  # its process id, where it started this process
 
 
 def start(device):
     """Join the process group that the environment describes (RANK, WORLD_SIZE, LOCAL_RANK: torchrun sets them).
 
     Returns the device of this process: the GPU numbered LOCAL_RANK if device is "cuda". Without WORLD_SIZE > 1 there
-    is no group and the device is returned as it is. Raises ValueError if there are fewer GPUs than processes.
+    is no group and the device is returned as it is. Raises ValueError, on every process, if not each has a GPU of its
+    own, and if they cannot meet.
     """
+    global torchrun
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        torchrun = os.getppid()
     if "WORLD_SIZE" not in os.environ and int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1:
         describe_srun_step()
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         return device
+    try:
+        store, rank, size = next(rendezvous("env://"))
+    except dist.DistError as error:
+        where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        raise ValueError(f"the processes cannot meet at {where} ({error}): set MASTER_PORT to a free port") from None
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-        if device.index >= torch.cuda.device_count():
-            raise ValueError(f"process {device.index} of this machine, counted from 0, has no GPU: PyTorch sees "
-                             f"{torch.cuda.device_count()}; start fewer processes")
+        has_gpu = device.index < torch.cuda.device_count()
+        refuse_shared_gpus(store, rank, size, torch.cuda.get_device_properties(device).uuid if has_gpu else "none")
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, rank=rank, world_size=size)
     return device
+
+
+def refuse_shared_gpus(store, rank, size, gpu):
+    """Raise ValueError, on every process, unless each says another gpu than all others and none says "none".
+
+    NCCL would end in an error that does not say so, or not end.
+    """
+    store.set(f"gpu of {rank}", str(gpu))
+    gpus = {store.get(f"gpu of {one}") for one in range(size)} - {b"none"}
+    if len(gpus) < size:
+        raise ValueError(f"{size} processes see {len(gpus)} GPUs: start one process a GPU")
 
 
 def describe_srun_step():
@@ -37,15 +59,20 @@ def describe_srun_step():
     slurm = os.environ
     nodes = subprocess.run(["scontrol", "show", "hostnames", slurm["SLURM_STEP_NODELIST"]], check=True,
                            capture_output=True, text=True).stdout.split()
-    # SLURM may show each task one GPU only.
+    # SLURM may show each task one GPU only; two tasks that this sends to the same are refused by refuse_shared_gpus().
     local_rank = int(slurm["SLURM_LOCALID"]) % max(1, torch.cuda.device_count())
     os.environ.update(RANK=slurm["SLURM_PROCID"], WORLD_SIZE=slurm["SLURM_STEP_NUM_TASKS"], LOCAL_RANK=str(local_rank))
-    # A port that depends on the job, below those that systems hand out.
-    port = 15_000 + (int(slurm["SLURM_JOB_ID"]) + int(slurm["SLURM_STEP_ID"])) % 15_000
+    # Below the ports that systems hand out: 100 for each job, so that the steps of neighbouring jobs do not meet.
+    port = 15_000 + int(slurm["SLURM_JOB_ID"]) % 150 * 100 + int(slurm["SLURM_STEP_ID"]) % 100
     os.environ.setdefault("MASTER_ADDR", nodes[0])
     os.environ.setdefault("MASTER_PORT", str(port))
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)  # like torchrun: the processes of a node share its cores
+
+
+def orphaned():
+    """Whether torchrun started this process and is gone, so that nobody stops it any more."""
+    return torchrun is not None and os.getppid() != torchrun
 
 
 def leave(status):
@@ -101,11 +128,20 @@ def total(tensor):
     return tensor
 
 
+def gathered(part, n):
+    """Return the tensor of n entries, on every process, of which each process has part, its share(n)."""
+    if size() == 1:
+        return part
+    whole = part.new_zeros(n, *part.shape[1:], dtype=torch.uint8 if part.dtype == torch.bool else part.dtype)
+    whole[share(n)] = part  # gloo adds up no bools
+    return total(whole).to(part.dtype)
+
+
 def largest(number, device):
-    """Return the largest of the processes' whole numbers (or whether any is True)."""
+    """Return the largest of the processes' numbers (or whether any is True)."""
     if size() == 1:
         return number
-    box = torch.tensor(int(number), device=device)
+    box = torch.tensor(number, dtype=torch.float64 if isinstance(number, float) else torch.int64, device=device)
     dist.all_reduce(box, op=dist.ReduceOp.MAX)
     return box.item()
 

@@ -25,16 +25,6 @@ DECISION = (0.84, 0.37, 0.0)  # the colour of the decision boundary: vermillion,
 BATCH_NUMBERS = 2**22  # of one layer's pre-activations held at once: 16 MB in float32
 
 
-def load_network(checkpoint, dataset):
-    """Return the network of a checkpoint (as runlog.load_checkpoint gives it), in eval mode."""
-    config = checkpoint["config"]
-    options = ("depth", "width", "activation", "batch_norm", "init_scale")
-    model = models.build_model(config["model"], tuple(dataset.x_test.shape[1:]), dataset.num_classes,
-                               **{name: config[name] for name in options}, mean=dataset.mean, std=dataset.std)
-    model.load_state_dict(checkpoint["model_state_dict"])
-    return model.to(getattr(torch, config["dtype"])).eval()
-
-
 def load_all(paths):
     """Return (checkpoints, networks, dataset); ValueError names the file that is none of ours or does not go along."""
     checkpoints = [runlog.load_checkpoint(path) for path in paths]
@@ -49,7 +39,7 @@ def load_all(paths):
         if any(other):
             raise ValueError(f"{path} was trained on other images than {paths[0]}: there is no plane for both")
         try:
-            networks.append(load_network(checkpoint, dataset))
+            networks.append(models.load_network(checkpoint))
         except KeyError as error:
             raise ValueError(f"{path}: its config lacks {error}") from None
         except RuntimeError:
@@ -100,8 +90,8 @@ def boundaries(model, centre, axes, reach, raster=RASTER):
     parameter = next(model.parameters())
     centre, axes = centre.to(parameter), axes.to(parameter)
     ticks = torch.linspace(-reach, reach, raster + 1, dtype=torch.float64).to(parameter)
-    with local_complexity.evaluating(model):
-        encode, decode = local_complexity.split(model, axes[:1])
+    encode, decode = (model.encode, model.decode) if isinstance(model, models.Network) else (torch.nn.Identity(), model)
+    with models.evaluating(model), torch.no_grad():
         origin, (step_u, step_v) = encode(centre[None]), encode(axes) - encode(torch.zeros_like(axes[:1]))
     side = max(1, min(raster, math.isqrt(BATCH_NUMBERS // max(origin.numel(), *units.values())) - 1))
 
@@ -121,7 +111,7 @@ def boundaries(model, centre, axes, reach, raster=RASTER):
 
         ones = [1] * step_u.dim()
         points = origin + v.view(-1, 1, *ones) * step_v + u.view(-1, *ones) * step_u
-        with local_complexity.pre_hooks(modules, watch), local_complexity.evaluating(model):
+        with local_complexity.pre_hooks(modules, watch), models.evaluating(model), torch.no_grad():
             decision[tile] = changes(decode(points.flatten(0, 1)).argmax(1).view(*shape, 1))
     return layers, decision
 

@@ -621,15 +621,6 @@ def default_path(histories):
     return Path(os.path.commonpath([Path(path).resolve().parent for path in histories])) / "sweep"
 
 
-def read(path):
-    """runlog.read_history, and ValueError unless all that is drawn is there."""
-    history = runlog.read_history(path)
-    if not runlog.has_types(history.get("sizes"), SIZES) or history["step"] and not runlog.has_types(history, COLUMNS):
-        raise ValueError(f"{path} is no complete history: it must hold {', '.join(COLUMNS)} and the sizes "
-                         f"{', '.join(SIZES)}")
-    return history
-
-
 def run(args):
     if args.partition:
         import partition
@@ -637,7 +628,7 @@ def run(args):
         written = save(partition.figure(args.partition), args.out or Path(args.partition[0]).parent / "partition")
         print("wrote", *written)
         return
-    histories = [read(path) for path in args.histories]
+    histories = [runlog.read_history(path) for path in args.histories]
     if args.table:
         print(table(histories, short_names(args.histories)))
     if args.summary:

@@ -30,7 +30,8 @@ def pytest_collection_modifyitems(items):
 
 
 SMALL = ["--dataset=digits", "--width=16", "--adv_size=20", "--lc_samples=8", "--lc_directions=4", "--epsilons=0.1",
-         "--pgd_steps=2", "--robust_budget=low", "--log_points=6", "--threads=1", "--no_plot", "--device=cpu"]
+         "--pgd_steps=2", "--robust_budget=low", "--log_points=6", "--threads=1", "--products=mkl", "--no_plot",
+         "--device=cpu"]
 
 
 def command(*flags, script="train.py"):
@@ -81,4 +82,5 @@ def history_of(folder):
 
 def columns(folder):
     """Return what a repeated or resumed run has to repeat of the history."""
-    return {key: value for key, value in history_of(folder).items() if key not in ("config", "environment", "seconds")}
+    beside = ("config", "asked", "derived", "environment", "seconds")
+    return {key: value for key, value in history_of(folder).items() if key not in beside}

@@ -4,9 +4,14 @@ import pytest
 import torch
 from conftest import SMALL, columns, handlers_kept, history_of, run_here
 
+import run
+import train
+import training
+
 pytestmark = pytest.mark.cuda
 CUDA = [flag for flag in SMALL if not flag.startswith("--device")] + ["--device=cuda", "--deterministic"]
 VARIANTS = [["--optimizer=adamw"], ["--optimizer=adam"], ["--optimizer=sgd", "--lr=0.1"], ["--loss=mse"],
+            ["--loss=exact_ce"], ["--loss=stablemax"], ["--orthogonal_gradient"],
             ["--batch_norm"], ["--dtype=float64"], ["--model=cnn", "--width=4"],
             ["--model=resnet18", "--width=4", "--batch_norm"]]
 
@@ -50,16 +55,17 @@ def test_a_checkpoint_moves_between_cpu_and_gpu(tmp_path):
     assert history["step"] == list(range(0, 81, 20)) and history["train_loss"][-1] < history["train_loss"][0]
 
 
-def test_no_step_waits_for_the_device(tmp_path):
-    import train
-
-    args = train.parse_args([*CUDA, "--n_steps=100", f"--log_dir={tmp_path}", f"--save_dir={tmp_path}"])
-    run = train.Run(args)
-    run.advance(0, 30)  # warm-up and capture may wait
+def test_no_step_waits_for_the_device():
+    args = train.parse_args([*CUDA, "--n_steps=100"])
+    dataset, device = train.load_data(args), torch.device("cuda")
+    config = train.complete(args, dataset, device)
+    dataset = run.resident(dataset, device)
+    trainer = training.Trainer(run.build_model(config, dataset), config, dataset)
+    trainer.advance(0, 30)  # warm-up and capture may wait
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        run.advance(30, 1000)  # several blocks of permutations
+        trainer.advance(30, 1000)  # several blocks of permutations
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    assert run.advance.finite_steps.item() == 1030
+    assert trainer.finite_steps.item() == 1030

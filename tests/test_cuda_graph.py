@@ -8,7 +8,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import cuda_graph
+import run
 import train
+import training
 
 
 class Operations(TorchDispatchMode):
@@ -38,20 +40,19 @@ def test_the_test_knows_what_waits():
 
 @pytest.mark.parametrize("flags", [
     ["--model=mlp", "--batch_norm"], ["--model=cnn", "--width=4"], ["--model=resnet18", "--width=4", "--batch_norm"],
-    ["--loss=mse"], ["--optimizer=sgd"], ["--optimizer=adam"], ["--dtype=float64"], ["--label_noise=0.5"]],
+    ["--loss=mse"], ["--loss=exact_ce"], ["--loss=stablemax"], ["--orthogonal_gradient"],
+    ["--optimizer=sgd"], ["--optimizer=adam"], ["--dtype=float64"], ["--label_noise=0.5"]],
     ids=lambda flags: flags[0])
 def test_a_training_step_reads_nothing_back(flags):
     args = train.parse_args(["--dataset=digits", "--batch_size=20", "--n_steps=4", "--width=8", *flags])
-    device = torch.device("cpu")
-    dataset = train.load_data(args, device)
-    model = train.build_model(args, dataset, device)
-    optimizer = train.build_optimizer(args, model, device)
-    for group in optimizer.param_groups:
+    dataset = train.load_data(args)
+    config = train.complete(args, dataset, torch.device("cpu"))
+    trainer = training.Trainer(run.build_model(config, dataset), config, dataset)
+    for group in trainer.optimizer.param_groups:
         group["capturable"] = "capturable" in group  # as on a GPU
-    advance = train.training_steps(model, optimizer, dataset, args, print)
-    advance(0, 3)
+    trainer.advance(0, 3)
     with Operations() as operations:
-        advance(3, 1)
+        trainer.advance(3, 1)
     assert len(operations.seen) > 20
     assert [str(operation) for operation in operations.seen if wait_for_the_device(operation)] == []
 
@@ -138,7 +139,7 @@ def test_the_host_waits_for_the_steps_before_the_last_ones(monkeypatch):
             said.append(f"wait for {self.number}")
 
     monkeypatch.setattr(torch.cuda, "Event", Event)
-    run = SimpleNamespace(last_enqueued=None)
+    waiting = SimpleNamespace(last_enqueued=None)
     for _ in range(3):
-        train.stay_close(run)
+        run.Run.stay_close(waiting)
     assert said == ["record 1", "record 2", "wait for 1", "record 3", "wait for 2"]

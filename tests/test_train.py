@@ -17,10 +17,13 @@ import machine
 import models
 import runlog
 from flags import parse_epsilon
-from train import batch_order, explain_gap, log_schedule, parse_args, seed_for
+from measure import remarks
+from seeding import seed_for
+from train import log_schedule, parse_args
+from training import batch_order
 
-COLUMNS = ["epoch", "step", "train_loss", "train_acc", "test_loss", "test_acc", "weight_norm", "saturated",
-           "seconds"]
+COLUMNS = ["epoch", "step", "train_loss", "train_acc", "train_saturated", "test_loss", "test_acc", "weight_norm",
+           "saturated", "max_batch_loss", "seconds"]
 
 
 @pytest.fixture(scope="module")
@@ -199,12 +202,12 @@ def test_no_text_passes_as_an_epsilon_outside_the_pixels_range(text):
 
 
 def test_batches_are_fresh_permutations_in_full_batches():
-    args = argparse.Namespace(seed=3, train_size=50, batch_size=15)
-    order = batch_order(args, 0, 4, "cpu").view(4, 45)
+    order = batch_order(3, 0, 4, 50, 15).view(4, 45)
     assert all(len(set(epoch.tolist())) == 45 for epoch in order)
     assert len({tuple(epoch.tolist()) for epoch in order}) == 4
-    assert not torch.equal(batch_order(args, 1, 4, "cpu"), order.flatten())
-    assert torch.equal(batch_order(args, 0, 4, "cpu"), order.flatten())
+    assert not torch.equal(batch_order(3, 1, 4, 50, 15), order.flatten())
+    assert not torch.equal(batch_order(4, 0, 4, 50, 15), order.flatten())
+    assert torch.equal(batch_order(3, 0, 4, 50, 15), order.flatten())
 
 
 def test_seeds_differ_by_purpose_and_number():
@@ -213,11 +216,23 @@ def test_seeds_differ_by_purpose_and_number():
 
 
 def test_the_gap_between_the_measures_is_explained_beyond_five_points():
-    row = {"adv_acc": {"0.1": 0.55, "0.2": 0.50}, "robust_acc": {"0.1": 0.52, "0.2": 0.10}, "saturated": 0.3}
-    assert "40 points at epsilon 0.2: on 30% of the images the softmax rounds to exactly 1" in explain_gap(row)
-    assert "tries harder" in explain_gap({**row, "saturated": 0.0})
+    config = argparse.Namespace(loss="ce")
+    row = {"adv_acc": {"0.1": 0.55, "0.2": 0.50}, "robust_acc": {"0.1": 0.52, "0.2": 0.10}, "saturated": 0.3,
+           "train_saturated": 0.5}
+    said = "40 points at epsilon 0.2: on 30% of the images the softmax rounds to exactly 1"
+    assert list(remarks(row, config)) == ["attack saturated"] and said in remarks(row, config)["attack saturated"]
+    assert list(remarks({**row, "saturated": 0.0}, config)) == ["stronger attack"]
     row["robust_acc"]["0.2"] = 0.46
-    assert explain_gap(row) is None
+    assert remarks(row, config) == {}
+
+
+def test_saturated_training_is_explained_for_the_loss_that_suffers_from_it():
+    row = {"adv_acc": {"0.1": 0.5}, "robust_acc": {"0.1": 0.5}, "saturated": 0.0, "train_saturated": 0.51}
+    said = remarks(row, argparse.Namespace(loss="ce"))
+    assert list(said) == ["training saturated"]
+    assert "51% of the training images" in said["training saturated"]
+    assert "--loss=exact_ce" in said["training saturated"]
+    assert remarks(row, argparse.Namespace(loss="exact_ce")) == {}
 
 
 def test_a_saturated_run_says_so_once_and_records_it(tmp_path, capsys):
@@ -254,17 +269,17 @@ def test_the_threads_are_measured_stored_and_kept_unless_they_are_given(tmp_path
     monkeypatch.setattr(machine, "fastest_thread_count", measured)
     try:
         run_here(tmp_path, *flags, "--n_steps=2")
-        assert "threads: 1 in training, 2 in log steps" in capsys.readouterr().out
+        assert "threads  1 in training, 2 in log steps" in capsys.readouterr().out
         run_here(tmp_path, *flags, "--n_steps=3", "--resume")  # a third measurement would raise StopIteration
-        config = history_of(tmp_path)["config"]
-        assert (config["threads"], config["eval_threads"]) == (1, 2)
+        derived = history_of(tmp_path)["derived"]
+        assert (derived["threads"], derived["eval_threads"]) == (1, 2)
         run_here(tmp_path, *flags, "--n_steps=4", "--resume", "--threads=2")
-        assert history_of(tmp_path)["config"]["threads"] == 2
+        assert history_of(tmp_path)["derived"]["threads"] == 2
     finally:
         torch.set_num_threads(1)
 
 
 def test_help_names_every_flag_with_its_default():
     parser_help = run_command(".", "--help").stdout
-    flags = [flag for flag in vars(parse_args([])) if flag not in ("cuda_graph", "plot", "eval_threads")]
+    flags = [flag for flag in vars(parse_args([])) if flag not in ("cuda_graph", "plot")]
     assert all(f"--{flag} " in parser_help or f"--{flag}\n" in parser_help for flag in flags)

@@ -1,0 +1,63 @@
+#!/usr/bin/env bash
+# Every experiment whose history lies in results/: runs those named, or all of them, two at a time, and copies the history
+# of each that is complete to results/NAME.json. What was interrupted continues when it is named again.
+#
+#   bash results/run.sh                      all, about four hours on two cores
+#   bash results/run.sh mnist mnist_exact    these two
+#   JOBS=8 DATA=/scratch/data RUNS=/scratch/runs bash results/run.sh
+set -u
+cd "$(dirname "$0")/.."
+export DATA=${DATA:-data} RUNS=${RUNS:-runs/results} PYTHON=${PYTHON:-python}
+
+experiments() {
+    grep -v '^ *$' <<'END'
+mnist                   --dataset=mnist --n_steps=100000
+mnist_exact             --dataset=mnist --n_steps=100000 --loss=exact_ce
+digits                  --dataset=digits --n_steps=100000
+digits_exact            --dataset=digits --n_steps=100000 --loss=exact_ce
+mnist_seed1             --dataset=mnist --n_steps=100000 --seed=1
+mnist_exact_seed1       --dataset=mnist --n_steps=100000 --seed=1 --loss=exact_ce
+mnist_seed2             --dataset=mnist --n_steps=100000 --seed=2
+mnist_exact_seed2       --dataset=mnist --n_steps=100000 --seed=2 --loss=exact_ce
+mnist_seed3             --dataset=mnist --n_steps=100000 --seed=3
+mnist_exact_seed3       --dataset=mnist --n_steps=100000 --seed=3 --loss=exact_ce
+mnist_float64           --dataset=mnist --n_steps=100000 --dtype=float64
+mnist_float64_seed1     --dataset=mnist --n_steps=100000 --dtype=float64 --seed=1
+mnist_exact_eps         --dataset=mnist --n_steps=100000 --loss=exact_ce --adam_eps=1e-15
+mnist_depth6            --dataset=mnist --n_steps=100000 --depth=6
+mnist_depth6_exact      --dataset=mnist --n_steps=100000 --depth=6 --loss=exact_ce
+mnist_depth2            --dataset=mnist --n_steps=100000 --depth=2
+mnist_depth2_exact      --dataset=mnist --n_steps=100000 --depth=2 --loss=exact_ce
+mnist_stablemax         --dataset=mnist --n_steps=100000 --loss=stablemax
+mnist_orthogonal        --dataset=mnist --n_steps=100000 --orthogonal_gradient
+mnist_adam              --dataset=mnist --n_steps=100000 --optimizer=adam
+mnist_adam_exact        --dataset=mnist --n_steps=100000 --optimizer=adam --loss=exact_ce
+digits_large_init       --dataset=digits --n_steps=100000 --init_scale=8 --loss=mse --weight_decay=0.1
+mnist_large_init        --dataset=mnist --n_steps=100000 --init_scale=8 --loss=mse --weight_decay=0.1
+mnist_batch_norm        --dataset=mnist --n_steps=100000 --batch_norm
+mnist_batch_norm_exact  --dataset=mnist --n_steps=100000 --batch_norm --loss=exact_ce
+mnist_long              --dataset=mnist --n_epochs=100000
+mnist_long_exact        --dataset=mnist --n_epochs=100000 --loss=exact_ce
+mnist_depth3            --dataset=mnist --n_steps=100000 --depth=3
+mnist_depth5            --dataset=mnist --n_steps=100000 --depth=5
+mnist_width50           --dataset=mnist --n_steps=100000 --width=50
+mnist_width100          --dataset=mnist --n_steps=100000 --width=100
+mnist_random_labels     --dataset=mnist --n_steps=50000 --label_noise=1
+END
+}
+
+one() {
+    read -r name flags <<<"$1"
+    # shellcheck disable=SC2086  # the flags are several words
+    "$PYTHON" train.py $flags --threads=1 --products=mkl --data_dir="$DATA" --log_dir="$RUNS/$name/logs" \
+        --save_dir="$RUNS/$name/checkpoints" --resume --quiet &&
+        cp "$RUNS/$name/logs/training_history.json" "results/$name.json" && echo "$name is complete"
+}
+export -f one
+
+for name in "$@"; do
+    experiments | grep -q "^$name " || { echo "results/run.sh: no experiment is named $name" >&2; exit 2; }
+done
+experiments | while read -r line; do
+    [[ $# == 0 || " $* " == *" ${line%% *} "* ]] && printf '%s\0' "$line"
+done | xargs -0 -n 1 -P "${JOBS:-2}" bash -c 'one "$1"' _
