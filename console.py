@@ -68,7 +68,7 @@ class Console:
         self.began = self.last_line = time.monotonic()
         self.measured = self.measuring_took = 0.0  # seconds in log steps: in all of them, in the last
         self.measuring_since, self.estimated = None, False
-        robust = "robust_acc at epsilon"[:6 * len(self.keys)]
+        robust = "robust_acc at epsilon"[:6 * len(self.keys) - 1]
         self.note(f"{'':29} {robust:<{6 * len(self.keys)}}adv_acc  local")
         self.note(f"{'step':>8} {'loss':>8} {'train':>5} {'test':>5}" + "".join(f"{label(key):>6}" for key in self.keys)
                   + f" {label(self.middle):>6} {'compl.':>7} {'|w|':>7} {'s':>6}")

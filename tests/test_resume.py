@@ -471,7 +471,8 @@ class Faults:
 
     def before(self, name, function):
         def faulty(*args, **options):
-            if not str(args[0]).endswith(".part") or name == "replace":  # the clean-up of a failed write works
+            # The clean-up of a failed write works, and a lock is given back without a word.
+            if not str(args[0]).endswith((".part", ".lock")) or name == "replace":
                 self.touch(name)
             return function(*args, **options)
         return faulty
@@ -930,3 +931,89 @@ def test_on_nan_continue_goes_on_and_writes_null(tmp_path, capsys):
     assert b"NaN" not in (tmp_path / "logs" / runlog.HISTORY_NAME).read_bytes()
     assert (tmp_path / "logs" / "training_history.png").stat().st_size > 10_000
     assert "Traceback" not in "".join(capsys.readouterr())
+
+
+# ---- the first log step ---------------------------------------------------------------------------------------------
+
+def test_a_signal_in_the_first_log_step_with_the_default_flags(tmp_path, monkeypatch, capsys):
+    flags = [flag for flag in TINY if flag != "--no_plot"] + ["--n_steps=3"]  # the figure has nothing to draw yet
+    interrupted_run(tmp_path, flags, within_log_step, 0, terminate)
+    assert "stopped by SIGTERM at step 0" in capsys.readouterr().out
+    run_here(tmp_path, *flags, "--resume")
+    assert history_of(tmp_path)["step"] == [0, 1, 2, 3]
+
+
+def test_a_stop_that_brought_nothing_new_touches_no_checkpoint(tmp_path):
+    flags = [*TINY, "--n_steps=40"]
+    interrupted_run(tmp_path, flags, within_log_step, 17, terminate)
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "checkpoints").glob("*.pt")}
+    assert tmp_path / "checkpoints" / "rolling.pt" in before
+    interrupted_run(tmp_path, flags, within_log_step, 17, terminate)
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "checkpoints").glob("*.pt")} == before
+
+
+def test_the_largest_loss_since_the_last_log_step_outlives_an_interruption(tmp_path):
+    flags = [*TINY, "--n_steps=40", "--lr=0.05"]
+    interrupted_run(tmp_path, flags, after_step, 30, terminate)
+    assert runlog.load_checkpoint(tmp_path / "checkpoints" / "rolling.pt")["largest_loss"] > 0
+    run_here(tmp_path, *flags, "--resume")
+    run_here(tmp_path / "whole", *flags)
+    assert history_of(tmp_path)["max_batch_loss"] == history_of(tmp_path / "whole")["max_batch_loss"]
+
+
+# ---- data that changed ----------------------------------------------------------------------------------------------
+
+def test_other_data_is_another_experiment(tmp_path, finished, capsys, monkeypatch):
+    copied(finished(*RUN), tmp_path)
+    digits = sklearn.datasets.load_digits()
+    images = digits.images.copy()
+    images[:, 3, 3] = 15 - images[:, 3, 3]
+    monkeypatch.setattr(sklearn.datasets, "load_digits", lambda: type(digits)(images=images, target=digits.target))
+    before = files_in(tmp_path)
+    run_here(tmp_path, *RUN, "--resume", status=2)
+    assert "other data" in one_line(capsys.readouterr().err)
+    assert {name: content for name, content in files_in(tmp_path).items() if ".lock" not in name} == before
+
+
+def test_a_run_goes_on_with_a_flag_and_a_column_that_it_did_not_know(tmp_path, finished):
+    copied(finished(*RUN), tmp_path)
+    for path in checkpoints(tmp_path)[:1]:
+        path.unlink()
+    state = runlog.load_checkpoint(checkpoints(tmp_path)[0])
+    path = tmp_path / "logs" / runlog.HISTORY_NAME
+    history = runlog.read_history(path)
+    for config in (state["config"], history["config"]):
+        del config["adam_eps"], config["orthogonal_gradient"], config["products"]
+    for source in (state, history):
+        del source["asked"], source["derived"]
+    for column in ("outcomes", "max_batch_loss", "train_saturated"):
+        del history[column]
+    runlog.save_state(checkpoints(tmp_path)[0], state)
+    runlog.write_history(path, history)
+    run_here(tmp_path, *RUN, "--resume")
+    after, whole = history_of(tmp_path), history_of(finished(*RUN))
+    assert after["train_loss"] == whole["train_loss"]
+    assert after["max_batch_loss"] == [*[None] * (len(after["step"]) - 1), whole["max_batch_loss"][-1]]
+    assert after["outcomes"]["robust"][-1] == whole["outcomes"]["robust"][-1]
+    run_here(tmp_path, *RUN, "--resume", "--adam_eps=1e-6", status=2)
+
+
+# ---- numbers that are none ------------------------------------------------------------------------------------------
+
+def test_a_log_step_whose_own_loss_is_not_finite_is_refused(tmp_path, capsys):
+    flags = [*TINY, "--n_steps=1", "--lr=1e30", "--keep_checkpoints=last"]
+    run_here(tmp_path, *flags, status=1)
+    assert "training loss at step 1 is not finite" in one_line(capsys.readouterr().err)
+    assert [runlog.step_in_name(path) for path in checkpoints(tmp_path)] == [0]
+    assert history_of(tmp_path)["step"] == [0]
+
+
+def test_a_network_of_nans_is_never_right_and_has_no_local_complexity(tmp_path):
+    run_here(tmp_path, *TINY, "--n_steps=1", "--lr=1e30", "--on_nan=continue")
+    history = history_of(tmp_path)
+    for measure_of in ("adv_acc", "robust_acc"):
+        assert history[measure_of]["0.1"][-1] == 0
+    assert history["test_acc"][-1] == history["train_acc"][-1] == 0
+    for points in ("train", "test", "random"):
+        assert history["local_complexity"][points]["0.05"][-1][-1] is None
+    assert history["weight_norm"][-1] is None or history["weight_norm"][-1] > 1e20
