@@ -52,6 +52,8 @@ class Console:
             by = f"oneDNN ({', '.join(onednn)}) and MKL" if onednn else "MKL"
             self.note(f"threads  {derived['threads']} in training, {derived['eval_threads']} in log steps; matrix "
                       f"products by {by}")
+        if derived["compiled"]:
+            self.note("compiled the network of the training steps, by torch.compile")
         self.note(f"files    {config['log_dir']}/training_history.json, {config['save_dir']}/checkpoint_epoch_*.pt")
         self.note("")
 

@@ -14,7 +14,6 @@ import measure
 import models
 import parallel
 import plot
-import products
 import runlog
 import training
 import tuning
@@ -77,10 +76,9 @@ class Run:
         self.lock = parallel.on_first(lambda: runlog.lock_folders(config.log_dir, config.save_dir,
                                                                   note=self.console.note))
         before = parallel.on_first(lambda: self.find_earlier(defaults, fingerprint))
-        self.tuned = tuning.tune(config, self.model, self.dataset, self.kept(before))
+        self.tuned, network = tuning.tune(config, self.model, self.dataset, self.kept(before), self.console.note)
         self.history["derived"].update(self.tuned)
-        products.use(self.model, self.tuned["products"])
-        self.trainer = training.Trainer(self.model, config, self.dataset, self.console.note)
+        self.trainer = training.Trainer(self.model, config, self.dataset, self.console.note, network)
         self.probes = measure.draw_probes(config, self.dataset)
         self.step, seconds = 0, 0.0
         if before:
@@ -119,7 +117,8 @@ class Run:
             return {}
         same = (before["config"].get("device") == self.config.device
                 and before["history"]["environment"].get("processes") == parallel.size())
-        return before.get("derived", before["config"]) if same else {}
+        kept = before.get("derived", before["config"])  # an older run kept its threads among the flags
+        return {"compiled": False, **kept} if same else {}
 
     def restore(self, before):
         """Continue from a checkpoint; return the seconds that the run had taken until then."""

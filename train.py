@@ -160,6 +160,9 @@ def build_parser():
     group.add_argument("--products", default="auto", choices=["auto", "mkl", "onednn"],
                        help="which of the two libraries in PyTorch multiplies the matrices of linear layers on a CPU; "
                             "auto: the faster one in training, layer by layer, measured at the start (default auto)")
+    group.add_argument("--compile", default="auto", choices=["auto", "on", "off"],
+                       help="compile the training step's network; auto: on a CPU, if the run is long enough to gain by "
+                            "it (default auto)")
     group.add_argument("--no_cuda_graph", dest="cuda_graph", action="store_false",
                        help="launch the kernels of each step one by one: slower, for comparison")
     group.add_argument("--deterministic", action="store_true",

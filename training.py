@@ -72,7 +72,7 @@ class Trainer:
     def __init__(self, model, config, dataset, report=print, network=None):
         device, self.dtype = dataset.x_train.device, getattr(torch, config.dtype)
         self.config, self.dataset, self.parameters = config, dataset, list(model.parameters())
-        self.network = parallel.wrap(network or model, device)
+        self.network = parallel.wrap(model if network is None else network, device)
         captured = captures_steps(config, device)
         self.optimizer = OPTIMIZERS[config.optimizer](self.parameters, config, captured)
         self.loss_function = LOSSES[config.loss]
