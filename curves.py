@@ -5,11 +5,12 @@ How a rise is told from noise. The same images are attacked at every log step, s
 image: `gains` were wrong and are now right, `losses` the other way round. If the network is no better, a gain is as
 likely as a loss among those that changed, whatever their number (McNemar's test, exact: binomial). A level is *held*
 if each of HOLD consecutive log points is better than the reference; its p-value is the largest of theirs, which needs
-no correction (intersection-union test). The search over all stretches of the run for one that is held is paid for by
-Simes' correction, which is exact where the stretches share their images and their reference; a search for the lowest
-stretch as the reference by Bonferroni's; and all statements about a run together by Holm's. So with a probability of
-at least CONFIDENCE none of them is made of a curve that does not rise. What the test knows of is which images the
-sample holds; a change that this very network has on all images is a change, also if it comes and goes: hence HOLD.
+no correction (an intersection-union test). The search through the run for a stretch that is held is paid for by Simes'
+correction, which is right for tests that depend on each other positively, and these share images and reference; the
+search for the lowest stretch, where that is the reference, by Bonferroni's; and all statements about a run together by
+Holm's. So with a probability of CONFIDENCE or more none of them is made of a curve that does not rise. All this is
+about which images happened to be drawn: what this very network does to all images at one log step is no chance to the
+test, even if it is gone at the next. That is what HOLD is for.
 """
 
 import json
@@ -52,7 +53,7 @@ def as_array(column):
     return np.array(column, dtype=float)
 
 
-def column(history, name):
+def column_of(history, name):
     """A column of one number a log step as floats, NaN where the history does not have it."""
     return as_array(history.get(name) or [None] * len(history["step"]))
 
@@ -92,7 +93,7 @@ def accuracy_curves(history):
     """{label: Curve} of test accuracy, robust_acc and adv_acc at each epsilon."""
     outcomes = history.get("outcomes", {})
     tested, attacked = (history["sizes"].get(name) or 1 for name in ("test", "attacked"))
-    curves = {"test": Curve(column(history, "test_acc"), tested,
+    curves = {"test": Curve(column_of(history, "test_acc"), tested,
                             decoded(outcomes.get("test"), lambda text: from_hex(text, tested)))}
     robust = history.get("robust_acc", {})
     grid = sorted({0.0, *map(float, robust)})
@@ -152,6 +153,11 @@ class Rise(NamedTuple):
     def recovery(self):
         """Index of the log point at which half of the recovery from a dip below start is reached, or None."""
         return self.recovery_at if self.p_recovery <= 1 - CONFIDENCE and self.lowest < self.start else None
+
+    @property
+    def dip(self):
+        """The lowest later level that is held, NaN unless it lies below start."""
+        return self.lowest if self.lowest < self.start else np.nan
 
     @property
     def brief(self):
@@ -240,9 +246,9 @@ def simes(p):
 def holm(p):
     """p-values corrected so that each can be held against the error rate of all together (Holm 1979)."""
     order = np.argsort(p, kind="stable")
-    corrected = np.empty(len(p))
-    corrected[order] = np.minimum(1, np.maximum.accumulate(np.asarray(p)[order] * np.arange(len(p), 0, -1)))
-    return corrected.tolist()
+    adjusted = np.empty(len(p))
+    adjusted[order] = np.minimum(1, np.maximum.accumulate(np.asarray(p)[order] * np.arange(len(p), 0, -1)))
+    return adjusted.tolist()
 
 
 def rises_of(history):
@@ -298,14 +304,15 @@ def pooled_rise(curves, rows):
 
 def held(values):
     """The largest curve below `values` whose every level lasts for HOLD points; the first point has always lasted."""
-    padded = np.pad(values, (HOLD - 1, 0), mode="edge")
-    lows = np.pad(sliding_window_view(padded, HOLD).min(axis=1), (HOLD - 1, HOLD - 1), constant_values=-np.inf)
+    padded = np.pad(np.asarray(values, dtype=float), (HOLD - 1, 0), mode="edge")
+    lows = np.pad(sliding_window_view(padded, HOLD).min(axis=1), HOLD - 1, constant_values=-np.inf)
     return sliding_window_view(lows, HOLD).max(axis=1)[HOLD - 1:]
 
 
 def smoothed(values):
-    """values without the peaks and dips that last for less than HOLD points, also at the end."""
-    return -held(-held(values))
+    """values without the peaks and dips shorter than HOLD points: first those within, then one at the end."""
+    within = -held(-held(np.pad(values, (0, HOLD - 1), mode="edge")))[:len(values)]
+    return -held(-held(within))
 
 
 def turning_points(log, least, most=4):
@@ -379,10 +386,10 @@ def outbreaks(history):
     start = interpolation_index(history.get("train_acc", []))
     if start is None:
         return []
-    loss = column(history, "train_loss")
+    loss = column_of(history, "train_loss")
     batch, images = history["config"].get("batch_size"), history["sizes"].get("train")
     share = min(1.0, batch / images) if batch and images else 1.0
-    peak = np.fmax(loss, share * column(history, "max_batch_loss"))
+    peak = np.fmax(loss, share * column_of(history, "max_batch_loss"))
     found, lowest = [], loss[start]
     for i in range(start + 1, len(loss)):
         if peak[i] >= OUTBREAK * max(lowest, ROUNDING):
@@ -402,7 +409,7 @@ def factor(step, interpolation_step):
     return f"{step / interpolation_step:,.1f}x" if interpolation_step else "-"
 
 
-def listed(words):
+def listing(words):
     *most, last = words  # a list of strings, or a dict's keys
     return f"{', '.join(most)} and {last}" if most else last
 
@@ -428,14 +435,14 @@ def fitting_text(history):
     if start is not None:
         return f"Interpolation: train accuracy reaches 99% at step {history['step'][start]:,} (the run {end})."
     return (f"Interpolation: train accuracy does not reach 99% within {last:,} steps, it is "
-            f"{percent(last_value(column(history, 'train_acc')))} (the run {end}); so there is no delay to measure.")
+            f"{percent(last_value(column_of(history, 'train_acc')))} (the run {end}); so there is no delay to measure.")
 
 
 def accuracy_texts(history, rises):
     """Sentences on delayed generalisation, on delayed robustness, and on what of the latter may be numerical."""
     steps, start = history["step"], interpolation_index(history.get("train_acc", []))
     test = rises["test"]
-    reached = np.flatnonzero(column(history, "test_acc") >= 0.95 * test.final)
+    reached = np.flatnonzero(column_of(history, "test_acc") >= 0.95 * test.final)
     settled = (f"test accuracy reaches 95% of its final value ({percent(test.final)}) at step {steps[reached[0]]:,}"
                if len(reached) else "test accuracy is unknown")
     if start is None:
@@ -456,20 +463,20 @@ def robustness_text(rises, steps, start):
         halves = list(rising.values())
         later = ", the later the larger ε" if halves == sorted(halves) and halves[0] < halves[-1] else ""
         first, last = (factor(steps[half], steps[start]) for half in (min(halves), max(halves)))
-        text = (f"Delayed robustness: seen; after interpolation robust accuracy rises at ε {listed(rising)}. Half of "
+        text = (f"Delayed robustness: seen; after interpolation robust accuracy rises at ε {listing(rising)}. Half of "
                 f"the rise is reached at {first if first == last else f'{first} to {last}'} the step of "
                 f"interpolation{later}.")
     briefly = [epsilon for epsilon, rise in robust.items() if rise.brief]
     dipped = [epsilon for epsilon, rise in robust.items() if rise.half is None and rise.recovery is not None]
-    return (text + (f" At ε {listed(briefly)} it lies above it for less." if briefly else "")
-            + (f" At ε {listed(dipped)} it falls after interpolation and recovers." if dipped else ""))
+    return (text + (f" At ε {listing(briefly)} it lies above it for less." if briefly else "")
+            + (f" At ε {listing(dipped)} it falls after interpolation and recovers." if dipped else ""))
 
 
 def numerical_text(rises):
     robust, adv = of_measure("robust", rises), of_measure("adv", rises)
     numerical = [epsilon for epsilon, rise in adv.items()
                  if rise.half is not None and epsilon in robust and robust[epsilon].half is None]
-    return numerical and (f"Numerical: at ε {listed(numerical)} adv rises and robust does not. PGD on cross-entropy "
+    return numerical and (f"Numerical: at ε {listing(numerical)} adv rises and robust does not. PGD on cross-entropy "
                           "finds fewer attacks there; that can be rounding (a softmax of exactly 1), not robustness.")
 
 
@@ -498,7 +505,7 @@ def complexity_text(history):
 def outbreak_texts(history):
     """Sentences on the outbreaks of the training loss, and on what the first three of them changed."""
     start = interpolation_index(history.get("train_acc", []))
-    if start is None or not np.isfinite(column(history, "train_loss")[start:]).any():
+    if start is None or not np.isfinite(column_of(history, "train_loss")[start:]).any():
         return []
     found = outbreaks(history)
     if not found:
@@ -510,26 +517,26 @@ def outbreak_texts(history):
 
 def outbreak_text(history, i):
     """What an outbreak between the log points i - 1 and i changed, from the one to the other."""
-    peak = column(history, "max_batch_loss")[i]
+    peak = column_of(history, "max_batch_loss")[i]
     changes = {f"loss {{}} to {{}}{'' if np.isnan(peak) else f' (up to {peak:.1e} in a batch)'}":
-               [f"{value:.1e}" for value in column(history, "train_loss")[i - 1:i + 1]],
-               "weight norm {} to {}": [f"{value:.1f}" for value in column(history, "weight_norm")[i - 1:i + 1]],
+               [f"{value:.1e}" for value in column_of(history, "train_loss")[i - 1:i + 1]],
+               "weight norm {} to {}": [f"{value:.1f}" for value in column_of(history, "weight_norm")[i - 1:i + 1]],
                "local complexity {} to {}": [f"{value:.2f}" for value in total_complexity(history)[i - 1:i + 1]],
-               "test accuracy {} to {}": [percent(value) for value in column(history, "test_acc")[i - 1:i + 1]]}
+               "test accuracy {} to {}": [percent(value) for value in column_of(history, "test_acc")[i - 1:i + 1]]}
     known = [form.format(*values) for form, values in changes.items() if not {"nan", "-"} & set(values)]
     return f"  Step {history['step'][i - 1]:,} to {history['step'][i]:,}: {', '.join(known)}."
 
 
 def accuracy_table(history, rises):
-    """Lines: each accuracy at interpolation, its lowest and highest held levels afterwards, its end, and a verdict."""
+    """Lines: each accuracy at interpolation, in the dip after it, at its highest later, at the end; and a verdict."""
     steps, start = history["step"], interpolation_index(history.get("train_acc", []))
     width = max(16, *map(len, rises))
     if start is None:
         return [f"{'accuracy':<{width}}{'end':>8}",
                 *(f"{label:<{width}}{percent(rise.final):>8}" for label, rise in rises.items())]
-    lines = [f"{'accuracy':<{width}}{'at 99%':>8}{'lowest':>8}{'highest':>8}{'end':>8}  after interpolation"]
+    lines = [f"{'accuracy':<{width}}{'at 99%':>8}{'dip':>8}{'highest':>8}{'end':>8}  after interpolation"]
     for label, rise in rises.items():
-        cells = "".join(f"{percent(value):>8}" for value in (rise.start, rise.lowest, rise.level, rise.final))
+        cells = "".join(f"{percent(value):>8}" for value in (rise.start, rise.dip, rise.level, rise.final))
         lines.append(f"{label:<{width}}{cells}  {verdict(rise, steps, steps[start])}")
     return lines
 
@@ -552,8 +559,9 @@ def notes(history):
     how = ("image by image (exact McNemar test" if any(history.get("outcomes", {}).values()) else
            "as if on new images (Wilson scores")
     return ["robust: right, and no attack on the exact objective succeeds. adv: right after PGD on cross-entropy as "
-            "computed. at 99%: at interpolation. lowest, highest: later levels, held for "
-            f"{HOLD} log points. half: of the rise to highest; 1.5x: at 1.5 times the step of interpolation.",
+            "computed. at 99%: at interpolation. dip, highest: the lowest later level, if it is lower, and the "
+            f"highest, held for {HOLD} log points. half: of the rise to highest; 1.5x: at 1.5 times the step of "
+            "interpolation.",
             f"A rise or recovery counts if it is held and no chance of the images, compared {how}; with "
             f"{CONFIDENCE:.0%} confidence this is right for all lines together). Measured on {images:,} images, 50.0% "
             f"means {percent(low)} to {percent(high)}."]
@@ -660,7 +668,7 @@ def table_row(history):
     if not history["step"]:
         return ["0"] + ["-"] * 12
     steps, start, rises = history["step"], interpolation_index(history.get("train_acc", [])), rises_of(history)
-    row = [f"{steps[-1]:,}", percent(last_value(column(history, "train_acc"))),
+    row = [f"{steps[-1]:,}", percent(last_value(column_of(history, "train_acc"))),
            percent(rises["test"].final), "-" if start is None else f"{steps[start]:,}"]
     epsilon = middle_epsilon(history)
     row.append(epsilon or "-")
@@ -695,15 +703,16 @@ def markdown_table(histories, names=None, epsilon=None):
     """Markdown: one row a configuration, runs that differ in their seed only together, for results/README.md.
 
     names: what to call each run; a row has the name of its first. epsilon: a key of robust_acc, by default the middle
-    one of each grid. "then" is the step of interpolation; lowest and highest are later levels that are held for HOLD
-    log points. Of several seeds: mean (lowest to highest), and rises tested on all their images together.
+    one of each grid. "then" is the step of interpolation; dip and highest are the lowest later level, if it is lower,
+    and the highest, held for HOLD log points. Of several seeds: mean (lowest to highest), and rises tested on all
+    their images together.
     """
     names = names or short_names([history["config"].get("log_dir", "-") for history in histories])
     name_of = {id(history): name for history, name in zip(histories, names, strict=True)}
     groups, _ = grouped([history for history in histories if history["step"]])
     usual = usual_flags(histories)
     rows = [["run", "flags", "training 99% at step", "test accuracy then", "at the end", "ε",
-             "`robust_acc` then", "lowest later", "highest later", "half of the rise by step",
+             "`robust_acc` then", "dip", "highest later", "half of the rise by step",
              "`adv_acc` then", "highest later", "half of the rise by step"]]
     rows.append(["---"] * len(rows[0]))
     for group in groups:
@@ -726,11 +735,11 @@ def markdown_cells(group, epsilon=None):
         found = pooled.get(curve, Rise(np.nan, np.nan))
         if found.half is not None:
             return f"{steps[found.half]:,} ({factor(steps[found.half], steps[0])})"
-        return f"from the lowest, {steps[found.recovery]:,}" if found.recovery is not None else "-"
+        return f"out of the dip: {steps[found.recovery]:,}" if found.recovery is not None else "-"
 
     robust, adv = f"robust ε {label}", f"adv ε {label}"
     return [spread_text(fitted, "{:,.0f}"), *cells("test", "start", "final"), label or "-",
-            *cells(robust, "start", "lowest", "level"), rise(robust), *cells(adv, "start", "level"), rise(adv)]
+            *cells(robust, "start", "dip", "level"), rise(robust), *cells(adv, "start", "level"), rise(adv)]
 
 
 def usual_flags(histories):
