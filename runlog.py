@@ -131,6 +131,10 @@ def warnings_list(value):
         mapping(entry) and count(entry.get("step")) and text(entry.get("text")) for entry in value)
 
 
+def sizes(value):
+    return mapping(value) and all(count(value.get(name)) for name in ("train", "test", "attacked"))
+
+
 def fits(value, shape):
     """Whether value has the shape: a check; [the entries' shape], None among them; {name, or check of it: shape}."""
     if isinstance(shape, list):
@@ -144,7 +148,7 @@ def fits(value, shape):
 
 # What a history holds beside its columns, the columns that every program wrote, and those of newer ones.
 BESIDE = {"version": count, "config": mapping, "asked": [text], "derived": mapping, "environment": mapping,
-          "sizes": mapping, "layers": mapping, "warnings": warnings_list}
+          "sizes": sizes, "layers": mapping, "warnings": warnings_list}
 COLUMNS = {"step": rising, "epoch": [number], "train_loss": [number], "train_acc": [number], "test_loss": [number],
            "test_acc": [number], "adv_acc": {numeral: [number]}, "robust_acc": {numeral: [number]},
            "local_complexity": {text: {numeral: [[number]]}}, "weight_norm": [number], "seconds": [number]}
@@ -152,6 +156,7 @@ NEWER_COLUMNS = {"saturated": [number], "train_saturated": [number], "max_batch_
                  "outcomes": {"test": [hexadecimal], "robust": [text], "adv": {numeral: [hexadecimal]}}}
 CHECKPOINT = {"epoch": number, "step": count, "seconds": number, "logged": count, "config": mapping, "sizes": mapping,
               "model_state_dict": {text: tensor}, "optimizer_state_dict": mapping}
+NEWER_IN_CHECKPOINT = {"derived": mapping, "largest_loss": lambda value: type(value) in (int, float)}  # or infinite
 
 
 # ---- the history ----------------------------------------------------------------------------------------------------
@@ -244,8 +249,9 @@ def fault_in(history):
         lengths = {}
     if len(lengths) != 1:
         return "its columns differ in length"
-    if history["step"] and COLUMNS.keys() - history.keys():
-        return f"it has no {', '.join(sorted(COLUMNS.keys() - history.keys()))}"
+    missing = {"sizes", *(COLUMNS if history["step"] else [])} - history.keys()
+    if missing:
+        return f"it has no {', '.join(sorted(missing))}"
     layers = [entry for radii in history.get("local_complexity", {}).values() for column in radii.values()
               for entry in column if entry is not None]
     if len({len(entry) for entry in layers}) > 1:
@@ -313,8 +319,9 @@ def load_checkpoint(path):
         state = None
     if state is None:
         raise ValueError(f"{path} is damaged or no checkpoint")
-    if not (mapping(state) and state.keys() >= CHECKPOINT.keys() and mapping(state.get("derived", {}))
-            and all(fits(state[key], CHECKPOINT[key]) for key in CHECKPOINT)):
+    if not (mapping(state) and state.keys() >= CHECKPOINT.keys()
+            and all(fits(state[key], CHECKPOINT[key]) for key in CHECKPOINT)
+            and all(fits(state[key], NEWER_IN_CHECKPOINT[key]) for key in NEWER_IN_CHECKPOINT.keys() & state.keys())):
         raise ValueError(f"{path} is no checkpoint of this program")
     return state
 

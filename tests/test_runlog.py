@@ -221,9 +221,11 @@ def test_a_history_that_has_just_begun(tmp_path):
     ({"environment": 5}, "its environment"),
     ({"derived": ["x"]}, "its derived"),
     ({"sizes": None}, "its sizes"),
+    ({"sizes": {"train": 60, "test": 797}}, "its sizes"),
     ({"version": True}, "its version"),
     ({"train_loss": [0.5]}, "its columns differ in length"),
     ({"unknown": {"deep": [1, 2, 3]}}, "its columns differ in length"),
+    ({"note": "mine"}, "its columns differ in length"),
     ({"adv_acc": {"0.1": [0.5, 0.5], "0.2": [0.5]}}, "its columns differ in length"),
     ({"config": None}, "is no training history"),
 ])
@@ -235,8 +237,8 @@ def test_an_edited_history_is_refused_in_one_line(tmp_path, edit, said):
     assert said in one_line(error) and str(path) in one_line(error)
 
 
-@pytest.mark.parametrize("column", ["test_acc", "local_complexity", "robust_acc", "seconds"])
-def test_a_history_without_one_of_the_first_columns_is_refused(tmp_path, column):
+@pytest.mark.parametrize("column", ["test_acc", "local_complexity", "robust_acc", "seconds", "sizes"])
+def test_a_history_without_what_every_program_wrote_is_refused(tmp_path, column):
     history = make_history(0, 1)
     del history[column]
     (tmp_path / "history.json").write_text(json.dumps(history))
@@ -258,12 +260,12 @@ def test_forgetting_log_points_takes_their_warnings_along():
 @pytest.mark.parametrize("edit", [
     {"step": -1}, {"step": 1.0}, {"step": "1"}, {"step": None}, {"step": True}, {"logged": -1}, {"logged": None},
     {"epoch": "1"}, {"epoch": math.nan}, {"seconds": None}, {"config": None}, {"config": []}, {"sizes": 5},
-    {"derived": []}, {"model_state_dict": None}, {"model_state_dict": {"weight": 5}},
+    {"derived": []}, {"largest_loss": "1"}, {"model_state_dict": None}, {"model_state_dict": {"weight": 5}},
     {"model_state_dict": {1: torch.ones(2)}}, {"optimizer_state_dict": None},
 ], ids=str)
 def test_an_edited_checkpoint_is_refused_in_one_line(tmp_path, edit):
     path = tmp_path / "checkpoint.pt"
-    runlog.save_state(path, make_state(5))
+    runlog.save_state(path, make_state(5, derived={"data": "0123"}, largest_loss=-math.inf))
     runlog.load_checkpoint(path)
     runlog.save_state(path, {**make_state(5), **edit})
     with pytest.raises(ValueError, match="is no checkpoint of this program") as error:
@@ -634,6 +636,12 @@ def test_a_state_that_is_none_is_refused(state):
     refused(*trained("adamw", 0), checkpoint, "holds no state of an optimizer")
     checkpoint["optimizer_state_dict"] = {}
     refused(*trained("adamw", 0), checkpoint, "holds no state of an optimizer")
+
+
+def test_moments_before_the_first_step_have_to_fit_too():
+    checkpoint = {**checkpoint_of(*trained("adamw")), "step": 0}
+    checkpoint["optimizer_state_dict"]["state"][0]["exp_avg"] = torch.ones(1)
+    refused(*trained("adamw", 0), checkpoint, "does not fit the optimizer")
 
 
 def test_moments_for_an_optimizer_that_keeps_none_are_refused():
