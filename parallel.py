@@ -4,6 +4,7 @@ Every function does nothing, or the obvious, in a run of one process, so that tr
 """
 
 import os
+import signal
 import subprocess
 import sys
 
@@ -71,8 +72,8 @@ def describe_srun_step():
 
 
 def orphaned():
-    """Whether torchrun started this process and is gone, so that nobody stops it any more."""
-    return torchrun is not None and os.getppid() != torchrun
+    """Return SIGHUP if torchrun started this process and is gone, so that nobody stops it any more; else 0."""
+    return signal.SIGHUP if torchrun is not None and os.getppid() != torchrun else 0
 
 
 def leave(status):
