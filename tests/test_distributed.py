@@ -10,11 +10,14 @@ import socket
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import ENVIRONMENT, PATIENCE, ROOT, SMALL, history_of, run_here, wait_for
 
+import parallel
 import runlog
 
 # Processes forked from a server that has the program imported: without the seconds of an import. Up to Python 3.12 the
@@ -32,7 +35,6 @@ def rank_main(rank, folder, environment, flags):
     """What one process of the run does: all that it prints and writes goes to folder/rankN, as on N machines."""
     import attacks
     import local_complexity
-    import parallel
     import train
 
     here = folder / f"rank{rank}"
@@ -68,15 +70,19 @@ def by_torchrun(rank, port):
 
 def by_srun(rank, port, scontrol):
     return {"SLURM_PROCID": f"{rank}", "SLURM_STEP_NUM_TASKS": "2", "SLURM_LOCALID": f"{rank}", "SLURM_STEP_ID": "0",
-            "SLURM_JOB_ID": f"{port - 15_000}", "SLURM_STEP_NODELIST": "node[1-2]",
+            "SLURM_JOB_ID": "7", "SLURM_STEP_NODELIST": "node[1-2]", "MASTER_PORT": f"{port}",
             "PATH": f"{scontrol}:{os.environ['PATH']}"}
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
 
 
 def start_two(folder, *flags, launcher=by_torchrun):
     """Start a run of two processes in folder/rank0 and folder/rank1; returns them."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     for rank in (0, 1):
         (folder / f"rank{rank}").mkdir(parents=True, exist_ok=True)
     processes = [FORKS.Process(target=rank_main, args=(rank, folder, launcher(rank, port), [*map(str, flags)]),
@@ -103,6 +109,15 @@ def printed(folder):
 def run_two(folder, *flags, launcher=by_torchrun):
     assert statuses(start_two(folder, *flags, launcher=launcher)) == [0, 0], printed(folder)
     return folder / "rank0"
+
+
+def locked(folder):
+    """Whether a run holds the folder."""
+    try:
+        runlog.lock_folders(folder)
+    except ValueError:
+        return True
+    return False
 
 
 def newest(folder):
@@ -204,6 +219,69 @@ def test_a_run_goes_from_one_process_to_two_and_back(tmp_path, alone):
         assert b[name][-1] == pytest.approx(a[name][-1], rel=1e-10)
 
 
+# ---- what the processes tell each other -----------------------------------------------------------------------------
+
+def gather(rank, port, results):
+    os.environ.update(by_torchrun(rank, port))
+    parallel.start(torch.device("cpu"))
+    whole = torch.arange(14).view(7, 2)
+    for tensor in (whole, whole > 5, whole.double() / 3, whole.to(torch.uint8)):
+        gathered = parallel.gathered(tensor[parallel.share(7)].clone(), 7)
+        results.put(gathered.dtype == tensor.dtype and torch.equal(gathered, tensor))
+    parallel.wait()
+    results.close()
+    results.join_thread()
+    parallel.leave(0)
+
+
+def test_shares_of_different_length_are_gathered_on_every_process():
+    results = FORKS.Queue()
+    port = free_port()
+    processes = [FORKS.Process(target=gather, args=(rank, port, results), daemon=True) for rank in (0, 1)]
+    STARTED.extend(processes)
+    for process in processes:
+        process.start()
+    assert [results.get(timeout=PATIENCE) for _ in range(8)] == [True] * 8
+    assert statuses(processes) == [0, 0]
+
+
+def test_one_process_gathers_its_own_tensor():
+    tensor = torch.tensor([True, False])
+    assert parallel.gathered(tensor, 2) is tensor and parallel.share(2) == slice(0, 2)
+
+
+@pytest.mark.parametrize("gpus, message", [
+    (["a", "b", "c"], None), (["a", "b", "a"], "3 processes see 2 GPUs"),
+    (["a", "b", "none"], "3 processes see 2 GPUs"), (["a", "none", "none"], "3 processes see 1 GPUs")])
+def test_every_process_refuses_more_processes_than_gpus(gpus, message):
+    store = torch.distributed.HashStore()
+
+    def said(rank):
+        try:
+            parallel.refuse_shared_gpus(store, rank, 3, gpus[rank])
+        except ValueError as error:
+            return str(error)
+
+    with ThreadPoolExecutor(3) as pool:
+        for answer in pool.map(said, range(3)):
+            assert answer is None if message is None else answer.startswith(message)
+
+
+def test_neighbouring_jobs_and_their_steps_meet_at_ports_of_their_own(monkeypatch):
+    scontrol = subprocess.CompletedProcess([], 0, stdout="node1\n")
+    monkeypatch.setattr(subprocess, "run", lambda *_args, **_options: scontrol)
+    ports = set()
+    for job in range(1000, 1100):
+        for step in range(50):
+            environment = {**by_srun(0, 0, ""), "SLURM_JOB_ID": str(job), "SLURM_STEP_ID": str(step),
+                           "OMP_NUM_THREADS": "1"}
+            del environment["MASTER_PORT"]
+            monkeypatch.setattr(os, "environ", environment)
+            parallel.describe_srun_step()
+            ports.add(int(environment["MASTER_PORT"]))
+    assert len(ports) == 100 * 50 and min(ports) > 1024 and max(ports) < 32_768
+
+
 # ---- the end of one is the end of all -------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("rank", [0, 1])
@@ -232,21 +310,26 @@ def test_a_signal_to_one_process_stops_both(tmp_path):
     assert printed(tmp_path)[1] == ""
 
 
-def test_sigterm_to_torchrun_stops_and_saves_and_one_process_can_continue(tmp_path):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", ROOT / "train.py",
-               *FLAGS, *FOR_EVER]
+# SIGKILL: torchrun can stop nobody, the processes have to see for themselves that it is gone.
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGKILL])
+def test_the_end_of_torchrun_stops_and_saves_and_one_process_can_continue(tmp_path, number):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+               "--signals-to-handle=SIGTERM,SIGINT,SIGUSR1", ROOT / "train.py", *FLAGS, "--log_points=30",
+               "--n_steps=1000000"]  # and not for ever: where this test fails, nobody ends the processes
     with open(tmp_path / "output", "w") as output:
         torchrun = subprocess.Popen(command, cwd=tmp_path, env=ENVIRONMENT, stdout=output, stderr=output)
         try:
             wait_for(lambda: torchrun.poll() is not None or len(list(tmp_path.glob("checkpoints/*.pt"))) > 5)
-            torchrun.terminate()
+            torchrun.send_signal(number)
             assert torchrun.wait(PATIENCE) != 0
         finally:
             torchrun.kill()
+    wait_for(lambda: not locked(tmp_path / "checkpoints"))
     said = (tmp_path / "output").read_text()
     state = newest(tmp_path)
-    assert state["config"]["n_steps"] == 100_000_000 and state["step"] > 4
-    assert said.count(f"stopped by SIGTERM at step {state['step']};") == 1
+    assert 4 < state["step"] < 1_000_000
+    name = {signal.SIGUSR1: "SIGUSR1", signal.SIGTERM: "SIGTERM", signal.SIGKILL: "SIGHUP"}[number]
+    assert said.count(f"stopped by {name} at step {state['step']};") == 1
     assert said.count("2 processes") == 1
     # Both processes are gone: the folder's lock is free, and nothing writes behind the next run's back.
     run_here(tmp_path, *FLAGS, f"--n_steps={state['step'] + 5}", "--log_points=30", "--resume")
@@ -270,6 +353,17 @@ def test_both_processes_give_up_together_with_one_line(tmp_path, flags, status, 
     errors = [line for text in printed(tmp_path) for line in text.splitlines() if "error" in line.lower()]
     assert len(errors) == 1 and errors[0].startswith("train.py: error: ") and message in errors[0]
     assert printed(tmp_path)[1] == "" and "Traceback" not in printed(tmp_path)[0]
+
+
+def test_a_taken_port_is_named(monkeypatch):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        for name, value in by_torchrun(0, port).items():
+            monkeypatch.setenv(name, value)
+        with pytest.raises(ValueError, match=f"cannot meet at 127.0.0.1:{port} .*set MASTER_PORT to a free port"):
+            parallel.start(torch.device("cpu"))
 
 
 def test_what_the_first_process_alone_finds_ends_both(tmp_path):

@@ -14,6 +14,7 @@ import torch
 from conftest import ENVIRONMENT, PATIENCE, ROOT, SMALL, columns, run_here, wait_for
 
 import runlog
+import sweep
 import train
 
 SCRIPT = ROOT / "run_mnist_mlp.sh"
@@ -59,29 +60,60 @@ def uninterrupted(tmp_path_factory):
 # ---- the script with stand-ins for Python and SLURM -----------------------------------------------------------------
 
 RUNS_UNTIL_STOPPED = "trap 'exit 138' USR1; trap 'exit 143' TERM; touch started; while :; do sleep 0.05; done"
+SAVES_WHEN_STOPPED = RUNS_UNTIL_STOPPED.replace("exit", "mkdir -p checkpoints; touch checkpoints/rolling.pt; exit")
+# A Python that has torch, or, with this answer, none; that names folders as sweep.py does; that writes what train.py
+# would get into a file and then does $RUN.
+PYTHON = f"""#!/bin/sh
+case $1 in
+    -c) touch probed; sleep ${{PROBE_TAKES:-0}}; exit ANSWER;;
+    *sweep.py) exec {sys.executable} "$@";;
+esac
+printf "%s\\n" "$0" "$@" > arguments
+exec sh -c "$RUN"
+"""
+SCONTROL = """#!/bin/sh
+[ $1 = show ] && printf "   JobState=$STATE\\n   Command=$COMMAND\\n   WorkDir=/\\n" || echo "$@" >> requeued
+"""
+
+
+def write_python(path, has_torch=True):
+    write_program(path, PYTHON.replace("ANSWER", "0" if has_torch else "1"))
 
 
 @pytest.fixture
 def stand_ins(tmp_path):
-    """An environment whose python writes its arguments to a file and then does $RUN, and whose SLURM knows job 7."""
-    write_program(tmp_path / "venv" / "bin" / "python",
-                  '#!/bin/sh\nprintf "%s\\n" "$@" > arguments\nexec sh -c "$RUN"\n')
-    write_program(tmp_path / "bin" / "scontrol", f"""#!/bin/sh
-[ $1 = show ] && printf "   JobState=$STATE\\n   Command={SCRIPT} --n_steps=1\\n" || echo "$@" >> requeued
-""")
-    spool = tmp_path / "spool"
-    spool.mkdir()
-    shutil.copy(SCRIPT, spool / "slurm_script")
-    outside = {name: value for name, value in os.environ.items() if not name.startswith("SLURM_")}
+    """An environment whose Python is PYTHON and whose SLURM is SCONTROL."""
+    for name in ("python", "python3"):
+        write_python(tmp_path / "bin" / name, has_torch=False)
+    write_python(tmp_path / "venv" / "bin" / "python")
+    write_program(tmp_path / "bin" / "scontrol", SCONTROL)
+    (tmp_path / "spool").mkdir()
+    shutil.copy(SCRIPT, tmp_path / "spool" / "slurm_script")
+    outside = {name: value for name, value in os.environ.items()
+               if not name.startswith("SLURM_") and name != "CONDA_PREFIX"}
     return {**outside, "VIRTUAL_ENV": str(tmp_path / "venv"), "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}",
-            "RUN": "exit 0", "STATE": "RUNNING"}
+            "RUN": "exit 0", "STATE": "RUNNING", "COMMAND": f"{SCRIPT} --n_steps=1"}
 
 
-def arguments_of(folder, environment, *flags, script=SCRIPT):
+@pytest.fixture
+def job(tmp_path, stand_ins):
+    """The environment of job 7 of that SLURM."""
+    return {**stand_ins, "SLURM_JOB_ID": "7", "SLURM_SUBMIT_DIR": str(tmp_path)}
+
+
+def run_script(folder, environment, *flags, status=0):
+    """Run the script, as a batch job if the environment is one's; return what it prints."""
+    script = folder / "spool" / "slurm_script" if "SLURM_JOB_ID" in environment else SCRIPT
+    done = subprocess.run(["bash", script, *flags], cwd=folder, env=environment, timeout=PATIENCE, text=True,
+                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    assert done.returncode == status, done.stdout
+    return done.stdout
+
+
+def arguments_of(folder, environment, *flags):
     """Run the script; return what train.py's command line parser makes of the arguments that it would get."""
-    subprocess.run(["bash", str(script), *flags], cwd=folder, env=environment, check=True, timeout=PATIENCE,
-                   stdout=subprocess.DEVNULL)
-    program, *arguments = (folder / "arguments").read_text().splitlines()
+    run_script(folder, environment, *flags)
+    _python, program, *arguments = (folder / "arguments").read_text().splitlines()
     assert program == str(ROOT / "train.py")
     return train.parse_args(arguments)
 
@@ -106,52 +138,142 @@ def test_the_users_flags_win(tmp_path, stand_ins):
     assert arguments_of(tmp_path, stand_ins, "--n_epochs=7").n_epochs == 7
 
 
-def test_each_task_of_an_array_has_its_seed_and_its_folder(tmp_path, stand_ins):
-    job = {**stand_ins, "SLURM_JOB_ID": "8", "SLURM_ARRAY_JOB_ID": "7", "SLURM_SUBMIT_DIR": str(tmp_path)}
-    script = tmp_path / "spool" / "slurm_script"
+@pytest.mark.parametrize("flags", [["--width=1000", "--lr", "1e-2", "--n_steps=7"],
+                                   ["--threads=1", "--lr=0.01", "--width", "1000", "--no_plot"]], ids=" ".join)
+def test_a_task_of_an_array_has_its_seed_and_the_folder_that_a_sweep_has(tmp_path, job, flags):
+    args = arguments_of(tmp_path, {**job, "SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "12"}, *flags)
+    (folder,) = sweep.combinations([*flags, "--seed=12"])
+    assert args.seed == 12 and str(folder) == "runs/lr_0.01_width_1000_seed_12"
+    assert (args.log_dir, args.save_dir) == (f"{folder}/logs", f"{folder}/checkpoints")
 
-    def folders(task, *flags):
-        args = arguments_of(tmp_path, {**job, "SLURM_ARRAY_TASK_ID": task}, *flags, script=script)
-        assert args.seed == int(task) and args.log_dir.endswith("/logs") and args.save_dir.endswith("/checkpoints")
-        assert args.log_dir.removesuffix("logs") == args.save_dir.removesuffix("checkpoints")
-        return args.log_dir.removesuffix("/logs")
 
-    assert folders("3") == "runs/seed_3"
-    assert folders("12", "--width=1000", "--lr", "1e-2") == "runs/width_1000_lr_1e_2_seed_12"
-    many = [f"--data_dir=/{'long/' * 60}", "--depth=6"]
-    assert folders("0", *many) == folders("0", *many) != folders("1", *many) != folders("1", many[0], "--depth=5")
-    assert len(folders("0", *many)) < 200
-    assert "job 7_12 on" in (tmp_path / "logs" / "slurm-7_12.out").read_text()
+@pytest.mark.parametrize("flags", [["--seed=7"], ["--width=3", "--seed", "7"], ["--log_dir=x"], ["--save_dir", "x"]],
+                         ids=" ".join)
+def test_an_array_refuses_what_would_make_its_tasks_one_run(tmp_path, job, flags):
+    task = {**job, "SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "12"}
+    said = run_script(tmp_path, task, *flags, status=2).splitlines()
+    name = flags[-2 if len(flags) == 3 or flags[-1] == "x" else -1].split("=")[0]
+    assert said[1:] == [f"run_mnist_mlp.sh: error: in an array the task's number is the seed, and each has its own "
+                        f"folder: leave {name} out"]
+    assert not (tmp_path / "arguments").exists()
 
+
+def test_a_flag_that_is_wrong_ends_an_array_with_its_one_line(tmp_path, job):
+    task = {**job, "SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "12"}
+    said = run_script(tmp_path, task, "--width=x", status=2).splitlines()
+    assert len(said) == 2 and "'x' is no whole number" in said[1]
+
+
+# ---- where the program and its Python are ---------------------------------------------------------------------------
+
+@pytest.mark.parametrize("project, flags", [
+    ("work", []), ("work", ["--data_dir=/home/jane.shaw/mnist.sh/x"]),
+    ("jane.shaw/a project.sh by me", ["--data_dir=/a b/c.sh d", ""])])
+@pytest.mark.parametrize("linked", [False, True])
+def test_a_job_finds_the_program_beside_its_script(tmp_path, job, project, flags, linked):
+    script = tmp_path / project / "run_mnist_mlp.sh"
+    script.parent.mkdir(parents=True)
+    shutil.copy(SCRIPT, script)
+    (script.parent / "train.py").touch()
+    if linked:
+        (tmp_path / "submit.sh").symlink_to(script)
+        script = tmp_path / "submit.sh"
+    run_script(tmp_path, {**job, "COMMAND": " ".join([str(script), *flags])}, *flags)
+    assert (tmp_path / "arguments").read_text().splitlines()[1] == str(tmp_path / project / "train.py")
+
+
+def test_a_script_that_came_through_a_pipe_looks_where_it_was_submitted(tmp_path, job):
+    piped = {**job, "COMMAND": "(null)"}
+    assert f"error: no train.py beside the script nor in {tmp_path}" in run_script(tmp_path, piped, status=2)
+    (tmp_path / "train.py").touch()
+    run_script(tmp_path, piped)
+    assert (tmp_path / "arguments").read_text().splitlines()[1] == str(tmp_path / "train.py")
+
+
+@pytest.mark.parametrize("active, beside, chosen", [
+    ({"VIRTUAL_ENV": "venv", "CONDA_PREFIX": "conda"}, True, "venv"), ({"CONDA_PREFIX": "conda"}, True, "conda"),
+    ({"CONDA_PREFIX": "base"}, True, "work/.venv"), ({}, True, "work/.venv"), ({}, False, "module"), ({}, False, None)])
+def test_the_python_is_the_first_that_has_torch(tmp_path, job, active, beside, chosen):
+    work = tmp_path / "work"
+    work.mkdir()
+    shutil.copy(SCRIPT, work)
+    (work / "train.py").touch()
+    write_python(tmp_path / "conda/bin/python")
+    write_python(tmp_path / "base/bin/python", has_torch=False)
+    write_python(tmp_path / "module/bin/python")
+    if beside:
+        write_python(work / ".venv/bin/python")
+    del job["VIRTUAL_ENV"]
+    job["COMMAND"] = str(work / "run_mnist_mlp.sh")
+    job |= {name: str(tmp_path / folder) for name, folder in active.items()}
+    if chosen == "module":
+        job["PATH"] = f"{tmp_path / 'module/bin'}:{job['PATH']}"
+    said = run_script(tmp_path, job, status=0 if chosen else 2)
+    if chosen:
+        python = (tmp_path / "arguments").read_text().splitlines()[0]
+        assert python == str(tmp_path / chosen / "bin/python")
+    else:
+        assert "error: no Python (3.11 or newer) with PyTorch found" in said and len(said.splitlines()) == 2
+        assert all(word in said for word in ("conda", "module", f"{work}/.venv"))
+
+
+# ---- signals --------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("run, sent, state, status, requeued", [
     ("exit 0", None, "RUNNING", 0, False),
     ("exit 1", None, "RUNNING", 1, False),
     ("exit 2", None, "RUNNING", 2, False),
-    (RUNS_UNTIL_STOPPED, signal.SIGUSR1, "RUNNING", 138, True),  # the time is nearly up
-    (RUNS_UNTIL_STOPPED, signal.SIGTERM, "RUNNING", 143, True),  # preempted, with time to save
-    (RUNS_UNTIL_STOPPED, signal.SIGTERM, "COMPLETING PreemptTime=2030-01-01T00:00:00", 143, True),
-    (RUNS_UNTIL_STOPPED, signal.SIGTERM, "COMPLETING PreemptTime=None", 143, False),  # cancelled
-    (RUNS_UNTIL_STOPPED.replace("exit 138", "sleep 0.5; exit 138"), signal.SIGUSR1, "RUNNING", 138, True),
-    (RUNS_UNTIL_STOPPED.replace("exit 138", "sleep 0.5; exit 0"), signal.SIGUSR1, "RUNNING", 0, False),
-    ("touch started; exec sleep 60", signal.SIGUSR1, "RUNNING", 138, True),  # Python is not up yet
-], ids=["done", "failed", "wrong", "time", "warned", "preempted", "cancelled", "slow to save", "done in time",
-        "early"])
-def test_a_job_is_requeued_when_it_was_stopped_and_only_then(tmp_path, stand_ins, run, sent, state, status, requeued):
-    job = {**stand_ins, "SLURM_JOB_ID": "7", "SLURM_SUBMIT_DIR": str(tmp_path), "RUN": run, "STATE": state}
-    script = subprocess.Popen(["bash", tmp_path / "spool" / "slurm_script"], cwd=tmp_path, env=job,
-                              stdout=subprocess.DEVNULL)
-    try:
-        if sent:
-            wait_for((tmp_path / "started").exists)
-            script.send_signal(sent)
-        assert script.wait(PATIENCE) == status
-    finally:
-        script.kill()
+    (SAVES_WHEN_STOPPED, signal.SIGUSR1, "RUNNING", 138, True),  # the time is nearly up
+    (RUNS_UNTIL_STOPPED, signal.SIGUSR1, "RUNNING", 138, False),  # and was too short to save anything
+    ("touch started; exec sleep 60", signal.SIGUSR1, "RUNNING", 138, False),  # or for Python to be up
+    (SAVES_WHEN_STOPPED, signal.SIGTERM, "RUNNING", 143, True),  # preempted, with time to save
+    (RUNS_UNTIL_STOPPED, signal.SIGTERM, "RUNNING", 143, True),  # and again: that is not the job's fault
+    (SAVES_WHEN_STOPPED, signal.SIGTERM, "COMPLETING PreemptTime=2030-01-01T00:00:00", 143, True),
+    (SAVES_WHEN_STOPPED, signal.SIGTERM, "COMPLETING PreemptTime=None", 143, False),  # cancelled
+    (SAVES_WHEN_STOPPED.replace("exit 138", "sleep 0.5; exit 138"), signal.SIGUSR1, "RUNNING", 138, True),
+    (SAVES_WHEN_STOPPED.replace("exit 138", "sleep 0.5; exit 0"), signal.SIGUSR1, "RUNNING", 0, False),
+], ids=["done", "failed", "wrong", "time", "too little time", "no time", "preempted", "preempted early", "preempting",
+        "cancelled", "slow to save", "done in time"])
+def test_a_job_is_requeued_when_it_was_stopped_and_only_then(tmp_path, job, run, sent, state, status, requeued):
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "rolling.pt").write_text("of an earlier start")
+    said = stop_script(tmp_path, {**job, "RUN": run, "STATE": state}, "started" if sent else None, sent, status)
+    assert said.startswith("job 7 on ")
     assert (tmp_path / "requeued").exists() == requeued
     if requeued:
         assert (tmp_path / "requeued").read_text() == "requeue 7\n"
-    assert "job 7 on" in (tmp_path / "logs" / "slurm-7.out").read_text()
+    assert ("its time limit cannot hold one log step" in said) == (status == 138 and not requeued)
+
+
+def stop_script(folder, job, mark, number, status, *flags):
+    """Run the script as a batch job, send it the signal once the file `mark` is there, and return what it printed."""
+    script = subprocess.Popen(["bash", folder / "spool" / "slurm_script", *flags], cwd=folder, env=job, text=True,
+                              stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    try:
+        if number:
+            wait_for((folder / mark).exists)
+            script.send_signal(number)
+        said = script.communicate(timeout=PATIENCE)[0]
+        assert script.returncode == status, said
+        return said
+    finally:
+        script.kill()
+
+
+@pytest.mark.parametrize("number, status", [(signal.SIGUSR1, 138), (signal.SIGTERM, 143)])
+def test_a_signal_before_the_run_has_begun_is_not_lost(tmp_path, job, number, status):
+    # Without the signal this run would last until PATIENCE is over.
+    job |= {"RUN": f"exec sleep {2 * PATIENCE}", "PROBE_TAKES": "1"}
+    stop_script(tmp_path, job, "probed", number, status)
+    assert (tmp_path / "arguments").exists()
+
+
+@pytest.mark.parametrize("flags", [["--save_dir=else where"], ["--save_dir", "else where", "--width=3"]])
+def test_what_was_saved_is_looked_for_where_it_is_saved(tmp_path, job, flags):
+    (tmp_path / "else where").mkdir()
+    run = RUNS_UNTIL_STOPPED.replace("exit 138", 'touch "else where/rolling.pt"; exit 138')
+    stop_script(tmp_path, {**job, "RUN": run}, "started", signal.SIGUSR1, 138, *flags)
+    assert (tmp_path / "requeued").exists()
 
 
 # ---- without SLURM --------------------------------------------------------------------------------------------------
@@ -205,7 +327,7 @@ def test_an_array_that_is_stopped_twice_ends_like_runs_that_were_not(slurm, tmp_
     job = slurm("sbatch", "--parsable", "--array=3-4", SCRIPT, *FLAGS, cwd=tmp_path).strip()
 
     def output(seed):
-        path = tmp_path / "logs" / f"slurm-{job}_{seed}.out"
+        path = tmp_path / f"slurm-{job}_{seed}.out"
         return path.read_text() if path.exists() else ""
 
     def folder(seed):
@@ -215,11 +337,13 @@ def test_an_array_that_is_stopped_twice_ends_like_runs_that_were_not(slurm, tmp_
     for seed, stop in ((3, ["scancel", "--batch", "--signal=USR1"]), (4, ["scontrol", "requeue"])):
         wait_for(lambda seed=seed: len(list(folder(seed).glob("checkpoints/checkpoint_*.pt"))) > 2)
         slurm(*stop, f"{job}_{seed}")
+    for seed in (3, 4):
+        wait_for(lambda seed=seed: "restarts: 1" in output(seed))
     wait_for(lambda: slurm("squeue", "-h", "-j", job) == "")
     for seed, name, requeued in ((3, "SIGUSR1", 1), (4, "SIGTERM", 0)):
         said = output(seed)
         assert f"stopped by {name} at step" in said and said.count(f"requeueing job {job}_{seed}") == requeued
-        assert "restarts: 1" in said and "rolling.pt at step" in said
+        assert "DUE TO JOB REQUEUE" in said and "rolling.pt at step" in said  # SLURM's own message, and the run's
         assert "JobState=COMPLETED" in slurm("scontrol", "show", "job", f"{job}_{seed}")
         assert_same_run(folder(seed), uninterrupted(seed))
     assert columns(folder(3))["train_loss"] != columns(folder(4))["train_loss"]
@@ -231,4 +355,17 @@ def test_a_job_with_a_mistake_fails_once_and_says_why(slurm, tmp_path):
     wait_for(lambda: slurm("squeue", "-h", "-j", job) == "")
     state = slurm("scontrol", "show", "job", job)
     assert "JobState=FAILED" in state and "ExitCode=2:0" in state and "Restarts=0" in state
-    assert "train.py: error: " in (tmp_path / "logs" / f"slurm-{job}.out").read_text()
+    assert "train.py: error: " in (tmp_path / f"slurm-{job}.out").read_text()
+
+
+@pytest.mark.slurm
+def test_a_job_whose_time_does_not_hold_one_log_step_is_not_requeued_for_ever(slurm, tmp_path):
+    flags = [*FLAGS, "--adv_size=all", "--pgd_steps=1000000"]
+    job = slurm("sbatch", "--parsable", SCRIPT, *flags, cwd=tmp_path).strip()
+    output = tmp_path / f"slurm-{job}.out"
+    wait_for(lambda: output.exists() and "robust_acc" in output.read_text())  # the table's head: the log step has begun
+    slurm("scancel", "--batch", "--signal=USR1", job)
+    wait_for(lambda: slurm("squeue", "-h", "-j", job) == "")
+    state = slurm("scontrol", "show", "job", job)
+    assert "JobState=FAILED" in state and "ExitCode=138:0" in state and "Restarts=0" in state
+    assert f"job {job} is not requeued" in output.read_text() and "raise --time, or lower" in output.read_text()
