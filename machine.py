@@ -13,19 +13,38 @@ import torch
 
 
 def choose_device(name):
-    """Return the torch.device that --device means, made the current one; ValueError if this machine has none such."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    """Return the torch.device that --device means, made the current one; ValueError if this machine has none such.
+
+    "auto" is a GPU if there is one. A GPU that PyTorch cannot use, because its driver is too old, is an error and not
+    a run on the CPU that takes a hundred times as long.
+    """
     kind, _, index = name.partition(":")
-    if kind not in ("cpu", "cuda") or (":" in name and not (kind == "cuda" and index.isdigit())):
+    if kind not in ("auto", "cpu", "cuda") or (":" in name and not (kind == "cuda" and index.isdigit())):
         raise ValueError(f"--device={name}: choose auto, cpu, cuda or cuda:N")
-    if kind == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"--device={name}: PyTorch sees no CUDA device here; use --device=cpu or auto")
+    if kind == "cpu":
+        return torch.device("cpu")
+    obstacle = why_no_cuda()
+    if obstacle and "driver on your system is too old" in obstacle:
+        raise ValueError(f"--device={name}: PyTorch {torch.__version__} cannot use the GPU: {obstacle}; install a "
+                         "PyTorch for this driver, as README says, or run with --device=cpu")
+    if obstacle and kind == "auto":
+        return torch.device("cpu")
+    if obstacle:
+        raise ValueError(f"--device={name}: PyTorch sees no CUDA device here ({obstacle}); use --device=cpu or auto")
     if index and int(index) >= torch.cuda.device_count():
         raise ValueError(f"--device={name}: there are {torch.cuda.device_count()} CUDA devices, counted from 0")
     if index:
         torch.cuda.set_device(int(index))  # streams, events and graphs are the current device's
-    return torch.device(name)
+    return torch.device(name if kind == "cuda" else "cuda")
+
+
+def why_no_cuda():
+    """Return in PyTorch's words why it cannot use a GPU, or None if it can."""
+    try:
+        torch.cuda.init()
+    except (RuntimeError, AssertionError) as error:
+        return str(error).split(". ")[0].strip()
+    return None
 
 
 def set_precision(deterministic=False):
@@ -33,8 +52,11 @@ def set_precision(deterministic=False):
     for dtype in (np.float32, np.float64):
         np.finfo(dtype)  # NumPy keeps it; older versions warn when they look at it and subnormals are off
     torch.set_flush_denormal(True)
-    torch.backends.cuda.matmul.fp32_precision = "ieee"
-    torch.backends.cudnn.conv.fp32_precision = "ieee"
+    if hasattr(torch.backends.cuda.matmul, "fp32_precision"):
+        torch.backends.cuda.matmul.fp32_precision = "ieee"
+        torch.backends.cudnn.conv.fp32_precision = "ieee"
+    else:  # before PyTorch 2.9
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
@@ -66,7 +88,9 @@ def free_memory(device):
 
 def out_of_memory(error):
     """Whether an exception says that memory, the GPU's or the CPU's, does not suffice."""
-    said = ("can't allocate memory", "Storage size calculation overflowed")  # PyTorch has no class for the CPU's
+    # PyTorch has no class for the CPU's, NumPy none for what no address reaches.
+    said = ("can't allocate memory", "Storage size calculation overflowed", "array is too big",
+            "Maximum allowed dimension exceeded")
     return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(words in str(error) for words in said)
 
 
