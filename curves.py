@@ -31,22 +31,11 @@ CONFIDENCE = 0.95  # of the statement "no curve is called rising by sampling noi
 OUTBREAK = 100  # factor by which the training loss rises in an outbreak
 ROUNDING = 1e-9  # of a training loss: what lies below is no level to rise from
 WIDTH = 80  # columns of the summary
-COLUMNS = {"train_acc": list, "test_acc": list, "adv_acc": dict, "robust_acc": dict, "local_complexity": dict}
-SIZES = {"train": int, "test": int, "attacked": int}
 # Flags that say where or how a run was computed, not what was trained or measured.
 NOT_COMPARED = runlog.MAY_CHANGE | {"log_dir", "save_dir"}
 
 
 # ---- reading the columns --------------------------------------------------------------------------------------------
-
-def read(path):
-    """runlog.read_history, and ValueError unless all that is drawn is there."""
-    history = runlog.read_history(path)
-    if not runlog.has_types(history.get("sizes"), SIZES) or history["step"] and not runlog.has_types(history, COLUMNS):
-        raise ValueError(f"{path} is no complete history: it must hold {', '.join(COLUMNS)} and the sizes "
-                         f"{', '.join(SIZES)}")
-    return history
-
 
 def as_array(column):
     """A column of the history as floats; null becomes NaN."""

@@ -226,7 +226,7 @@ def fetch(runs):
 
 def show(folders, draw):
     """Print the table of the runs in folders; draw them in one figure, runs/sweep.png and .svg."""
-    histories = [curves.read(folder / "logs" / runlog.HISTORY_NAME) for folder in folders]
+    histories = [runlog.read_history(folder / "logs" / runlog.HISTORY_NAME) for folder in folders]
     print(curves.table(histories, [folder.name for folder in folders]))
     if draw:
         print("wrote", *plot.draw(histories, Path("runs") / "sweep"))

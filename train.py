@@ -28,6 +28,7 @@ if __name__ == "__main__":  # the imports take seconds, and Ctrl-C may come mean
 import torch
 
 import attacks
+import curves
 import data
 import flags
 import losses
@@ -35,7 +36,6 @@ import machine
 import measure
 import models
 import parallel
-import plot
 import training
 from run import Run, RunFailed
 
@@ -323,12 +323,12 @@ def main(argv=None):
         dataset = load_data(args)
         config = complete(args, dataset, device)
         run = Run(config, asked(args), defaults(), dataset, device)
-    except (ValueError, OSError) as error:
-        return fail_together(error, 2)
-    except (MemoryError, RuntimeError) as error:
-        if not machine.out_of_memory(error):
+    except (ValueError, OSError, MemoryError, RuntimeError) as error:
+        if machine.out_of_memory(error):
+            return fail("not enough memory: lower --width, --train_size, --adv_size or --lc_samples", 2)
+        if not isinstance(error, (ValueError, OSError)):
             raise
-        return fail("not enough memory: lower --width, --train_size, --adv_size or --lc_samples", 2)
+        return fail_together(error, 2)
     except KeyboardInterrupt:
         return fail("interrupted before the first step", 128 + signal.SIGINT)
     try:
@@ -357,7 +357,7 @@ def finish(run, stopped_by):
         run.console.note(f"stopped by {signal.Signals(stopped_by).name} at step {run.step}; continue with the same "
                          "command and --resume")
     else:
-        run.console.note("\n" + plot.summary(run.history))
+        run.console.note("\n" + curves.summary(run.history))
 
 
 def fail(error, status):

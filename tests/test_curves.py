@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 import curves
+import runlog
 
 RESULTS = sorted(Path(ROOT, "results").glob("*.json"))
 
@@ -277,6 +278,11 @@ def test_a_spike_of_one_or_two_log_points_is_no_rise():
     assert rise.half is None and rise.brief and rise.level == 0.2
 
 
+def test_interpolation_is_at_99_percent_of_training_accuracy():
+    assert curves.interpolation_index([0.5, None, 0.9899, 0.99, 1.0]) == 3
+    assert curves.interpolation_index([0.5, None]) is None and curves.interpolation_index([]) is None
+
+
 def test_what_is_not_known_is_passed_over():
     values = [0.1, 0.1, np.nan, 0.1, np.nan, 0.8, np.nan, 0.8, 0.8, np.nan]
     rise = curves.delayed_rise(values, 1, 1000)
@@ -479,7 +485,7 @@ def test_phases_of_the_recorded_runs(path):
     """Every run from PyTorch's initial weights descends, ascends and descends; from large weights it rises first."""
     expected = (["ascent", "descent"] if "large_init" in path.stem else
                 ["first descent", "ascent", "second descent"])
-    assert names(curves.total_complexity(curves.read(path)))[:3] == expected
+    assert names(curves.total_complexity(runlog.read_history(path)))[:3] == expected
 
 
 # ---- outbreaks of the training loss ----
@@ -527,7 +533,7 @@ def test_what_is_no_outbreak():
 @pytest.mark.parametrize("name, steps", [("mnist", [15_706, 47_689]), ("mnist_adam", []),
                                          ("mnist_seed2", [15_706, 32_933, 47_689])])
 def test_outbreaks_of_the_recorded_runs(name, steps):
-    history = curves.read(ROOT / "results" / f"{name}.json")
+    history = runlog.read_history(ROOT / "results" / f"{name}.json")
     assert [history["step"][i] for i in curves.outbreaks(history)][:len(steps)] == steps
 
 
@@ -626,7 +632,7 @@ def test_summary_names_phases_and_outbreaks_with_their_numbers():
 
 
 def test_flat_robustness_beside_falling_complexity_is_not_explained_away():
-    text = curves.summary(curves.read(ROOT / "results" / "mnist_adam.json"))
+    text = curves.summary(runlog.read_history(ROOT / "results" / "mnist_adam.json"))
     paragraphs = text.split("\n\n")[0].replace("\n  ", " ").splitlines()
     (robust,) = [line for line in paragraphs if line.startswith("Delayed robustness")]
     (complexity,) = [line for line in paragraphs if line.startswith("Local complexity")]
@@ -772,7 +778,7 @@ def test_table_has_one_line_a_run_and_names_what_differs():
     histories = [chosen(None, seed=seed, weight_decay=decay) for decay in (0.0, 0.01) for seed in (1, 2)]
     histories.append({"step": [], "config": {**histories[0]["config"], "seed": 9}, "sizes": {}})
     for history in histories[:-1]:
-        history["local_complexity"] = {"train": {"0.05": [[1.5, 0.5]] * 4 + [[3.0, 1.25]] * 4}}
+        history["local_complexity"] = {"train": {"0.05": [[2.5, 0.5]] + [[1.5, 0.5]] * 3 + [[3.0, 1.25]] * 3 + [None]}}
     labels = [f"run{k}" for k in range(5)]
     head, *lines = curves.table(histories, labels).splitlines()
     assert head.split() == ["run", "seed", "weight_decay", "steps", "train", "test", "99%", "at", "ε", "robust", "end",
