@@ -32,7 +32,7 @@ OUTBREAK = 100  # factor by which the training loss rises in an outbreak
 ROUNDING = 1e-9  # of a training loss: what lies below is no level to rise from
 WIDTH = 80  # columns of the summary
 # Flags that say where or how a run was computed, not what was trained or measured.
-NOT_COMPARED = runlog.MAY_CHANGE | {"log_dir", "save_dir"}
+NOT_COMPARED = runlog.MAY_CHANGE | runlog.NO_FLAG_ANY_MORE | {"log_dir", "save_dir"}
 
 
 # ---- reading the columns --------------------------------------------------------------------------------------------

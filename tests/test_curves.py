@@ -745,6 +745,7 @@ def test_only_what_the_user_chose_tells_runs_apart():
     older = chosen(None, adv_size=797, depth=4)
     assert set(curves.differing_flags([older, two])) == {"adv_size", "depth", "seed"}
     elsewhere = chosen(["log_dir", "threads"], threads=3, log_dir="x", adv_size=797, depth=4)
+    assert curves.differing_flags([older, chosen(None, adv_size=797, depth=4, eval_threads=2)]) == []  # an older flag
     assert curves.differing_flags([one, elsewhere]) == []
 
 
