@@ -473,7 +473,8 @@ def times_in(folder, threads, steps, dataset, data_dir):
         with tempfile.TemporaryDirectory() as logs:
             subprocess.run([sys.executable, "train.py", *flags, f"--dataset={dataset}", "--train_size=1000",
                             f"--data_dir={Path(data_dir).resolve()}", f"--threads={threads}", "--device=cpu",
-                            "--no_plot", f"--n_steps={n}", "--log_points=3", "--adv_size=1", "--lc_samples=0", "--epsilons=0.1",
+                            "--no_plot", f"--n_steps={n}", "--log_points=3", "--adv_size=1", "--lc_samples=0",
+                            "--epsilons=0.1",
                             f"--log_dir={logs}", f"--save_dir={logs}"], cwd=folder, check=True, capture_output=True)
             history = json.loads((Path(logs) / "training_history.json").read_text())
         # The log steps are 0, 1 and n; that of step 1 is taken off the time of the last.

@@ -74,9 +74,7 @@ class Run:
         self.history = empty_history(config, asked, self.dataset, self.model, fingerprint)
         self.console = Console(self.history, quiet=config.quiet or parallel.rank() > 0)
 
-        # The lock ends with the process.
-        self.lock = parallel.on_first(lambda: runlog.lock_folders(config.log_dir, config.save_dir,
-                                                                  note=self.console.note))
+        parallel.on_first(self.lock_folders)
         before = parallel.on_first(lambda: self.find_earlier(defaults, fingerprint))
         self.tuned, network = tuning.tune(config, self.model, self.dataset, self.kept(before), self.console.note)
         self.history["derived"].update(self.tuned)
@@ -104,6 +102,10 @@ class Run:
         return time.perf_counter() - self.began
 
     # ---- from the disk
+
+    def lock_folders(self):
+        # Kept, and returned to nobody: the lock ends with what runlog gives, and that with this process.
+        self.lock = runlog.lock_folders(self.config.log_dir, self.config.save_dir, note=self.console.note)
 
     def find_earlier(self, defaults, fingerprint):
         """Return the checkpoint to continue from, with its history, or None to start."""

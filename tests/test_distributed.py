@@ -56,7 +56,7 @@ def rank_main(rank, folder, environment, flags):
         setattr(module, name, count)
 
     counted(attacks, "pgd")
-    counted(attacks, "robust_accuracy")
+    counted(attacks, "ranks")
     counted(local_complexity, "local_complexity")
     status = train.main(flags)
     Path("work").write_text(json.dumps(work))
@@ -192,7 +192,7 @@ def test_the_first_process_alone_prints_and_writes_and_the_log_steps_are_shared_
     assert "2 processes" in first and first.count("training 5 steps") == 1
     done = [json.loads((tmp_path / f"rank{rank}" / "work").read_text()) for rank in (0, 1)]
     log_steps = 6
-    assert [work["robust_accuracy"] for work in done] == [[10] * log_steps, [11] * log_steps]
+    assert [work["ranks"] for work in done] == [[10] * log_steps, [11] * log_steps]
     assert [work["pgd"] for work in done] == [[10] * log_steps, [11] * log_steps]
     assert [work["local_complexity"] for work in done] == [[4] * 3 * log_steps, [5] * 3 * log_steps]
 

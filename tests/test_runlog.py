@@ -320,8 +320,9 @@ def steps_left(folder):
 @pytest.mark.parametrize("keep, left", [("all", [1, 2, 3, 4]), ("last", [4]), (1, [4]), (2, [3, 4]), (9, [1, 2, 3, 4])])
 def test_so_many_checkpoints_are_kept(tmp_path, keep, left):
     for step in (1, 2, 3, 4):
+        rolling = runlog.save_rolling(tmp_path, make_state(step))
         runlog.save_checkpoint(tmp_path, make_state(step), keep)
-    assert steps_left(tmp_path) == left
+    assert steps_left(tmp_path) == left and not rolling.exists()
 
 
 @pytest.mark.parametrize("keep, left", [("last", [5]), (1, [5]), (2, [4, 5, 9]), (3, [2, 4, 5, 9]),
@@ -711,6 +712,7 @@ def test_a_locked_folder_is_refused_with_its_holder_and_free_afterwards(tmp_path
             runlog.lock_folders(*other, note=refuse)
         assert f"(process {os.getpid()} on " in one_line(error) and "SLURM job 4711)" in one_line(error)
     del held, error
+    assert not list(tmp_path.glob("*/.holder.lock"))
     runlog.lock_folders(tmp_path / "b", tmp_path / "c", note=refuse)
 
 
