@@ -138,6 +138,8 @@ class Run:
 
     def begin_files(self, continued):
         if not continued:
+            weights = sum(p.numel() * p.element_size() for p in self.model.parameters())
+            runlog.check_room(self.config.save_dir, 3 * weights)  # a checkpoint: weights and two moments
             for folder in runlog.move_aside(self.config.log_dir, self.config.save_dir):
                 self.console.note(f"an earlier run's files are now in {folder}")
         runlog.write_history(self.history_path, self.history)

@@ -16,6 +16,7 @@ loss that is not finite); 2 the command or its input is wrong; 128 + n it was st
 
 import argparse
 import contextlib
+import errno
 import math
 import os
 import signal
@@ -328,7 +329,8 @@ def main(argv=None):
             return fail("not enough memory: lower --width, --train_size, --adv_size or --lc_samples", 2)
         if not isinstance(error, (ValueError, OSError)):
             raise
-        return fail_together(error, 2)
+        full_disk = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
+        return fail_together(error, 1 if full_disk else 2)
     except KeyboardInterrupt:
         return fail("interrupted before the first step", 128 + signal.SIGINT)
     try:

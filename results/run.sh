@@ -11,6 +11,7 @@ export DATA=${DATA:-data} RUNS=${RUNS:-runs/results} PYTHON=${PYTHON:-python}
 
 experiments() {
     grep -v '^ *$' <<'END'
+first                   --dataset=digits --train_size=400 --depth=3 --init_scale=6 --loss=mse --lr=0.004 --weight_decay=0.1 --n_steps=16000 --epsilons 0.03 0.07 0.11 0.15 --adv_size=500 --lc_samples=256
 mnist                   --dataset=mnist --n_steps=100000
 mnist_exact             --dataset=mnist --n_steps=100000 --loss=exact_ce
 digits                  --dataset=digits --n_steps=100000
@@ -49,7 +50,7 @@ END
 one() {
     read -r name flags <<<"$1"
     # shellcheck disable=SC2086  # the flags are several words
-    "$PYTHON" train.py $flags --threads=1 --products=mkl --data_dir="$DATA" --log_dir="$RUNS/$name/logs" \
+    "$PYTHON" train.py $flags --threads=1 --products=mkl --compile=off --data_dir="$DATA" --log_dir="$RUNS/$name/logs" \
         --save_dir="$RUNS/$name/checkpoints" --resume --quiet &&
         cp "$RUNS/$name/logs/training_history.json" "results/$name.json" && echo "$name is complete"
 }
