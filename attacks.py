@@ -48,24 +48,30 @@ def pgd(model, x, y, epsilon, steps=10, step_size=None, restarts=1, objective="e
     check_radius("step_size", step_size)
     shape = (restarts, *x.shape)
     if starts is None:
-        starts = torch.rand(shape, generator=torch.Generator().manual_seed(seed)) * 2 - 1
+        starts = torch.empty(shape).uniform_(-1, 1, generator=torch.Generator().manual_seed(seed))
     elif starts.shape != shape:
         raise ValueError(f"starts must have the shape (restarts, *x.shape) = {shape}, not {tuple(starts.shape)}")
 
     x, best, best_excess = x.detach(), None, None
-    bounds = ball(x, epsilon)
-    with evaluating(model):
+    low, high = ball(x, epsilon)
+    direction = torch.empty_like(x)
+    with evaluating(model), torch.enable_grad():
         for start in starts.to(x):
-            x_adv = torch.add(x, start, alpha=epsilon).clamp_(*bounds)
+            x_adv = torch.add(x, start, alpha=epsilon).clamp_(low, high)
             for _ in range(steps):
-                gradient = input_gradient(model, x_adv, y, objective)
-                x_adv = torch.add(x_adv.detach(), gradient.sign_(), alpha=step_size).clamp_(*bounds)
+                x_adv.requires_grad_()
+                logits = model(x_adv)
+                loss = (F.cross_entropy(logits, y, reduction="sum") if objective == "ce"
+                        else log_odds(logits, y).sum())
+                gradient, = torch.autograd.grad(loss, x_adv)
+                torch.sign(gradient, out=direction)
+                x_adv = x_adv.detach().add_(direction, alpha=step_size).clamp_(low, high)
             if restarts == 1:
                 return x_adv
             with torch.no_grad():
                 logits = model(x_adv)
-                excess = wrong_logits(logits, y).amax(1) - true_logit(logits, y)
-                excess = excess.nan_to_num(nan=torch.inf)  # what is not a number is a wrong answer
+            excess = wrong_logits(logits, y).amax(1) - pick(logits, y)
+            excess = torch.where(excess.isnan(), torch.inf, excess)  # a wrong answer, as in correct()
             if best is None:
                 best, best_excess = x_adv, excess
             worse = excess > best_excess
@@ -74,38 +80,32 @@ def pgd(model, x, y, epsilon, steps=10, step_size=None, restarts=1, objective="e
     return best
 
 
-def input_gradient(model, x, y, objective):
-    """Return the gradient of the objective at the images x, which afterwards require one."""
-    with torch.enable_grad():
-        logits = model(x.requires_grad_())
-        loss = F.cross_entropy(logits, y, reduction="sum") if objective == "ce" else log_odds(logits, y).sum()
-        return torch.autograd.grad(loss, x)[0]
-
-
 def robust_accuracy(model, x, y, epsilons, steps=10, budget=DEFAULT_BUDGET, batch_size=None):
     """Return, for each epsilon in the given order, the fraction of images (a float) that withstand the attack of
-    ranks(), whose arguments and errors these are.
+    ranks, which has the same arguments and errors.
 
     An image counts at epsilon only if its clean prediction is right and no iterate of the attack, at this epsilon or
     a smaller one of the grid, is misclassified: the result never rises with epsilon and never exceeds the accuracy
-    on x. batch_size: images attacked together, by default all; no image's outcome depends on the others.
+    on x. It is deterministic, and no image's outcome depends on the others in its batch.
+
+    batch_size: images attacked together, by default all.
     """
     check_images(x, y)
     if batch_size is not None and batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, not {batch_size}")
     parts = zip(x.split(batch_size or len(x)), y.split(batch_size or len(x)), strict=True)
-    rank = torch.cat([ranks(model, part_x, part_y, epsilons, steps, budget) for part_x, part_y in parts])
+    rank = torch.cat([ranks(model, *part, epsilons, steps, budget) for part in parts])
     radii = ascending(epsilons)
     return [(rank > radii.index(epsilon)).sum().item() / len(x) for epsilon in epsilons]
 
 
 def ranks(model, x, y, epsilons, steps=10, budget=DEFAULT_BUDGET):
-    """Return for each image (int64, (N,)) how many of the radii 0 and epsilons, in ascending order, it withstands:
-    0 if the clean image is misclassified, 1 if it falls at the smallest epsilon, and so on.
+    """Return for each image the number (int64, (N,)) of radii among 0 and epsilons that it withstands: 0 if its clean
+    prediction is wrong, 1 if that is right but falls at the smallest epsilon above 0, and so on.
 
     x: images (N, ...) in [0, 1], in the model's dtype; y: true classes (N,); epsilons: radii in pixel units, 0
     allowed, in any order. steps: at most this many steps toward one class in one ball ("high": twice as many).
-    budget: a key of BUDGETS. It is deterministic.
+    budget: a key of BUDGETS.
 
     Every image starts in the largest ball. An iterate that is misclassified drops it into the next smaller one,
     where the attack goes on from the same point: so it pays the many steps of an attack that fails for one epsilon,
@@ -123,81 +123,90 @@ def ranks(model, x, y, epsilons, steps=10, budget=DEFAULT_BUDGET):
         raise ValueError(f"robust accuracy needs steps >= 1, not {steps}")
     if budget not in BUDGETS:
         raise ValueError(f"unknown budget '{budget}': choose from {', '.join(BUDGETS)}")
+
     classes, rounds, step_factor, reach = BUDGETS[budget]
     x, radii = x.detach(), x.new_tensor(ascending(epsilons))
     limits = radii, steps * step_factor, reach
     with evaluating(model), torch.no_grad():
-        # The place of the largest radius withstood; -1: not even the clean image is right.
-        place = torch.where(correct(model(x), y), len(radii) - 1, -1)
+        rank = torch.where(correct(model(x), y), len(radii), 0)
         start = x
         for _ in range(rounds):
-            end = drop_while_fallen(model, x, y, start, None, place, *limits)
-            strongest = wrong_logits(model(end), y).topk(min(classes, model(x[:1]).shape[1] - 1)).indices
-            for target in strongest.T:
-                drop_while_fallen(model, x, y, start, target, place, *limits)
+            end = drop_while_fallen(model, x, y, start, None, rank, *limits)
+            logits = wrong_logits(model(end), y)
+            for target in logits.topk(min(classes, logits.shape[1] - 1)).indices.T:
+                drop_while_fallen(model, x, y, start, target, rank, *limits)
             start = 2 * x - end  # the next round sets out from the other side
-    return place + 1
+    return rank
+
+
+def drop_while_fallen(model, x, y, start, target, rank, radii, steps, reach):
+    """Attack every image in the largest ball that it withstands so far, of radius radii[rank - 1], and lower its rank,
+    in place, at each misclassified iterate, until `steps` steps in one ball have not misclassified it or are not
+    going to. Return the last points.
+
+    start: the first points, drawn into the balls. target: the wrong class (N,) to go for, or None for the strongest
+    one at each step. reach: the target is given up when the linear model says that a step of reach * radius would
+    not get there.
+    """
+    end = start.clone()
+    active = (rank > 1).nonzero().flatten()
+
+    def rows(values, index):  # twice as fast as values[index]
+        return values.index_select(0, index)
+
+    # The active images lie together and are moved when some are done, not at every step.
+    labels, held = rows(y, active), rows(rank, active)
+    goal = labels if target is None else rows(target, active)
+    low, high = ball(rows(x, active), like_images(radii[held - 1], x))
+    points = rows(start, active).clamp_(low, high)
+    ages, iteration = torch.zeros_like(held), 0  # steps taken in the present ball, and in all
+    while len(active) > 0:
+        with torch.enable_grad():
+            logits = model(points.requires_grad_())
+            if target is None:
+                goal = wrong_logits(logits.detach(), labels).argmax(1)
+            excess = pick(logits, goal) - pick(logits, labels)
+            gradient, = torch.autograd.grad(excess.sum(), points)
+        fallen = ~correct(logits, labels)
+        held, ages = held - fallen.long(), ages.masked_fill(fallen, 0)
+        radius = radii[held - 1]
+        if len(hit := fallen.nonzero().flatten()):
+            smaller = ball(rows(x, rows(active, hit)), like_images(rows(radius, hit), x))
+            low.index_copy_(0, hit, smaller[0])
+            high.index_copy_(0, hit, smaller[1])
+        going_on = (held > 1) & (ages < steps)
+        if iteration >= PATIENCE:
+            out_of_reach = -excess > reach * radius * gradient.flatten(1).abs().sum(1)
+            going_on &= ~(out_of_reach & (ages >= PATIENCE))
+        size = like_images(2 * (1 - ages / steps) * radius, x)
+        points = points.detach().addcmul_(gradient.sign(), size).clamp_(low, high)
+        ages, iteration = ages + 1, iteration + 1
+        if not going_on.all():
+            done, kept = (~going_on).nonzero().flatten(), going_on.nonzero().flatten()
+            rank.index_copy_(0, rows(active, done), rows(held, done))
+            end.index_copy_(0, rows(active, done), rows(points, done))
+            active, labels, held, ages, goal, points, low, high = (
+                rows(each, kept) for each in (active, labels, held, ages, goal, points, low, high))
+    return end
+
+
+def correct(logits, y):
+    """Return whether the prediction is right, bool (N,): a row of logits with a NaN predicts nothing."""
+    largest, prediction = logits.max(1)  # NaN if any is
+    return (prediction == y) & ~largest.isnan()
 
 
 def ascending(epsilons):
     return sorted({0.0, *epsilons})
 
 
-def drop_while_fallen(model, x, y, start, target, place, radii, steps, reach):
-    """Attack every image in the ball of radius radii[place] and lower its place, in place, at each misclassified
-    iterate, until `steps` steps in one ball have not misclassified it or are not going to. Return the last points.
-
-    start: the first points, drawn into the balls. target: the wrong class (N,) to go for, or None for the strongest
-    one at each step. reach: the target is given up when the linear model says that a step of reach * radius would
-    not get there.
-    """
-    end = start.clamp(*ball(x, like_images(radii[place.clamp(min=0)], x)))
-    active = (place > 0).nonzero().flatten()
-    # The active images lie together, so that an iteration moves none of them unless one is done.
-    points, images, labels, places = end[active], x[active], y[active], place[active]
-    goals = None if target is None else target[active]
-    ages = torch.zeros_like(places)  # steps taken in the present ball
-    radius = radii[places]
-    bounds = ball(images, like_images(radius, x))
-    while len(active) > 0:
-        with torch.enable_grad():
-            logits = model(points.requires_grad_())
-            rival = wrong_logits(logits, labels).amax(1) if goals is None else true_logit(logits, goals)
-            lead = true_logit(logits, labels) - rival
-            gradient, = torch.autograd.grad(lead.sum(), points)
-        fallen = ~correct(logits, labels)
-        if fallen.any():
-            places, ages = places - fallen.long(), ages.masked_fill(fallen, 0)
-            radius = radii[places]
-            bounds = ball(images, like_images(radius, x))
-        out_of_reach = lead > reach * radius * torch.linalg.vector_norm(gradient.flatten(1), 1, dim=1)
-        step = like_images(2 * (1 - ages / steps) * radius, x)
-        points = torch.addcmul(points.detach(), gradient.sign_(), step, value=-1).clamp_(*bounds)
-        going_on = (places > 0) & (ages < steps) & ~(out_of_reach & (ages >= PATIENCE))
-        ages = ages + 1
-        if not going_on.all():
-            done = active[~going_on]
-            place[done], end[done] = places[~going_on], points[~going_on]
-            kept = going_on.nonzero().flatten()
-            active, points, images, labels, places, ages, radius = (
-                values[kept] for values in (active, points, images, labels, places, ages, radius))
-            bounds = [bound[kept] for bound in bounds]
-            goals = None if goals is None else goals[kept]
-    return end
-
-
-def correct(logits, y):
-    """Return for each row of logits (N, C) whether y (N,) is its largest; one that holds a NaN is a wrong answer."""
-    return (logits.argmax(1) == y) & ~logits.isnan().any(1)
-
-
 def ball(x, radius):
-    """Return the smallest and the largest images of the l-infinity ball around x within [0, 1]."""
+    """The least and the greatest value of each pixel in the ball, within [0, 1]."""
     return (x - radius).clamp_(min=0), (x + radius).clamp_(max=1)
 
 
-def true_logit(logits, y):
-    return logits.gather(1, y[:, None]).squeeze(1)
+def pick(logits, classes):
+    return logits.gather(1, classes[:, None]).squeeze(1)
 
 
 def wrong_logits(logits, y):
@@ -219,5 +228,5 @@ def check_images(x, y):
     if x.dim() < 2 or len(x) == 0 or y.shape != x.shape[:1]:
         raise ValueError(f"an attack needs images (N, ...) and as many labels (N,), not {tuple(x.shape)} and "
                          f"{tuple(y.shape)}")
-    if not x.is_floating_point() or not ((x >= 0) & (x <= 1)).all():
+    if not x.is_floating_point() or not x.min() >= 0 or not x.max() <= 1:  # not: a NaN compares with nothing
         raise ValueError("an attack needs images in [0, 1], of a floating-point dtype")

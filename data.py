@@ -57,20 +57,20 @@ class Source:
 
     read: Callable  # (name, data_dir, image_size) -> x_train, y_train, x_test, y_test, num_classes
     statistics: tuple = ()  # mean and std of the whole training split; empty: they are computed
-    train_size: int | None = None  # how many training images are used where nobody says; None: all
-    archives: str = ""  # what else to put into data_dir/folder, by hand, where there is no internet: torchvision takes
-    folder: str = ""    # an archive that lies there for its own download, after checking its MD5
+    train_size: int | None = None  # training images used where nobody says how many (the paper's 1,000); None: all
+    archives: str = ""  # what to put by hand, where there is no internet, into data_dir/folder; torchvision takes an
+    folder: str = ""  # archive that lies there for its own download, after checking its MD5
     resizable: bool = False  # whether image_size applies
-    package: str = ""  # the package that it comes with: it takes nothing from data_dir
+    package: str = ""  # the package that it comes with, if it takes nothing from data_dir
 
 
 def load_dataset(name, data_dir="data", train_size=None, seed=42, image_size=None, label_noise=0.0):
     """Return a Dataset on the CPU; download it into data_dir where it is missing and can be downloaded.
 
     name: one of DATASETS. For imagefolder, data_dir is the folder that holds train/ and test/ (or val/); digits needs
-    no data_dir. train_size: so many training images, drawn at random by seed, or "all" (default: 1,000 for mnist and
-    digits, or all if there are fewer; all for the rest); with one seed a smaller draw is part of a larger one. The test
-    set is always whole and the same. image_size: side in pixels, for imagenette (default 128) and imagefolder: the
+    no data_dir. train_size: so many training images, drawn at random by seed, or "all" (default: 1,000 for mnist, or
+    all if there are fewer; all for the rest); with one seed a smaller draw is part of a larger one. The test set is
+    always whole and the same. image_size: side in pixels, for imagenette (default 128) and imagefolder: the
     shorter side is resized to it, then the centre cut out. Without it, an imagefolder whose images all have one size
     keeps that size; any other gets 128. label_noise: this fraction of the selected training labels is replaced by
     uniformly random ones (by seed; one in num_classes happens to be right). mean and std are those of the whole
@@ -187,7 +187,7 @@ def read_digits(name, data_dir, image_size):
 
 
 def fetch(name, dataset_class, data_dir, **options):
-    """Construct one of torchvision's data sets, downloading it where it is missing; a failure leaves no folder."""
+    """Construct one of torchvision's data sets, downloading it where it is missing; leave no empty folder behind."""
     def folders():
         root = Path(data_dir)
         return {path for path in (root, *root.parents, *root.glob("*/"), *root.glob("*/*/")) if os.path.isdir(path)}
@@ -240,16 +240,15 @@ def check_idx(name, path, dimensions):
     """
     if not os.path.isfile(path):
         return
-    with open(path, "rb") as file:
-        header = np.frombuffer(file.read(4 * (1 + dimensions)), np.uint8)
-    if len(header) < 4 * (1 + dimensions):
+    header = np.fromfile(path, ">u4", 1 + dimensions).tolist()
+    if len(header) < 1 + dimensions:
         raise ValueError(f"{path} is cut off within its header: {remedy(path, name)}")
-    magic, *lengths = (int(number) for number in header.view(">u4"))
-    if magic != 0x0800 + dimensions:
-        raise ValueError(f"{path} is no idx file of {dimensions}-dimensional bytes (it starts with 0x{magic:08x}, not "
-                         f"0x{0x0800 + dimensions:08x}): {remedy(path, name)}")
-    expected, size = len(header) + math.prod(lengths), os.path.getsize(path)
-    if size != expected or 0 in lengths:
+    magic = 0x0800 + dimensions
+    if header[0] != magic:
+        raise ValueError(f"{path} is no idx file of {dimensions}-dimensional bytes (it starts with 0x{header[0]:08x}, "
+                         f"not 0x{magic:08x}): {remedy(path, name)}")
+    expected, size = 4 * len(header) + math.prod(header[1:]), os.path.getsize(path)
+    if size != expected or 0 in header:
         raise ValueError(f"{path} holds {size} bytes where its header promises {expected}: {remedy(path, name)}")
 
 
@@ -291,78 +290,75 @@ def read_folder(name, root, image_size):
     """Decode root/train and root/test (or root/val), or take the decoded images from the cache."""
     if not os.path.exists(root):
         raise FileNotFoundError(f"there is no folder {root}: give the folder that holds train/ and test/ as --data_dir")
-    train, train_classes, train_paths, y_train = scan(root, "train")
-    test, test_classes, test_paths, y_test = scan(root, "test", "val")
-    if train_classes != test_classes:
-        raise ValueError(f"{train} and {test} have different classes: only one of them has a folder "
-                         f"{listing(set(train_classes) ^ set(test_classes))}")
+    splits = scan(root, "train"), scan(root, "test", "val")
+    differing = splits[0].keys() ^ splits[1].keys()
+    if differing:
+        raise ValueError(f"the training and the test images in {root} are of different classes: only one of the two "
+                         f"has a folder {', '.join(sorted(differing)[:5])}{' ...' if len(differing) > 5 else ''}")
+    paths = [[path for images in split.values() for path in images] for split in splits]
+    y_train, y_test = (torch.tensor([label for label, images in enumerate(split.values()) for _ in images])
+                       for split in splits)
 
     cache = os.path.join(root, f"decoded-{image_size or 'auto'}.npz")
-    key = cache_key(root, train_paths + test_paths, image_size)
+    key = cache_key(root, paths[0] + paths[1], image_size)
     images = load_cache(cache, key)
     if images is None:
-        images = decode_splits(train_paths, test_paths, image_size)
+        images = decode_splits(*paths, image_size)
         save_cache(cache, fingerprint=key, x_train=images[0], x_test=images[1])
     x_train, x_test = map(torch.from_numpy, images)
-    return x_train, torch.tensor(y_train), x_test, torch.tensor(y_test), len(train_classes)
+    return x_train, y_train, x_test, y_test, len(splits[0])
 
 
 def scan(root, *names):
-    """Return (folder, classes, paths, labels) of the first of the folders `names` that root has.
+    """Return {class: paths of its images} for the first of the folders `names` that root has, all sorted.
 
-    In the order of torchvision's ImageFolder, which would follow a link that leads back up, round and round, and pass
-    over a folder without permission in silence.
+    The images and their order are those of torchvision's ImageFolder. It would go round and round by a link that leads
+    back up, and pass over a folder that it may not read.
     """
     folder = next((path for path in (os.path.join(root, name) for name in names) if os.path.isdir(path)), None)
     if folder is None:
         raise FileNotFoundError(f"{root} has no folder {' or '.join(names)}/: the layout is train/CLASS/IMAGE and "
                                 "test/CLASS/IMAGE (or val/)")
     check_directory(folder)
-    classes = sorted(subfolders(folder, os.listdir(folder)))
-    images = [find_images(os.path.join(folder, name)) for name in classes]
-    empty = [name for name, paths in zip(classes, images, strict=True) if not paths]
+    paths = [os.path.join(folder, name) for name in sorted(os.listdir(folder))]
+    folders = (path for path in paths if os.path.isdir(path) or not os.path.exists(path))  # none: a link to nothing
+    classes = {path: find_images(path) for path in folders if not leads_back(path)}
+    empty = [path for path, images in classes.items() if not images]
     if empty or not classes:
-        where = f" for the class{'es' * (len(empty) > 1)} {listing(empty)}" if empty else ""
-        raise FileNotFoundError(f"no images in {folder}{where}: the layout is {folder}/CLASS/IMAGE, with at least one "
-                                f"image ({' '.join(IMG_EXTENSIONS)}) for each class")
-    labels = [label for label, paths in enumerate(images) for _ in paths]
-    return folder, classes, [path for paths in images for path in paths], labels
+        raise FileNotFoundError(f"no images in {empty[0] if empty else folder}: the layout is {folder}/CLASS/IMAGE, "
+                                f"with at least one image ({' '.join(IMG_EXTENSIONS)}) for each class")
+    return {os.path.basename(path): images for path, images in classes.items()}
 
 
 def find_images(folder):
-    """Return the paths of all images below folder. Raises OSError for a folder that cannot be read."""
+    """Return the paths of all images below folder, and of links to nothing. OSError: a folder cannot be read."""
     def fail(error):
         raise error
 
     found = []
     for parent, folders, files in os.walk(folder, followlinks=True, onerror=fail):
-        folders[:] = subfolders(parent, folders)
-        found += [os.path.join(parent, name) for name in files if name.lower().endswith(IMG_EXTENSIONS)]
+        folders[:] = [name for name in folders if not leads_back(os.path.join(parent, name))]
+        paths = (os.path.join(parent, name) for name in files)
+        found += [path for path in paths if path.lower().endswith(IMG_EXTENSIONS) or not os.path.exists(path)]
     return sorted(found, key=os.path.split)
 
 
-def subfolders(folder, names):
-    """Return those of the names that are folders in folder and no links back up to where the way here came from."""
-    def leads_back(path):
-        target = os.path.realpath(path)
-        return any(Path(os.path.realpath(parent)).is_relative_to(target) for parent in Path(path).parents)
-
-    paths = ((name, os.path.join(folder, name)) for name in names)
-    return [name for name, path in paths if os.path.isdir(path) and not (os.path.islink(path) and leads_back(path))]
-
-
-def listing(names):
-    return ", ".join(sorted(names)[:5]) + (" ..." if len(names) > 5 else "")
+def leads_back(path):
+    """Whether path is a link to a folder that holds, however deep, one of those on the way to the link itself."""
+    if not os.path.islink(path):
+        return False
+    target = os.path.realpath(path)
+    return any(Path(os.path.realpath(parent)).is_relative_to(target) for parent in Path(path).parents)
 
 
 def cache_key(root, paths, image_size):
     """A key that changes with the size wanted and with any file's name, size or time of change."""
-    digest = hashlib.sha256(f"1 {image_size}".encode())
+    digest, start = hashlib.sha256(f"1 {image_size}".encode()), os.path.join(root, "")  # root may end in a slash
     for path in paths:
         if not os.path.isfile(path):
-            raise unreadable(path, "no file, or a link to nothing")
+            raise unreadable(path, "not a file, or a link to nothing")
         status = os.stat(path)
-        digest.update(os.fsencode(f"\n{path[len(root):]} {status.st_size} {status.st_mtime_ns}"))
+        digest.update(os.fsencode(f"\n/{path[len(start):]} {status.st_size} {status.st_mtime_ns}"))
     return digest.hexdigest()
 
 
@@ -410,7 +406,7 @@ def decode(paths, width, height, resize):
     shape = (len(paths), 3, height, width)
     try:
         images = np.empty(shape, np.uint8)
-    except (MemoryError, OverflowError, ValueError) as error:
+    except (MemoryError, ValueError) as error:
         raise ValueError(f"{len(paths)} images of {width}x{height} pixels take {math.prod(shape) // 10**9:,} GB, "
                          "more than there is memory: choose a smaller image_size") from error
 
@@ -424,7 +420,8 @@ def decode(paths, width, height, resize):
         return len(block)
 
     # Threads, not processes: Pillow decodes outside the interpreter lock, and a process forked beside CUDA is a risk.
-    progress = tqdm(total=len(paths), desc="decoding", unit="image", delay=1, leave=False, disable=None)  # None: no tty
+    progress = tqdm(total=len(paths), desc="decoding", unit="image", delay=1, leave=False,
+                    disable=None if sys.stderr else True)  # None: where standard error is no terminal
     with progress, ThreadPoolExecutor() as pool:
         for count in pool.map(decode_block, range(0, len(paths), BLOCK)):
             progress.update(count)
@@ -452,7 +449,7 @@ def shape_text(x):
 
 DATASETS = {
     "mnist": Source(
-        partial(read_mnist, datasets.MNIST), ([0.1307], [0.3081]), train_size=1000, folder="MNIST/raw",  # as the paper
+        partial(read_mnist, datasets.MNIST), ([0.1307], [0.3081]), train_size=1000, folder="MNIST/raw",
         archives="train-images-idx3-ubyte.gz, train-labels-idx1-ubyte.gz, t10k-images-idx3-ubyte.gz and "
                  "t10k-labels-idx1-ubyte.gz from https://ossci-datasets.s3.amazonaws.com/mnist/"),
     "cifar10": Source(
@@ -464,7 +461,7 @@ DATASETS = {
     "imagenette": Source(
         read_imagenette, ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]), resizable=True,
         archives="imagenette2-160.tgz from https://s3.amazonaws.com/fast-ai-imageclas/"),
-    "digits": Source(read_digits, train_size=1000, package="scikit-learn"),
+    "digits": Source(read_digits, package="scikit-learn"),
     "imagefolder": Source(read_folder, resizable=True),
 }
 
@@ -482,13 +479,12 @@ def main():
     parser.add_argument("--image_size", type=int, help="decode and cache images at this size in pixels; folders "
                         "of images only (default: 128, or the images' own size if they all have the same)")
     args = parser.parse_args()
+    folder = os.path.abspath(os.path.expanduser(args.data_dir))
     with suppress(AttributeError):  # no standard output, or not a text stream of Python's
         sys.stdout.reconfigure(errors="backslashreplace")  # a path may hold what it cannot show
     try:
-        sources = {name: source_of(name) for name in args.names}
-        for name, source in sources.items():
+        for name, source in [(name, source_of(name)) for name in args.names]:
             dataset = read_dataset(name, args.data_dir, args.image_size)
-            folder = os.path.abspath(os.path.expanduser(args.data_dir))
             where = f"part of {source.package}" if source.package else folder
             print(f"{name}: {len(dataset.x_train):,} training and {len(dataset.x_test):,} test images, "
                   f"{shape_text(dataset.x_train)}, {dataset.num_classes} classes ({where})", flush=True)

@@ -1,61 +1,113 @@
-"""A picture of a network's partition of the input space, on a plane through three test images.
+"""Pictures and films of a network's partition of the input space, on a plane through three test images.
 
 A ReLU network is affine on each of the regions that its units' zero sets cut the input space into (Humayun et al.,
 arXiv:2402.15555, Section 3). On a plane these zero sets are lines, broken where they cross the lines of earlier layers.
 Drawn for several checkpoints of a run, they show the regions migrate from the training points to the decision boundary.
 
     python plot.py --partition CHECKPOINT...
+    python plot.py --partition CHECKPOINT... --out partition.gif
 """
 
+import io
 import itertools
 import math
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
 
+import matplotlib
 import numpy as np
 import torch
+from matplotlib.figure import Figure
+from torch import nn
+from tqdm import tqdm
 
+import curves
 import data
 import local_complexity
 import models
-import plot
+import panels
 import runlog
+from panels import SMALL
 
 RASTER = 600  # pixels along each side of a panel
 MARGIN = 0.35  # how far the picture reaches beyond the three images, relative to their distance from its centre
 DECISION = (0.84, 0.37, 0.0)  # the colour of the decision boundary: vermillion, after Okabe and Ito
 BATCH_NUMBERS = 2**22  # of one layer's pre-activations held at once: 16 MB in float32
+FILM_RASTER, FILM_DPI = 400, 100
+FILM_BYTES = 2_700_000  # for the pictures of the plane in a GIF
+PIXEL_BYTES = 0.33  # that one full of lines takes in a GIF
+FRAME_SECONDS, LAST_FRAME_SECONDS = 0.15, 2.0
+
+
+# ---- what the checkpoints hold --------------------------------------------------------------------------------------
+
+def load(path):
+    """Return (checkpoint, network); ValueError names the file that is none of ours or does not fit its own config."""
+    checkpoint = runlog.load_checkpoint(path)
+    try:
+        return checkpoint, models.load_network(checkpoint)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
 
 
 def load_all(paths):
-    """Return (checkpoints, networks, dataset); ValueError names the file that is none of ours or does not go along."""
-    checkpoints = [runlog.load_checkpoint(path) for path in paths]
-    first, networks = checkpoints[0]["config"], []
+    """Return (checkpoints without their tensors, the data set that they all were trained on)."""
+    checkpoints = []
+    for path in paths:
+        checkpoint, _ = load(path)
+        checkpoints.append({key: value for key, value in checkpoint.items() if not key.endswith("state_dict")})
+        other = [name for name in ("dataset", "image_size")
+                 if checkpoint["config"].get(name) != checkpoints[0]["config"].get(name)]
+        if other:
+            raise ValueError(f"{path} was trained on other images than {paths[0]}: there is no plane for both")
+    first = checkpoints[0]["config"]
     try:
         dataset = data.load_dataset(first["dataset"], first["data_dir"], first["train_size"], first["seed"],
                                     first["image_size"], first["label_noise"])
     except KeyError as error:
         raise ValueError(f"{paths[0]}: its config lacks {error}") from None
     for path, checkpoint in zip(paths, checkpoints, strict=True):
-        other = [checkpoint["config"].get(name) != first[name] for name in ("dataset", "image_size")]
-        if any(other):
-            raise ValueError(f"{path} was trained on other images than {paths[0]}: there is no plane for both")
-        try:
-            networks.append(models.load_network(checkpoint))
-        except KeyError as error:
-            raise ValueError(f"{path}: its config lacks {error}") from None
-        except RuntimeError:
-            raise ValueError(f"{path}: its weights do not fit the network that its config describes") from None
-        except ValueError as error:
-            raise ValueError(f"{path}: {error}") from None
-    return checkpoints, networks, dataset
+        if tuple(checkpoint["sizes"]["in_shape"]) != tuple(dataset.x_test.shape[1:]):
+            raise ValueError(f"{path} was trained on images of another shape than those of {first['dataset']} in "
+                             f"{first['data_dir']}")
+    return checkpoints, dataset
 
+
+def history_of(checkpoints):
+    """The accuracies that the checkpoints hold, as columns of a history; None where one was no log step's."""
+    def value(entry, *keys):
+        for key in keys:
+            entry = entry.get(key) if isinstance(entry, dict) else None
+        return entry if isinstance(entry, float) else None
+
+    def column(*keys):
+        return [value(checkpoint, *keys) for checkpoint in checkpoints]
+
+    attacked = {}
+    for name in ("adv_acc", "robust_acc"):
+        found = [checkpoint.get(name) for checkpoint in checkpoints]
+        keys = dict.fromkeys(key for entry in found if isinstance(entry, dict) for key in entry)
+        attacked[name] = {key: column(name, key) for key in keys}
+    return {"step": [checkpoint["step"] for checkpoint in checkpoints], **attacked,
+            **{name: column(name) for name in ("train_acc", "test_acc", "train_saturated")}}
+
+
+# ---- the plane ------------------------------------------------------------------------------------------------------
 
 def three_images(dataset, seed=0):
-    """Return (x, y): three test images in [0, 1], shape (3, C, H, W), of three classes if there are so many."""
+    """Return (x, y): three test images in [0, 1], shape (3, C, H, W), of three classes if there are so many.
+
+    Raises ValueError if there are fewer than three test images.
+    """
+    if len(dataset.y_test) < 3:
+        raise ValueError(f"a plane needs three test images, and {dataset.name} holds {len(dataset.y_test)}")
     order = torch.randperm(len(dataset.y_test), generator=torch.Generator().manual_seed(seed)).tolist()
     first_of_class = {dataset.y_test[i].item(): i for i in reversed(order)}
     chosen = sorted(first_of_class.values(), key=order.index)[:3]
     chosen += [i for i in order if i not in chosen][:3 - len(chosen)]
-    return dataset.x_test[chosen].double() / 255, dataset.y_test[chosen]
+    return data.pixels(dataset.x_test[chosen], torch.float64), dataset.y_test[chosen]
 
 
 def plane_through(x):
@@ -74,6 +126,13 @@ def plane_through(x):
     return centre, axes.T.view(2, *x.shape[1:]), places
 
 
+def plane_of(dataset):
+    """Return (images, labels, centre, axes, places, reach): three test images and their plane, as far as drawn."""
+    x, y = three_images(dataset)
+    centre, axes, places = plane_through(x)
+    return x, y, centre, axes, places, (1 + MARGIN) * places.abs().max().item()
+
+
 def boundaries(model, centre, axes, reach, raster=RASTER):
     """Return (layers, decision): where units of each layer change sign, and where the predicted class changes.
 
@@ -90,7 +149,7 @@ def boundaries(model, centre, axes, reach, raster=RASTER):
     parameter = next(model.parameters())
     centre, axes = centre.to(parameter), axes.to(parameter)
     ticks = torch.linspace(-reach, reach, raster + 1, dtype=torch.float64).to(parameter)
-    encode, decode = (model.encode, model.decode) if isinstance(model, models.Network) else (torch.nn.Identity(), model)
+    encode, decode = (model.encode, model.decode) if isinstance(model, models.Network) else (nn.Identity(), model)
     with models.evaluating(model), torch.no_grad():
         origin, (step_u, step_v) = encode(centre[None]), encode(axes) - encode(torch.zeros_like(axes[:1]))
     side = max(1, min(raster, math.isqrt(BATCH_NUMBERS // max(origin.numel(), *units.values())) - 1))
@@ -118,8 +177,6 @@ def boundaries(model, centre, axes, reach, raster=RASTER):
 
 def layer_colours(count):
     """One colour a layer, from light to dark: (count, 3), RGB."""
-    import matplotlib
-
     return matplotlib.colormaps["viridis"](np.linspace(0.8, 0.1, count))[:, :3]
 
 
@@ -134,56 +191,61 @@ def paint(layers, decision):
     return picture
 
 
+# ---- figures --------------------------------------------------------------------------------------------------------
+
 def figure(paths):
     """Return a matplotlib figure: the partition of each checkpoint on the same plane, side by side.
 
     paths: checkpoint files of runs on the same images. Raises ValueError or OSError, with one line, for a file that is
     no checkpoint, does not fit its own config, or was trained on other images than the first.
     """
-    from matplotlib.figure import Figure
-
-    checkpoints, networks, dataset = load_all(paths)
-    x, y = three_images(dataset)
-    centre, axes, places = plane_through(x)
-    reach = (1 + MARGIN) * places.abs().max().item()
-
-    flags = plot.differing_flags(checkpoints)
-    titles = ["\n".join(filter(None, [f"step {checkpoint['step']:,}", plot.group_title([checkpoint], flags)]))
+    checkpoints, dataset = load_all(paths)
+    x, y, centre, axes, places, reach = plane_of(dataset)
+    flags = curves.differing_flags(checkpoints)
+    titles = ["\n".join(filter(None, [f"step {checkpoint['step']:,}", curves.group_title([checkpoint], flags)]))
               for checkpoint in checkpoints]
     columns = min(len(paths), 3)
     rows = -(-len(paths) // columns)
-    panel, thumb, gap = RASTER / plot.DPI, 0.72, 0.25
+    panel, thumb, gap = RASTER / panels.DPI, 0.72, 0.25
     head = 0.2 + 0.15 * max(title.count("\n") + 1 for title in titles)
-    width, height = thumb + 2 * gap + columns * (panel + gap), 0.3 + rows * (head + panel) + 0.75
-    fig = Figure((width, height))
-
-    def square(left, top, side):
-        """Axes without ticks, in inches; on whole pixels, so that a pixel of the raster is one of the PNG."""
-        place = np.round(plot.DPI * np.array([left, height - top - side, side, side])) / plot.DPI
-        return fig.add_axes(place / [width, height, width, height], xticks=[], yticks=[])
-
-    for k, (image, label) in enumerate(zip(x, y.tolist(), strict=True)):
-        ax = square(gap, 0.3 + head + k * (thumb + 1.5 * gap), thumb)
-        ax.imshow(image.expand(3, -1, -1).permute(1, 2, 0).numpy(), interpolation="nearest")
-        ax.set_title(f"{'ABC'[k]}: class {label}", fontsize=plot.SMALL, pad=3)
-    for i, (network, title) in enumerate(zip(networks, titles, strict=True)):
-        layers, decision = boundaries(network, centre, axes, reach)
+    title = f"{curves.run_title(checkpoints[0], flags)}: the plane through three test images"
+    width = thumb + 2 * gap + columns * (panel + gap)
+    above = panels.title_inches(title, width)
+    fig = Figure((width, above + rows * (head + panel) + 0.75))
+    panels.add_title(fig, title)
+    for k in range(3):
+        draw_image(square(fig, gap, above + head + k * (thumb + 1.5 * gap), thumb), x[k], f"{'ABC'[k]}: class {y[k]}")
+    most_layers = 0
+    for i, (path, over) in enumerate(zip(paths, titles, strict=True)):
+        layers, decision = boundaries(load(path)[1], centre, axes, reach)
+        most_layers = max(most_layers, len(layers))
         row, column = divmod(i, columns)
-        ax = square(thumb + 2 * gap + column * (panel + gap), 0.3 + row * (head + panel) + head, panel)
-        ax.imshow(paint(layers, decision), origin="lower", extent=(-reach, reach, -reach, reach), interpolation="none")
-        mark_images(ax, places.tolist())
-        ax.set_title(title, fontsize=plot.SMALL + 1, pad=4)
-
-    title = f"{plot.run_title(checkpoints[0], flags)}: the plane through three test images"
-    fig.text(0.5, 1 - 0.2 / height, title, ha="center", va="center", fontsize=plot.SMALL + 2)
-    add_legend(fig, max(len(local_complexity.layer_units(network, x.shape[1:])) for network in networks), 2 * reach)
+        ax = square(fig, thumb + 2 * gap + column * (panel + gap), above + row * (head + panel) + head, panel)
+        draw_plane(ax, paint(layers, decision), places, reach)
+        ax.set_title(over, fontsize=SMALL + 1, pad=4)
+    add_legend(fig, most_layers, 2 * reach)
     return fig
 
 
-def mark_images(ax, places):
-    for letter, (u, v) in zip("ABC", places, strict=True):
+def square(fig, left, top, side, dpi=panels.DPI):
+    """Axes without ticks, in inches; on whole pixels, so that a pixel of the raster is one of the file."""
+    bottom = round(dpi * (fig.get_figheight() - top - side)) / dpi
+    return panels.add_axes(fig, round(dpi * left) / dpi, fig.get_figheight() - bottom - side, side, side,
+                           xticks=[], yticks=[])
+
+
+def draw_image(ax, image, title):
+    ax.imshow(image.expand(3, -1, -1).permute(1, 2, 0).numpy(), interpolation="nearest")
+    ax.set_title(title, fontsize=SMALL, pad=3)
+
+
+def draw_plane(ax, picture, places, reach):
+    """Show the picture and the places of the three images on it; returns what holds the picture."""
+    shown = ax.imshow(picture, origin="lower", extent=(-reach, reach, -reach, reach), interpolation="none")
+    for letter, (u, v) in zip("ABC", places.tolist(), strict=True):
         ax.plot(u, v, "o", ms=11, mfc="white", mec="black", mew=1)
-        ax.text(u, v, letter, ha="center", va="center_baseline", fontsize=plot.SMALL)
+        ax.text(u, v, letter, ha="center", va="center_baseline", fontsize=SMALL)
+    return shown
 
 
 def add_legend(fig, n_layers, side):
@@ -193,6 +255,109 @@ def add_legend(fig, n_layers, side):
     shown = range(n_layers) if n_layers <= 6 else (0, n_layers // 2, n_layers - 1)
     handles = [Line2D([], [], color=colours[k], lw=2, label=f"units of layer {k + 1} change sign") for k in shown]
     handles.append(Line2D([], [], color=DECISION, lw=3, label="the predicted class changes"))
-    fig.legend(handles=handles, loc="lower center", ncols=2, fontsize=plot.SMALL, frameon=False,
-               title=f"side of a panel: {side:.3g} (Euclidean distance between images in [0, 1])",
-               title_fontsize=plot.SMALL)
+    fig.legend(handles=handles, loc="lower center", ncols=2, fontsize=SMALL, frameon=False,
+               title=f"side of a panel: {side:.3g} (Euclidean distance between images in [0, 1])", title_fontsize=SMALL)
+
+
+# ---- films ----------------------------------------------------------------------------------------------------------
+
+def film(paths, out):
+    """Write a film of a run's checkpoints, one frame each in the order of their steps, to out (.gif or .mp4).
+
+    Beside the partition stand the accuracies that the checkpoints hold, with a mark that moves. Returns out. Raises
+    ValueError or OSError as figure() does, for checkpoints of several runs, and for an MP4 without ffmpeg.
+    """
+    out = Path(out)
+    if out.suffix == ".mp4" and shutil.which("ffmpeg") is None:
+        raise ValueError(f"{out}: an MP4 is written by ffmpeg, which is not installed; a GIF needs nothing more")
+    checkpoints, dataset = load_all(paths)
+    flags = curves.differing_flags(checkpoints)
+    if flags:
+        raise ValueError(f"a film shows one run, and these checkpoints differ in --{flags[0]}: write a PNG")
+    order = sorted(range(len(paths)), key=lambda i: checkpoints[i]["step"])
+    checkpoints = [checkpoints[i] for i in order]
+    plane = plane_of(dataset)
+    raster = min(FILM_RASTER, math.isqrt(round(FILM_BYTES / PIXEL_BYTES / len(paths))))
+    fig = show = None
+    frames = []
+    for i in tqdm(order, unit="frame", leave=False, disable=None):
+        checkpoint, network = load(paths[i])
+        layers, decision = boundaries(network, *plane[2:4], plane[5], raster)
+        if fig is None:
+            fig, show = film_figure(checkpoints, plane, raster, len(layers))
+        frames.append(show(paint(layers, decision), checkpoint["step"]))
+    (write_mp4 if out.suffix == ".mp4" else write_gif)(frames, out)
+    return out
+
+
+def film_figure(checkpoints, plane, raster, n_layers):
+    """Return (fig, show): show(picture, step) draws a frame and returns it, uint8 (height, width, 3)."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    x, y, _, _, places, reach = plane
+    history = history_of(checkpoints)
+    right, least = panels.room_for(panels.accuracy_names([history]))
+    title = curves.run_title(checkpoints[0])
+    side, left, thumb, height = raster / FILM_DPI, raster / FILM_DPI + 0.9, 0.8, max(2.2, least)
+    width = 3 * thumb + 0.3
+    top = panels.title_inches(title, left + width + right) + 0.25
+    size = left + width + right, max(top + side, top + height + 0.65 + thumb) + 0.75
+    fig = Figure(np.ceil(np.multiply(size, FILM_DPI / 2)) * 2 / FILM_DPI, dpi=FILM_DPI)  # even: a video's wish
+    canvas = FigureCanvasAgg(fig)
+    ax = square(fig, 0.15, top, side, FILM_DPI)
+    shown = draw_plane(ax, np.ones((raster, raster, 3)), places, reach)
+    beside = panels.add_axes(fig, left, top, width, height)
+    panels.step_axis(beside, *panels.span([history]))
+    beside.set_ylabel("accuracy", fontsize=SMALL + 1)
+    panels.accuracy_panel(beside, [history])
+    if curves.interpolation_index(history["train_acc"]):  # of later checkpoints alone, the first says nothing
+        panels.mark_interpolation([beside], [history])
+    mark = beside.axvline(0, color="black", lw=1.5, marker="^", markevery=[0], clip_on=False, animated=True)
+    for k in range(3):
+        draw_image(square(fig, left + k * (thumb + 0.15), top + height + 0.65, thumb, FILM_DPI), x[k],
+                   f"{'ABC'[k]}: class {y[k]}")
+    panels.add_title(fig, title)
+    add_legend(fig, n_layers, 2 * reach)
+    canvas.draw()
+    still = canvas.copy_from_bbox(fig.bbox)
+
+    def show(picture, step):
+        shown.set_data(picture)
+        mark.set_xdata([step, step])
+        ax.set_title(f"step {step:,}", fontsize=SMALL + 1.5, pad=4)
+        canvas.restore_region(still)
+        fig.draw_artist(ax)
+        beside.draw_artist(mark)
+        return np.array(canvas.buffer_rgba())[..., :3]
+    return fig, show
+
+
+def write_gif(frames, path):
+    from PIL import Image
+
+    # The colours that are seen most stay as they are: so far apart, Pillow takes none of them for another.
+    seen = Image.fromarray(np.concatenate([frames[0], frames[len(frames) // 2], frames[-1]])).getcolors(2**24)
+    kept = np.empty((0, 3), dtype=int)
+    for _, colour in sorted(seen, reverse=True):
+        if len(kept) < 64 and np.all(np.abs(kept - colour).max(axis=1) > 8):
+            kept = np.vstack([kept, colour])
+    palette = Image.new("P", (1, 1))
+    palette.putpalette(kept.ravel().tolist())
+    images = [Image.fromarray(frame).quantize(palette=palette, dither=Image.Dither.NONE) for frame in frames]
+    milliseconds = [round(1000 * FRAME_SECONDS)] * (len(frames) - 1) + [round(1000 * LAST_FRAME_SECONDS)]
+    buffer = io.BytesIO()
+    images[0].save(buffer, "GIF", save_all=True, append_images=images[1:], duration=milliseconds, loop=0)
+    runlog.write_atomically(path, buffer.getvalue())
+
+
+def write_mp4(frames, path):
+    height, width, _ = frames[0].shape
+    with tempfile.TemporaryDirectory() as folder:
+        written = Path(folder) / "film.mp4"
+        done = subprocess.run(
+            ["ffmpeg", "-loglevel", "error", "-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{width}x{height}", "-r",
+             str(1 / FRAME_SECONDS), "-i", "-", "-pix_fmt", "yuv420p", str(written)],
+            input=b"".join(frame.tobytes() for frame in frames), capture_output=True)
+        if done.returncode != 0:
+            raise OSError(f"ffmpeg could not write {path}: {done.stderr.decode(errors='replace').strip()[-200:]!r}")
+        runlog.write_atomically(path, written.read_bytes())

@@ -1,4 +1,5 @@
 import copy
+import math
 
 import pytest
 import torch
@@ -210,6 +211,49 @@ def test_robust_accuracy_never_exceeds_clean_accuracy(trained, images):
     assert attacks.robust_accuracy(trained, x, nothing_right, [0.0, 0.01, 0.3]) == [0.0, 0.0, 0.0]
 
 
+def test_ranks_count_the_radii_that_an_image_withstands(trained, images):
+    x, y = images
+    rank = attacks.ranks(trained, x, y, [0.15, 0.05, 0.0, 0.05, 0.1])  # of 0, 0.05, 0.1 and 0.15
+    assert rank.shape == y.shape and rank.dtype == torch.int64 and set(rank.tolist()) == {0, 1, 2, 3, 4}
+    with torch.no_grad():
+        assert torch.equal(rank > 0, trained(x).argmax(1) == y)
+    shares = attacks.robust_accuracy(trained, x, y, [0.1, 0.0, 0.15, 0.05], batch_size=33)
+    assert shares == [(rank > k).double().mean().item() for k in (2, 0, 3, 1)]
+    assert attacks.ranks(trained, x, y, []).tolist() == attacks.ranks(trained, x, y, [0.0]).tolist()
+    assert attacks.ranks(trained, x, y, [0.0]).tolist() == (rank > 0).long().tolist()
+
+
+def test_on_a_linear_classifier_every_rank_is_exact(linear, images):
+    x, y = images
+    margins = torch.stack([worst_case_margins(linear, x, y, epsilon)[0].amin(1) for epsilon in [0.0, *EPSILONS]])
+    assert torch.equal(attacks.ranks(linear, x, y, EPSILONS), (margins > 0).sum(0))
+
+
+class Walls(nn.Module):
+    """Class 0 leads the two strongest of the others by constants; the weakest grows with the pixels' sum."""
+
+    def forward(self, x):
+        weakest = x.flatten(1).sum(1) - 8
+        return torch.stack([torch.full_like(weakest, 1.0), 0.9 + 0 * weakest, 0.8 + 0 * weakest, weakest], 1)
+
+
+def test_the_budget_says_how_many_classes_are_tried():
+    x, y = torch.full((1, 1, 4, 4), 0.5), torch.tensor([0])
+    found = {budget: attacks.ranks(Walls(), x, y, [0.05, 0.1], budget=budget).item() for budget in attacks.BUDGETS}
+    assert found == {"low": 3, "default": 2, "high": 2}  # 16 pixels: at 0.05 the weakest class rises by 0.8 of 1
+
+
+def test_a_larger_budget_buys_more_evaluations(trained, images):
+    seen = dict.fromkeys(attacks.BUDGETS, 0)
+    for budget in seen:
+        def note(_, inputs, budget=budget):
+            seen[budget] += len(inputs[0])
+
+        with trained.register_forward_pre_hook(note):
+            attacks.robust_accuracy(trained, *images, EPSILONS, budget=budget)
+    assert 2 * seen["low"] < seen["default"] < seen["high"] / 2
+
+
 def test_more_classes_never_find_less(trained, images):
     low = attacks.robust_accuracy(trained, *images, EPSILONS, budget="low")
     default = attacks.robust_accuracy(trained, *images, EPSILONS, budget="default")
@@ -289,6 +333,7 @@ class Failing(nn.Module):
 
 CALLS = {
     "pgd": lambda model, x, y: attacks.pgd(model, x, y, 0.05),
+    "ranks": lambda model, x, y: attacks.ranks(model, x, y, [0.05, 0.1]),
     "robust_accuracy": lambda model, x, y: attacks.robust_accuracy(model, x, y, [0.05, 0.1]),
 }
 
@@ -348,6 +393,93 @@ def test_pgd_repeats_by_seed_and_takes_starts(trained, images):
     torch.testing.assert_close(whole[:7], part, rtol=0, atol=1e-12)
     tiny = attacks.pgd(trained, x, y, 0.05, step_size=0.0, starts=starts[:1])
     torch.testing.assert_close(tiny, (x + 0.05 * starts[0]).clamp(0, 1), rtol=0, atol=1e-15)
+
+
+def test_pgd_starts_anywhere_in_the_ball():
+    """Uniform, each pixel for itself: not a corner, not one orthant, not the same for all images."""
+    x, y = torch.full((400, 1, 8, 8), 0.5), torch.zeros(400, dtype=torch.int64)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 2))
+    start = (attacks.pgd(model, x, y, 0.1, step_size=0.0) - x).flatten(1) / 0.1
+    assert start.abs().max() <= 1 + 1e-5
+    assert (start.mean(0).abs() < 0.2).all() and (start.mean(1).abs() < 0.4).all()  # 5 deviations and more
+    counts = torch.histc(start, bins=10, min=-1, max=1)
+    assert (counts / start.numel() - 0.1).abs().max() < 0.01
+
+
+@pytest.mark.parametrize("objective", ["exact", "ce"])
+def test_a_step_has_the_size_that_is_asked_for(objective):
+    """On a linear classifier of two classes each step is step_size times the sign of a constant."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(16, 2)).double()
+    x, y = torch.full((3, 1, 4, 4), 0.5, dtype=torch.float64), torch.tensor([0, 1, 0])
+    sign = (model[1].weight[1 - y] - model[1].weight[y]).detach().sign().view_as(x)
+    starts = torch.zeros(1, *x.shape)
+
+    def moved(**options):
+        return attacks.pgd(model, x, y, 0.2, starts=starts, objective=objective, **options) - x
+
+    for steps, step_size, distance in [(1, 0.01, 0.01), (3, 0.01, 0.03), (3, 0.15, 0.2), (4, None, 0.2), (1, 0.0, 0)]:
+        torch.testing.assert_close(moved(steps=steps, step_size=step_size), distance * sign, rtol=0, atol=1e-12)
+    one = attacks.pgd(model, x, y, 0.2, steps=20, starts=-0.9 * sign[None], objective=objective) - x
+    torch.testing.assert_close(one, 0.2 * sign, rtol=0, atol=1e-12)  # 20 steps of 2.5 * 0.2 / 20 cross the ball
+
+
+def test_the_objective_is_the_one_asked_for():
+    """Where the softmax rounds to 1 and the wrong logits are below its range, only cross-entropy stands still."""
+    model = nn.Sequential(nn.Flatten(), nn.Linear(4, 2))
+    model[1].weight.data, model[1].bias.data = torch.tensor([[1.0] * 4, [0.0] * 4]), torch.tensor([1000.0, 0.0])
+    x, y, starts = torch.full((1, 1, 2, 2), 0.5), torch.tensor([0]), torch.zeros(1, 1, 1, 2, 2)
+    assert torch.equal(attacks.pgd(model, x, y, 0.1, starts=starts, objective="ce"), x)
+    for options in ({}, {"objective": "exact"}):
+        torch.testing.assert_close(attacks.pgd(model, x, y, 0.1, starts=starts, **options), x - 0.1)
+
+
+class NotANumber(nn.Module):
+    """A linear classifier that gives NaN: of every image, or of those brighter than a limit, in one logit or in all."""
+
+    def __init__(self, limit=-1.0, logits=slice(None)):
+        super().__init__()
+        self.limit, self.logits, self.linear = limit, logits, nn.Linear(16, 3)
+        self.linear.weight.data = torch.tensor([[1.0], [0.5], [0.0]]).expand(3, 16).clone()
+        self.linear.bias.data = torch.tensor([0.0, 5.0, 0.0])
+
+    def forward(self, x):
+        logits = self.linear(x.flatten(1))
+        poison = torch.zeros_like(logits)
+        poison[x.flatten(1).mean(1) > self.limit, self.logits] = torch.nan
+        return logits + poison
+
+
+@pytest.mark.parametrize("logits", [slice(None), 0, 1, 2])
+def test_what_is_not_a_number_is_wrong(logits):
+    x, y = torch.rand(6, 1, 4, 4), torch.tensor([0, 1, 2, 0, 1, 2])
+    with torch.no_grad():
+        assert not attacks.correct(NotANumber(logits=logits)(x), y).any()
+    for budget in attacks.BUDGETS:
+        assert attacks.robust_accuracy(NotANumber(logits=logits), x, y, [0.0, 0.1, 0.3], budget=budget) == [0, 0, 0]
+    for objective in ("exact", "ce"):
+        x_adv = attacks.pgd(NotANumber(logits=logits), x, y, 0.1, restarts=2, objective=objective)
+        assert ((x_adv - x).abs() <= 0.1 + 1e-6).all() and ((x_adv >= 0) & (x_adv <= 1)).all()
+
+
+@pytest.mark.parametrize("logits", [slice(None), 0, 1, 2])
+def test_a_point_where_the_network_is_not_a_number_is_an_adversarial_one(logits):
+    """z_1 - z_0 = 5 - 8 * mean: class 1 is right everywhere, brightness brings the others closer, NaN is above 0.57."""
+    model, x, y = NotANumber(0.57, logits), torch.full((2, 1, 4, 4), 0.5), torch.tensor([1, 1])
+    x[1] = 0.3
+    assert attacks.ranks(model, x, y, [0.05, 0.1, 0.2, 0.25]).tolist() == [2, 5]
+    starts = torch.stack([torch.full_like(x, -0.4), torch.full_like(x, 1.0), torch.full_like(x, 0.2)])
+    worst = attacks.pgd(model, x, y, 0.1, step_size=0.0, restarts=3, starts=starts)
+    torch.testing.assert_close(worst[0], x[0] + 0.1)
+    torch.testing.assert_close(worst[1], x[1] + 0.1)
+
+
+def test_correct_is_the_argmax_of_numbers():
+    nan = math.nan
+    logits = torch.tensor([[1.0, 2, 0], [1, 2, 0], [nan, 2, 0], [1, nan, 0], [1, 2, nan], [nan, nan, nan],
+                           [math.inf, 1, 2], [-math.inf, 1, 0]])
+    y = torch.tensor([1, 0, 1, 1, 1, 0, 0, 1])
+    assert attacks.correct(logits, y).tolist() == [True, False, False, False, False, False, True, True]
 
 
 def test_restarts_keep_the_worst_last_iterate_of_each_image(trained, images):
@@ -411,8 +543,9 @@ def test_bad_input_is_refused(change):
     with pytest.raises(ValueError):
         attacks.pgd(model, **arguments)
     arguments["epsilons"] = [0.05, arguments.pop("epsilon")]
-    with pytest.raises(ValueError):
-        attacks.robust_accuracy(model, **arguments)
+    for attack in (attacks.ranks, attacks.robust_accuracy):
+        with pytest.raises(ValueError):
+            attack(model, **arguments)
 
 
 @pytest.mark.parametrize("change", [dict(objective="dlr"), dict(restarts=0), dict(step_size=-0.1),

@@ -1,12 +1,15 @@
 """Data sets: contents, subsets, the cache of decoded folders, and one clear line for everything that is wrong."""
 
+import dataclasses
 import errno
+import io
 import os
 import pickle
 import socket
 import subprocess
 import sys
 import tarfile
+import time
 import urllib.error
 import urllib.request
 from pathlib import Path
@@ -96,6 +99,101 @@ def count_decoded(monkeypatch):
     paths, read_image = [], data.read_image
     monkeypatch.setattr(data, "read_image", lambda path, *rest: paths.append(path) or read_image(path, *rest))
     return paths
+
+
+# pixels, fingerprint
+
+@pytest.mark.parametrize("dtype, numpy_dtype", [(torch.float32, np.float32), (torch.float64, np.float64)])
+def test_pixels_are_the_division_rounded_once(dtype, numpy_dtype):
+    values = torch.arange(256).to(torch.uint8).reshape(4, 1, 8, 8)
+    result = data.pixels(values, dtype)
+    assert result.dtype == dtype and result.shape == values.shape
+    assert np.array_equal(result.numpy().ravel(), (np.arange(256) / 255).astype(numpy_dtype))
+    assert result.min() == 0 and result.max() == 1
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_pixels_are_the_same_on_a_gpu(dtype):
+    values = torch.arange(256).to(torch.uint8)
+    result = data.pixels(values.cuda(), dtype)
+    assert result.is_cuda and torch.equal(result.cpu(), data.pixels(values, dtype))
+
+
+def change_pixel(dataset):
+    dataset.x_test[-1, 0, 3, 4] ^= 1
+
+
+def change_label(dataset):
+    dataset.y_train[5] = (dataset.y_train[5] + 1) % 10
+
+
+def change_order(dataset):
+    order = torch.tensor([1, 0, *range(2, 30)])
+    dataset.x_train, dataset.y_train = dataset.x_train[order], dataset.y_train[order]
+
+
+def change_shape(dataset):
+    dataset.x_train, dataset.x_test = (x.reshape(-1, 1, 4, 16) for x in (dataset.x_train, dataset.x_test))
+
+
+def move_an_image_between_the_splits(dataset):
+    dataset.x_test = torch.cat([dataset.x_train[-1:], dataset.x_test])
+    dataset.y_test = torch.cat([dataset.y_train[-1:], dataset.y_test])
+    dataset.x_train, dataset.y_train = dataset.x_train[:-1], dataset.y_train[:-1]
+
+
+@pytest.mark.parametrize("change", [change_pixel, change_label, change_order, change_shape,
+                                    move_an_image_between_the_splits])
+def test_fingerprint_changes_with_the_data(change):
+    first, again = (data.load_dataset("digits", train_size=30) for _ in range(2))
+    expected = data.fingerprint(first)
+    assert len(expected) == 16 and set(expected) <= set("0123456789abcdef")
+    assert data.fingerprint(again) == expected
+    change(again)
+    assert data.fingerprint(again) != expected
+
+
+def test_fingerprint_goes_by_the_values_not_by_their_place_in_memory():
+    digits = data.load_dataset("digits", train_size=30)
+    expected = data.fingerprint(digits)
+    digits.x_train = digits.x_train.to(memory_format=torch.channels_last).transpose(2, 3).contiguous().transpose(2, 3)
+    assert not digits.x_train.is_contiguous() and data.fingerprint(digits) == expected
+    assert expected == "fe331428324b256f"  # for ever: a resume compares it with an older run's
+
+
+# the registry
+
+def test_names_in_order():
+    assert list(data.DATASETS) == ["mnist", "cifar10", "cifar100", "imagenette", "digits", "imagefolder"]
+
+
+def test_a_data_set_is_one_entry(tmp_path, monkeypatch, capsys):
+    read = data.partial(data.read_mnist, datasets.FashionMNIST)
+    monkeypatch.setitem(data.DATASETS, "fashion", data.Source(read, train_size=40))
+    (write_mnist(tmp_path, train=60) / "MNIST").rename(tmp_path / "FashionMNIST")
+    fashion = data.load_dataset("fashion", tmp_path)
+    assert (fashion.name, len(fashion.x_train), len(fashion.x_test)) == ("fashion", 40, 30)
+    whole = data.load_dataset("fashion", tmp_path, train_size="all")
+    x = whole.x_train.double() / 255
+    assert fashion.mean == whole.mean == pytest.approx([x.mean().item()])  # computed, as none are given
+    assert "imagenette and imagefolder only" in error_line("fashion", tmp_path, image_size=8)
+    assert run_main(monkeypatch, capsys, "fashion", "--data_dir", tmp_path)[0] == 0
+    assert "fashion" in error_line("unknown")
+
+
+def test_failed_download_of_a_data_set_without_archives_to_fetch_by_hand(tmp_path, monkeypatch):
+    read = data.partial(data.read_mnist, datasets.FashionMNIST)
+    monkeypatch.setitem(data.DATASETS, "fashion", data.Source(read))
+    line = error_line("fashion", tmp_path)
+    assert "cannot download fashion" in line and "python data.py fashion" in line and " put " not in line
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_resizable_data_sets_are_named_by_their_entries(tmp_path, monkeypatch):
+    entry = dataclasses.replace(data.DATASETS["imagefolder"], resizable=False)
+    monkeypatch.setitem(data.DATASETS, "imagefolder", entry)
+    assert "for imagenette only" in error_line("imagefolder", tmp_path, image_size=8)
 
 
 # digits, subsets, label noise
@@ -203,6 +301,8 @@ def test_mnist_smaller_than_the_default_subset_is_used_whole(tmp_path):
     ("train-images-idx3-ubyte", lambda b: b"", "cut off"),
     ("t10k-images-idx3-ubyte", lambda b: b[:10], "cut off"),
     ("t10k-images-idx3-ubyte", lambda b: b[:4] + b"\0\0\0\0" + b[8:16], "header promises"),
+    ("t10k-labels-idx1-ubyte", lambda b: b[:-1], "header promises"),
+    ("train-labels-idx1-ubyte", lambda b: b"\0\0\x08\x03" + b[4:], "starts with 0x00000803"),
     ("t10k-labels-idx1-ubyte", lambda b: b[:4] + b"\0\0\0\x05" + b[8:13], "5 labels"),
     ("train-labels-idx1-ubyte", lambda b: b[:-1] + b"\x0a", "label 10"),
 ])
@@ -211,6 +311,14 @@ def test_damaged_mnist(tmp_path, name, damage, message):
     path.write_bytes(damage(path.read_bytes()))
     line = error_line("mnist", tmp_path)
     assert message in line and name.split("-")[0] in line and "python data.py mnist" in line
+
+
+@pytest.mark.parametrize("name", ["train-images-idx3-ubyte", "train-labels-idx1-ubyte"])
+def test_mnist_images_and_labels_that_do_not_fit_are_both_to_be_deleted(tmp_path, name):
+    path = write_mnist(tmp_path) / "MNIST/raw" / name
+    write_idx(path, np.zeros((5, 28, 28)[:1 if "labels" in name else 3]))
+    line = error_line("mnist", tmp_path)
+    assert str(path) in line and "delete both" in line
 
 
 def test_mnist_of_two_image_sizes(tmp_path):
@@ -278,6 +386,12 @@ def test_imagenette(tmp_path, monkeypatch):
     (root / "val/n02102040/0.JPEG").unlink()
     line = error_line("imagenette", tmp_path)
     assert "4 training and 3 test images" in line and "python data.py imagenette" in line
+
+
+def test_imagenette_whose_images_have_one_size(tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "IMAGENETTE_COUNTS", {"train": 2, "val": 2})
+    write_images(tmp_path / "imagenette2-160", sizes=((160, 200),), splits=("train", "val"), suffix=".JPEG")
+    assert data.load_dataset("imagenette", tmp_path).x_train.shape == (2, 3, 128, 128)
 
 
 @pytest.mark.parametrize("splits", [(), ("train",), ("train", "val")])
@@ -354,6 +468,13 @@ def test_cache_is_used_and_equal(tmp_path, monkeypatch):
     assert decoded == []
     assert data.load_dataset("imagefolder", tmp_path, image_size=7).x_train.shape == (4, 3, 7, 7)
     assert len(decoded) == 8
+
+
+def test_cache_is_used_whether_or_not_the_folder_ends_in_a_slash(tmp_path, monkeypatch):
+    data.load_dataset("imagefolder", write_images(tmp_path))
+    decoded = count_decoded(monkeypatch)
+    data.load_dataset("imagefolder", f"{tmp_path}/")
+    assert decoded == []
 
 
 def test_cache_under_another_sizes_name_is_not_used(tmp_path):
@@ -489,8 +610,105 @@ def test_16_bit_image_is_refused_rather_than_clipped(tmp_path):
     assert "8 bits" in error_line("imagefolder", tmp_path)
 
 
-def test_image_size_beyond_memory(tmp_path):
-    assert "memory" in error_line("imagefolder", write_images(tmp_path), image_size=10**7)
+@pytest.mark.parametrize("image_size", [10**7, 2**70, 10**400])
+def test_image_size_beyond_memory(tmp_path, image_size):
+    assert "memory" in error_line("imagefolder", write_images(tmp_path), image_size=image_size)
+
+
+def test_images_are_torchvisions_in_its_order(tmp_path):
+    for name in ("a/x.PNG", "a/10.png", "a/9.jpeg", "a/sub/deep/0.png", "a/sub/1.png", "a/sub-2/0.png", "a/.hidden.png",
+                 "a/note.txt", "a/sub.png/2.bmp", "B/0.png", "été/0.webp", "é/0.tif"):
+        path = tmp_path / "train" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    expected = datasets.ImageFolder(tmp_path / "train")
+    classes = data.scan(tmp_path, "train")
+    assert list(classes) == expected.classes and len(expected.samples) == 11
+    assert [(path, label) for label, paths in enumerate(classes.values()) for path in paths] == expected.samples
+
+
+@pytest.mark.parametrize("place, target", [
+    ("train/cat/up", ".."), ("train/cat/top", "../.."), ("train/cat/self", "."), ("train/cat/root", "/"),
+    ("train/cat/a/b/up", "../.."), ("train/all", "."), ("train/all", ".."),
+])
+def test_link_that_leads_back_up_is_not_followed(tmp_path, place, target):
+    write_images(tmp_path, sizes=((8, 8),) * 2)
+    (tmp_path / place).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / place).symlink_to(target)
+    (tmp_path / f"{place}2").symlink_to(target)  # two of them: 2 to the power of the depth
+    folder = data.load_dataset("imagefolder", tmp_path)
+    assert folder.num_classes == 2 and folder.y_train.tolist() == folder.y_test.tolist() == [0, 0, 1, 1]
+
+
+def test_links_that_lead_back_up_together_are_not_followed(tmp_path):
+    write_images(tmp_path / "data", sizes=((8, 8),) * 2)
+    write_images(tmp_path / "more", sizes=((8, 8),) * 3, splits=("cats",), classes=("all",))
+    (tmp_path / "data/train/cat/more").symlink_to(tmp_path / "more")
+    (tmp_path / "more/cats/back").symlink_to(tmp_path / "data/train/cat")
+    folder = data.load_dataset("imagefolder", tmp_path / "data")
+    assert folder.y_train.tolist() == [0] * 5 + [1] * 2
+
+
+def test_other_links_are_followed(tmp_path):
+    write_images(tmp_path / "data")
+    write_images(tmp_path / "pool", sizes=((8, 8),) * 3, splits=("all",))
+    (tmp_path / "data/train/cat/more").symlink_to(tmp_path / "pool/all/cat")
+    (tmp_path / "data/train/dog/1.png").symlink_to(tmp_path / "pool/all/dog/1.png")
+    for split in ("train", "test"):
+        (tmp_path / "data" / split / "kitten").symlink_to(tmp_path / "pool/all/cat")
+    (tmp_path / "link").symlink_to("data")
+    folder = data.load_dataset("imagefolder", tmp_path / "link")
+    assert folder.y_train.tolist() == [0] * 4 + [1] * 2 + [2] * 3
+
+
+@pytest.mark.parametrize("place", ["train/cat/7.png", "test/dog/7.png", "train/cat/more", "train/bird"])
+@pytest.mark.parametrize("target", ["nowhere", "LOOP"])
+def test_link_to_nothing_is_named(tmp_path, place, target):
+    write_images(tmp_path)
+    path = tmp_path / place
+    path.symlink_to(path if target == "LOOP" else target)
+    assert str(path) in error_line("imagefolder", tmp_path)
+
+
+def test_link_to_nothing_is_said_to_be_one(tmp_path):
+    (write_images(tmp_path) / "train/cat/7.png").symlink_to("nowhere")
+    line = error_line("imagefolder", tmp_path)
+    assert "a link to nothing" in line and "replace or remove it" in line
+
+
+def test_pipe_in_place_of_an_image_does_not_hang(tmp_path):
+    path = write_images(tmp_path) / "train/cat/7.png"
+    os.mkfifo(path)
+    assert str(path) in error_line("imagefolder", tmp_path)
+
+
+@pytest.mark.parametrize("place", ["train/cat", "train/cat/deeper"])
+def test_folder_that_may_not_be_read_is_not_passed_over(tmp_path, monkeypatch, place):
+    write_images(tmp_path)
+    (tmp_path / place).mkdir(exist_ok=True)
+    scandir = os.scandir
+
+    def refuse(path):  # chmod does not stop a test that runs as root
+        if str(path) == str(tmp_path / place):
+            raise PermissionError(errno.EACCES, "Permission denied", path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    assert str(tmp_path / place) in error_line("imagefolder", tmp_path)
+
+
+def test_names_that_are_no_utf8(tmp_path):
+    classes = "chaton été", "狗", "\udcff\udcfe"
+    folder = data.load_dataset("imagefolder", write_images(tmp_path / "\udcff", classes=classes))
+    assert folder.y_train.tolist() == [0, 1, 2]
+
+
+def test_standard_error_closed(tmp_path, monkeypatch):
+    write_images(tmp_path)
+    read_image = data.read_image
+    monkeypatch.setattr(data, "read_image", lambda *args: time.sleep(0.6) or read_image(*args))  # a bar would show
+    monkeypatch.setattr(sys, "stderr", None)
+    assert len(data.load_dataset("imagefolder", tmp_path, image_size=8).x_train) == 2
 
 
 def make_empty_class(root):
@@ -563,9 +781,15 @@ def test_data_dir_missing_a_file_or_unreadable(tmp_path, monkeypatch):
     with pytest.raises(FileNotFoundError, match="no folder .*--data_dir"):
         data.load_dataset("imagefolder", tmp_path / "nowhere")
     (tmp_path / "file").write_text("")
+    assert len(data.load_dataset("digits", tmp_path / "file").x_train) == 1000  # it needs no directory
     for name in ("mnist", "cifar10", "cifar100", "imagenette", "imagefolder"):
         with pytest.raises(NotADirectoryError, match="not a directory.*--data_dir"):
             data.load_dataset(name, tmp_path / "file")
+    (tmp_path / "loop").symlink_to("loop")
+    (tmp_path / "dangling").symlink_to("nowhere")
+    for name in ("mnist", "imagenette", "imagefolder"):
+        for link in ("loop", "dangling"):
+            assert f"{link} is not a directory" in error_line(name, tmp_path / link)
     monkeypatch.setattr(data.os, "access", lambda *args: False)  # chmod does not stop a test that runs as root
     with pytest.raises(PermissionError, match="no permission to read"):
         data.load_dataset("imagefolder", write_images(tmp_path))
@@ -596,6 +820,20 @@ def test_a_silent_host_does_not_hang_the_program(tmp_path, monkeypatch):
     finally:
         socket.setdefaulttimeout(None)
     assert timeouts and all(timeout <= 60 for timeout in timeouts)
+
+
+@pytest.mark.parametrize("name", ["mnist", "cifar10", "cifar100", "imagenette"])
+@pytest.mark.parametrize("failure", [urllib.error.URLError("Name or service not known"), KeyboardInterrupt()])
+def test_failed_download_leaves_no_folder(tmp_path, monkeypatch, name, failure):
+    def urlopen(*args, **kwargs):
+        raise failure
+
+    monkeypatch.setattr(urllib.request, "urlopen", urlopen)
+    (tmp_path / "mine").mkdir()
+    for data_dir in (tmp_path, tmp_path / "new", tmp_path / "new/er/still"):
+        with pytest.raises((OSError, KeyboardInterrupt)):
+            data.load_dataset(name, data_dir)
+        assert [*tmp_path.rglob("*")] == [tmp_path / "mine"]
 
 
 def test_failed_download_never_passes_later(tmp_path):
@@ -656,3 +894,21 @@ def test_command_line_errors_are_one_line(tmp_path, monkeypatch, capsys, argumen
     status, out, err = run_main(monkeypatch, capsys, *arguments)
     assert status == 2 and out == ""
     assert message in err and len(err.splitlines()) == 1
+
+
+def test_command_line_interrupted(tmp_path, monkeypatch, capsys):
+    def interrupt(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(data, "read_image", interrupt)
+    status, out, err = run_main(monkeypatch, capsys, "imagefolder", "--data_dir", write_images(tmp_path))
+    assert (status, out, err) == (130, "", "data.py: error: interrupted\n")
+
+
+def test_command_line_shows_a_path_that_standard_output_cannot(tmp_path, monkeypatch):
+    out = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", out)
+    folder = write_images(tmp_path / "été\udcff")
+    monkeypatch.setattr(sys, "argv", ["data.py", "imagefolder", "--data_dir", str(folder)])
+    data.main()
+    assert rb"\xe9t\xe9\udcff" in out.buffer.getvalue()

@@ -1,216 +1,286 @@
-"""Figures, the delay in numbers, the sweep table and the picture of the partition."""
+"""The figures of histories, and the command line of plot.py."""
 
+import io
 import json
+import os
+import sys
 from xml.etree import ElementTree
 
 import matplotlib.image
 import numpy as np
 import pytest
-import torch
 from conftest import run_command
-from torch import nn
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import to_hex
+from matplotlib.text import Annotation, Text
 
+import curves
 import flags
-import models
+import panels
 import partition
 import plot
 import runlog
 
 EPSILONS = ("0.03", "0.1", "0.0313725")
+TWELVE = tuple(f"{k / 255:.6g}" for k in range(1, 13))
 
 
 def sigmoid(x):
     return 1 / (1 + np.exp(-x))
 
 
-def make_history(steps, train, test, robust=None, adv=None, complexity=None, radii=("0.05",), images=1000, **config):
-    """A history with these curves; robust and adv: {key: curve}, complexity: sum over layers, split over two layers."""
+def make_history(steps, train, test, robust=None, complexity=None, radii=("0.05",), asked=None, **config):
+    """A history with these curves; robust: {key: curve}, complexity: the sum of its two layers."""
     def layers(scale):
-        return [[None, None] if c is None else [0.75 * scale * c, 0.25 * scale * c] for c in complexity]
+        return [None if c is None else [0.75 * scale * c, 0.25 * scale * c] for c in complexity]
 
     points = {"train": 1.0, "test": 1.1, "random": 2.0} if complexity is not None else {}
     n = len(steps)
-    return {
+    robust = {key: list(values) for key, values in (robust or {}).items()}
+    history = {
         "version": runlog.HISTORY_VERSION, "step": list(map(int, steps)), "epoch": [0.0] * n, "train_loss": [0.0] * n,
         "test_loss": [None] * n, "train_acc": list(train), "test_acc": list(test), "weight_norm": [1.0] * n,
-        "seconds": [1.0] * n, "robust_acc": {key: list(values) for key, values in (robust or {}).items()},
-        "adv_acc": {key: list(values) for key, values in (adv or robust or {}).items()},
+        "seconds": [1.0] * n, "robust_acc": robust,
+        "adv_acc": {key: [v and min(1.0, v + 0.1) for v in values] for key, values in robust.items()},
         "local_complexity": {name: {radius: layers(scale) for radius in radii} for name, scale in points.items()},
         "config": {"model": "mlp", "dataset": "digits", "depth": 3, "width": 8, "seed": 1, "log_dir": "logs", **config},
-        "sizes": {"train": 1000, "test": images, "attacked": images}, "environment": {}, "warnings": []}
+        "sizes": {"train": 1000, "test": 1000, "attacked": 1000}, "environment": {}, "warnings": []}
+    return history if asked is None else {**history, "asked": asked}
 
 
-def grokking(seed=1, cut=None, radii=("0.05",), **config):
+def grokking(seed=1, cut=None, epsilons=EPSILONS, **options):
     """Shaped like a run on MNIST: fitted at step 100, robust accuracy and local complexity move from step 10,000 on."""
     steps = np.unique([0, *np.logspace(0, 5, 41).round()])[:cut]
     x, noise = np.log10(np.maximum(steps, 0.5)), np.random.default_rng(seed)
     fit = sigmoid(4 * (x - 1))
-    robust = {key: (0.6 * np.exp(-8 * float(key)) + 0.3 * sigmoid(6 * (x - 4))) * fit for key in EPSILONS}
-    adv = {key: values + 0.1 * sigmoid(6 * (x - 4)) for key, values in robust.items()}
+    robust = {key: (0.6 * np.exp(-8 * float(key)) + 0.3 * sigmoid(6 * (x - 4))) * fit for key in epsilons}
     complexity = (0.9 + 4.3 * sigmoid(5 * (0.9 - x)) + 0.9 * sigmoid(3 * (x - 2.7)) - 1.2 * sigmoid(5 * (x - 4.1)))
     complexity = (1 + 0.01 * noise.normal(size=len(x))) * complexity
     train = np.where(steps >= 100, 1.0, 0.98 * fit)
-    return make_history(steps, train, 0.9 * fit, robust, adv, complexity, radii, seed=seed, **config)
+    return make_history(steps, train, 0.9 * fit, robust, complexity, seed=seed, **options)
 
 
-def curve(text, label):
-    """The line of a summary's table about one curve, split into words."""
-    (line,) = [line for line in text.split("\n\n")[1].splitlines() if line.startswith(label + " ")]
-    return line[len(label):].split()
+def saturating(**options):
+    """Training saturates slowly, then the loss breaks out at step 10,000 and 56,234."""
+    history = grokking(**options)
+    steps = np.array(history["step"])
+    history["train_saturated"] = [None, *sigmoid(4 * (np.log10(steps[1:]) - 3)).tolist()]
+    history["train_loss"] = np.where(np.isin(steps, (10_000, 56_234)), 1e-3, 1e-7).tolist()
+    return history
 
 
-# ---- the delay in numbers ----
-
-def test_summary_states_the_known_numbers_of_a_synthetic_run():
-    steps = [0, 10, 100, 1000, 10_000, 20_000, 40_000, 80_000]
-    train = [0.1, 0.6, 0.995, 1, 1, 1, 1, 1]
-    test = [0.1, 0.88, 0.90, 0.90, 0.90, 0.91, 0.91, 0.90]
-    robust = {"0.1": [0, 0.1, 0.10, 0.10, 0.20, 0.30, 0.50, 0.46], "0.0313725": [0, 0.5, 0.6, 0.6, 0.6, 0.61, 0.6, 0.6]}
-    adv = {"0.1": [0, 0.1, 0.10, 0.12, 0.60, 0.80, 0.90, 0.86], "0.0313725": robust["0.0313725"]}
-    text = plot.summary(make_history(steps, train, test, robust, adv))
-    assert "train accuracy reaches 99% at step 100 " in text
-    assert "test accuracy reaches 95% of its final value (90.0%) at step 10\n" in text
-    # Half of the rise from 10% to 50% is 30%, reached at step 20,000, which is 200 times step 100.
-    assert curve(text, "robust ε 0.1") == ["10.0%", "50.0%", "46.0%", "step", "20,000", "200.0x"]
-    assert curve(text, "adv ε 0.1") == ["10.0%", "90.0%", "86.0%", "step", "10,000", "100.0x"]
-    for label in ("test", "robust ε 8/255", "adv ε 8/255"):
-        assert curve(text, label)[-3:] == ["no", "delayed", "rise"]
-    assert max(map(len, text.splitlines())) <= 100
+def one_point():
+    return make_history([0], [0.1], [0.1], {"0.1": [0.0]})
 
 
-def test_summary_reads_at_100_columns_with_large_numbers():
+def nothing_known():
+    none = [None] * 4
+    return make_history([0, 1, 2, 4], none, none, {"0.1": none}, none)
+
+
+# ---- what is drawn --------------------------------------------------------------------------------------------------
+
+def curves_of(ax):
+    return [line for line in ax.lines if len(line.get_xdata()) > 2 and line.get_linestyle() != "None"]
+
+
+def lines(ax, colour):
+    """[(steps, values)] of the curves that a panel shows in this colour, null as None."""
+    found = [line for line in curves_of(ax) if to_hex(line.get_color()) == to_hex(colour)]
+    return [(list(line.get_xdata()), [None if np.isnan(y) else float(y) for y in line.get_ydata()]) for line in found]
+
+
+def marks(ax, colour):
+    """The steps at which a panel has vertical lines of this colour."""
+    return sorted(line.get_xdata()[0] for line in ax.lines
+                  if to_hex(line.get_color()) == to_hex(colour) and len(set(line.get_xdata())) == 1)
+
+
+def texts(fig):
+    return [text.get_text() for text in fig.findobj(Text) if text.get_text()]
+
+
+def test_the_curves_are_the_columns():
+    history = saturating()
+    accuracy, complexity = plot.figure([history]).axes
+    shades = matplotlib.colormaps["viridis"](np.linspace(0.75, 0.0, 3))
+    for key, shade in zip(EPSILONS, shades, strict=True):
+        assert lines(accuracy, shade) == [(history["step"], history["adv_acc"][key]),
+                                          (history["step"], history["robust_acc"][key])]
+    for colour, name in ((panels.TRAIN, "train_acc"), (panels.TEST, "test_acc"), ("0.45", "train_saturated")):
+        assert lines(accuracy, colour) == [(history["step"], history[name])]
+    for colour, points in ((panels.TRAIN, "train"), (panels.TEST, "test"), (panels.RANDOM, "random")):
+        ((steps, values),) = lines(complexity, colour)
+        assert steps == history["step"]
+        np.testing.assert_allclose(values, np.sum(history["local_complexity"][points]["0.05"], axis=1))
+
+
+def test_the_layers_around_train_points_are_stacked():
     history = grokking()
-    history["step"] = [step * 10_000 for step in history["step"]]
-    history["sizes"] = {"train": 10**6, "test": 10**6, "attacked": 10**6}
-    assert max(map(len, plot.summary(history).splitlines())) <= 100
+    first, second = plot.figure([history]).axes[1].collections[:2]
+    layers = np.array(history["local_complexity"]["train"]["0.05"])
+    assert first.get_paths()[0].vertices[:, 1].max() == pytest.approx(layers[:, 0].max())
+    assert second.get_paths()[0].vertices[:, 1].max() == pytest.approx(layers.sum(axis=1).max())
 
 
-def test_summary_of_a_run_that_never_fits_its_training_set():
-    text = plot.summary(make_history([0, 10, 100], [0.1, 0.5, 0.7], [0.1, 0.4, 0.6], {"0.1": [0.0, 0.1, 0.25]}))
-    assert "does not reach 99%" in text and "70.0%" in text
-    assert curve(text, "robust ε 0.1") == ["25.0%"]
-    assert "delayed rise" not in text
+def test_null_is_a_gap_and_a_point_between_two_gaps_is_seen():
+    steps, values = [0, 1, 2, 4, 8, 16], [0.1, 0.2, None, 0.4, None, 0.6]
+    fig = plot.figure([make_history(steps, values, values, {"0.1": values}, values)])
+    for ax in fig.axes:
+        for found in curves_of(ax):
+            assert np.isnan(found.get_ydata()).tolist() == [False, False, True, False, True, False]
+            assert np.flatnonzero(found.get_markevery()).tolist() == [3, 5]
 
 
-def test_summary_of_unfinished_and_incomplete_histories():
-    assert "no log step" in plot.summary({"step": [], "config": {}, "sizes": {}})
-    assert "10.0%" in plot.summary(make_history([0], [0.1], [0.1], {"0.1": [0.0]}))
-    text = plot.summary(make_history([0, 10, 20, 30], [0.1, None, 1.0, 1.0], [0.1, None, 0.9, None],
-                                     {"0.1": [0, 0, None, 0.3]}))
-    assert "reaches 99% at step 20 " in text
-    assert curve(text, "robust ε 0.1") == ["-", "-", "30.0%", "no", "delayed", "rise"]
+def test_seeds_are_mean_and_range():
+    histories = [grokking(seed=seed) for seed in range(3)]
+    for history, test in zip(histories, (0.2, 0.5, 0.8), strict=True):
+        history["test_acc"] = [test] * len(history["step"])
+    fig = plot.figure(histories)
+    accuracy = fig.axes[0]
+    np.testing.assert_allclose(lines(accuracy, panels.TEST)[0][1], 0.5)
+    (band,) = [band for band in accuracy.collections if to_hex(band.get_facecolor()[0]) == to_hex(panels.TEST)]
+    assert (band.get_paths()[0].vertices[:, 1].min(), band.get_paths()[0].vertices[:, 1].max()) == (0.2, 0.8)
+    assert "mean and range of 3 runs" in texts(fig)
 
 
-@pytest.mark.parametrize("images", [100, 1000])
-def test_noise_is_never_called_a_rise(images):
-    random = np.random.default_rng(images)
-    largest = []
-    for _ in range(200):
-        points = 60
-        levels = random.uniform(0.02, 0.98, size=7)
-
-        def measured(level, n=points):
-            return random.binomial(images, level, size=n) / images
-
-        history = make_history(range(points), [0.1] * 5 + [1.0] * 55, measured(levels[0]),
-                               {str(k): measured(level) for k, level in enumerate(levels[1:])},
-                               {str(k): measured(level) for k, level in enumerate(levels[1:])}, images=images)
-        rises = plot.rises_of(history).values()
-        assert [rise for rise in rises if rise.half is not None or rise.brief] == []
-        largest += [rise.largest - rise.start for rise in rises]
-    # The test can fail: taken by itself, the largest later value often lies outside the 95% interval of the first.
-    assert np.mean(np.array(largest) > 1.96 * np.sqrt(0.25 / images)) > 0.3
+def test_interpolation_and_outbreaks_are_marked_in_every_panel():
+    history = saturating()
+    fig = plot.figure([history])
+    broke_out = [history["step"][i] for i in curves.outbreaks(history)]
+    assert broke_out == [10_000, 56_234]
+    for ax in fig.axes:
+        assert marks(ax, "0.35") == [100] and marks(ax, plot.OUTBREAK) == broke_out
+    assert {"train 99% at step 100", "the training loss breaks out"} <= set(texts(fig))
+    calm = plot.figure([grokking()])
+    assert marks(calm.axes[0], plot.OUTBREAK) == [] and "the training loss breaks out" not in texts(calm)
+    assert marks(plot.figure([grokking(cut=9)]).axes[0], "0.35") == []
 
 
-def test_a_real_rise_of_thirteen_points_is_found_in_noise():
-    random = np.random.default_rng(0)
-    for _ in range(50):
-        level = np.array([0.34] * 30 + [0.47] * 20)
-        history = make_history(range(1, 51), [0.5] * 4 + [1.0] * 46, [0.9] * 50,
-                               {"0.06": random.binomial(1000, level) / 1000})
-        rise = plot.rises_of(history)["robust ε 0.06"]
-        assert rise.half in (30, 31)
+def test_each_seed_of_a_group_marks_its_own_outbreaks():
+    first, second = saturating(seed=1), saturating(seed=2)
+    second["train_loss"] = [1e-3 if step == 31_623 else 1e-7 for step in second["step"]]
+    assert marks(plot.figure([first, second]).axes[0], plot.OUTBREAK) == [10_000, 31_623, 56_234]
 
 
-def test_a_spike_of_one_or_two_log_points_is_no_rise_and_not_its_half():
-    flat = np.full(30, 0.2)
-    spike = flat.copy()
-    spike[10:12] = 0.9
-    assert plot.delayed_rise(spike, 2, 1000).half is None and plot.delayed_rise(spike, 2, 1000).brief
-    later_rise = flat.copy()
-    later_rise[10], later_rise[20:] = 0.7, 0.8
-    assert plot.delayed_rise(later_rise, 2, 1000).half == 20
-
-
-def test_wilson_interval_agrees_with_published_values():
-    # Newcombe 1998, Statistics in Medicine 17:857, Table I: 81/263 and 0/20, score method without correction.
-    assert plot.wilson_interval(81 / 263, 263) == pytest.approx((0.2553, 0.3662), abs=1e-4)
-    assert plot.wilson_interval(0.0, 20) == pytest.approx((0.0, 0.1611), abs=1e-4)
-
-
-@pytest.mark.parametrize("key, label", [("0.03", "0.03"), ("0.2", "0.2"), ("0.005", "0.005"), ("0.0313725", "8/255"),
-                                        ("0.00392157", "1/255"), ("0.0123457", "0.0123457")])
-def test_epsilons_are_written_as_a_reader_would(key, label):
-    assert flags.epsilon_label(key) == label
-
-
-# ---- the table of a sweep ----
-
-def test_table_has_one_line_a_run_and_names_what_differs():
-    histories = [grokking(seed=seed, weight_decay=decay) for decay in (0.0, 0.01) for seed in (1, 2)]
-    histories.append({"step": [], "config": {**histories[0]["config"], "seed": 9}, "sizes": {}})
-    names = [f"run{k}" for k in range(5)]
-    head, *lines = plot.table(histories, names).splitlines()
-    assert [line.split()[0] for line in lines] == names
-    flags = head.split()[1:3]
-    assert sorted(flags) == ["seed", "weight_decay"]
-    row = dict(zip(flags, lines[2].split()[1:3], strict=True))
-    assert row == {"seed": "1", "weight_decay": "0.01"}
-    assert "width" not in head
-    assert len({len(line) for line in [head, *lines]}) == 1
-    total = np.sum(histories[2]["local_complexity"]["train"]["0.05"], axis=1)
-    assert lines[2].split()[-2:] == [f"{total.min():.2f}", f"{total.max():.2f}"]
-    assert lines[2].split()[3:7] == ["100,000", "100.0%", "90.0%", "100"]
-
-
-def test_short_names_are_the_parts_that_differ():
-    assert plot.short_names(["runs/a/logs/h.json", "runs/b/logs/h.json"]) == ["a", "b"]
-    assert plot.short_names(["x/h.json"]) == ["x/h.json"]
-    assert plot.short_names(["h.json", "runs/h.json"]) == [".", "runs"]
-
-
-# ---- phases ----
-
-def test_the_three_phases_are_found_where_they_are():
+def test_the_phases_are_named_where_they_are():
     history = grokking()
+    ax = plot.figure([history]).axes[1]
     total = np.sum(history["local_complexity"]["train"]["0.05"], axis=1)
-    found = {name: (history["step"][first], history["step"][last]) for name, first, last in plot.phases(total)}
-    assert list(found) == ["first descent", "ascent", "second descent"]
-    # The curve's own turning points are at steps 70 and 2,900.
-    assert found["first descent"][0] <= 3 and 20 <= found["first descent"][1] <= 150
-    assert 20 <= found["ascent"][0] <= 300 and 500 <= found["ascent"][1] <= 5000
-    assert 1000 <= found["second descent"][0] <= 8000 and 30_000 <= found["second descent"][1]
+    named = [text.get_text() for text in ax.texts if not isinstance(text, Annotation)]
+    assert named == ["first descent ↘", "ascent ↗", "second descent ↘"]
+    spans = [(patch.get_x(), patch.get_x() + patch.get_width()) for patch in ax.patches]
+    assert spans == [(history["step"][first], history["step"][last]) for _, first, last in curves.phases(total)]
 
 
-def test_a_plateau_belongs_to_no_phase():
-    level = np.concatenate([np.full(5, 5.0), np.linspace(5, 1, 6), np.full(9, 1.0), np.linspace(1, 2, 6),
-                            np.full(9, 2.0), np.linspace(2, 0.5, 6)])
-    found = {name: (first, last) for name, first, last in plot.phases(level)}
-    assert found["first descent"] == (5, 10) and found["ascent"] == (20, 25) and found["second descent"] == (35, 40)
+def test_saturation_is_drawn_only_where_there_is_any():
+    never = saturating()
+    never["train_saturated"] = [0.0] * len(never["step"])
+    unknown = saturating()
+    unknown["train_saturated"] = [None] * len(unknown["step"])
+    for history in (grokking(), never, unknown):
+        assert "saturated" not in texts(plot.figure([history]))
+    assert "saturated" in texts(plot.figure([saturating()]))
 
 
-def test_phases_that_are_not_there_are_not_named():
-    x = np.linspace(0, 1, 50)
-    assert plot.phases(np.full(50, 3.0)) == [] and plot.phases(np.zeros(50)) == [] and plot.phases(x[:3]) == []
-    assert plot.phases(1 + x) == []
-    assert [name for name, *_ in plot.phases(3 - 2 * x)] == ["first descent"]
-    assert [name for name, *_ in plot.phases(1 + abs(x - 0.5))] == ["first descent", "ascent"]
+def test_titles_say_what_the_user_chose_and_nothing_else():
+    def titles(*histories):
+        return " ".join(texts(plot.figure(list(histories)))).replace("\N{NO-BREAK SPACE}", " ")
+
+    alone = titles(grokking(asked=["depth", "weight_decay"], weight_decay=0.1, adv_size=797))
+    assert "weight decay 0.1" in alone and "adv size" not in alone
+    both = titles(grokking(asked=["loss"], loss="ce", adv_size=797),
+                  grokking(asked=["loss"], loss="mse", adv_size=1000))
+    assert "loss ce" in both and "loss mse" in both and "adv size" not in both
+
+
+def test_ce_and_exact_ce_stand_side_by_side_at_one_scale():
+    histories = [saturating(seed=seed, loss="ce") for seed in (1, 2)]
+    histories += [grokking(seed=seed, loss="exact_ce") for seed in (1, 2)]
+    fig = plot.figure(histories)
+    left, below, right, below_right = fig.axes
+    assert [left.get_title(), right.get_title()] == [
+        f"loss\N{NO-BREAK SPACE}{loss}\nmean and range of 2 runs" for loss in ("ce", "exact_ce")]
+    assert left.get_position().y0 == right.get_position().y0 and left.get_position().x0 < right.get_position().x0
+    assert below.get_ylim() == below_right.get_ylim()
+    assert len(lines(left, "0.45")) == 1 and lines(right, "0.45") == []
+    assert marks(left, plot.OUTBREAK) and not marks(right, plot.OUTBREAK)
+
+
+# ---- how it is laid out ---------------------------------------------------------------------------------------------
+
+def assert_readable(fig):
+    """All text lies in the figure, and no two texts lie on one another."""
+    renderer = FigureCanvasAgg(fig).get_renderer()
+    fig.draw(renderer)
+    beyond = [label for ax in fig.axes for tick, label in zip(ax.get_yticks(), ax.get_yticklabels(), strict=True)
+              if not ax.get_ylim()[0] <= tick <= ax.get_ylim()[1]]  # matplotlib has them and does not draw them
+    shown = [text for text in fig.findobj(Text) if text.get_text().strip() and text not in beyond]
+    # An annotation's own extent holds its line, too.
+    x0, y0, x1, y1 = np.array([Text.get_window_extent(text, renderer).extents for text in shown]).T
+    said = np.array([text.get_text() for text in shown])
+    assert said[(x0 < 0) | (y0 < 0) | (x1 > fig.bbox.x1) | (y1 > fig.bbox.y1)].tolist() == []
+    wide = np.minimum.outer(x1, x1) - np.maximum.outer(x0, x0)
+    high = np.minimum.outer(y1, y1) - np.maximum.outer(y0, y0)
+    pairs = np.argwhere(np.triu(np.minimum(wide, high) > 0.01 * fig.dpi, 1))
+    assert [(said[i], said[j]) for i, j in pairs] == []
+
+
+LONG = dict(optimizer="adamw", weight_decay=0.01, label_noise=0.0, lr=0.001, loss="exact_ce", lc_samples=1024,
+            robust_budget="low", init_scale=8.0)
+CASES = {
+    "one run": (2, lambda: [grokking()]),
+    "one log point": (1, lambda: [one_point()]),
+    "step 0 and 1": (2, lambda: [grokking(cut=2)]),
+    "only nulls": (2, lambda: [nothing_known()]),
+    "no attack, no complexity": (1, lambda: [make_history([0, 5], [0.1, 0.2], [0.1, 0.2])]),
+    "three radii, twelve epsilons, saturated": (4, lambda: [saturating(epsilons=TWELVE, radii=("0.005", "0.05", "1"))]),
+    "complexity of zero": (2, lambda: [make_history([0, 5], [0.1, 0.2], [0.1, 0.2], complexity=[0.0, 0.0])]),
+    "log points far apart": (1, lambda: [make_history([0, 50_000, 100_000], [0.1, 1, 1], [0.1, 0.9, 0.9])]),
+    "late log points": (1, lambda: [make_history([28_547, 33_000, 40_000], [1, 1, 1], [0.1, 0.9, 0.9])]),
+    "fitted at once": (1, lambda: [make_history([0, 5], [1, 1], [0.1, 0.2])]),
+    "seeds": (2, lambda: [grokking(seed=seed) for seed in range(3)]),
+    "seeds, one unfinished, one not begun": (2, lambda: [grokking(seed=0), grokking(seed=1, cut=9),
+                                                         {"step": [], "config": {}, "sizes": {}}]),
+    "four configurations": (8, lambda: [grokking(seed=s, depth=d) for d in (2, 3, 4, 5) for s in (0, 1)][:-1]),
+    "twelve configurations": (24, lambda: [saturating(lr=lr, depth=depth) for lr in (0.1, 0.01, 0.001)
+                                           for depth in (2, 3, 4, 5)]),
+    "twelve configurations, twelve epsilons": (24, lambda: [saturating(width=k, epsilons=TWELVE) for k in range(12)]),
+    "thirteen configurations": (26, lambda: [grokking(width=k) for k in range(13)]),
+    "many flags differ": (4, lambda: [grokking(**LONG), grokking(**{name: None for name in LONG})]),
+    "many flags asked": (2, lambda: [saturating(asked=list(LONG), **LONG)]),
+    "other epsilons, no complexity": (2, lambda: [grokking(), make_history([0], [0.1], [0.1], {"0.2": [0.0]}, lr=1)]),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_no_text_is_clipped_or_lies_on_another(case):
+    count, histories = CASES[case]
+    fig = plot.figure(histories())
+    assert len(fig.axes) == count
+    assert_readable(fig)
+
+
+def test_twelve_configurations_on_a_page_are_printed_with_six_points():
+    fig = plot.figure([saturating(width=k) for k in range(12)])
+    width, height = fig.get_size_inches()
+    scale = min(7.6 / width, 10.9 / height)  # what the margins of A4 leave
+    assert min(text.get_fontsize() for text in fig.findobj(Text) if text.get_text()) * scale >= 5.95
+
+
+def test_labels_are_spaced_without_changing_their_order():
     random = np.random.default_rng(0)
-    noisy = [plot.phases(3 * (1 + scale * random.normal(size=50))) for scale in (0.01, 0.05, 0.2) for _ in range(50)]
-    assert sum(map(bool, noisy)) <= 3
+    for count in (1, 2, 5, 9):
+        for wanted in (random.uniform(size=count), np.full(count, 0.5), np.zeros(count)):
+            places = panels.spaced(wanted, 0.05, 0.0, 1.0)
+            assert places.min() >= -1e-9 and places.max() <= 1 + 1e-9
+            by_order = places[np.argsort(wanted, kind="stable")]
+            assert np.all(np.diff(by_order) >= 0.05 - 1e-9)
+    assert panels.spaced([0.2, 0.8], 0.1, 0, 1).tolist() == [0.2, 0.8]
+    np.testing.assert_allclose(panels.spaced([0.5, 0.5, 0.9], 0.1, 0, 1), [0.45, 0.55, 0.9])  # no further than needed
 
 
-# ---- figures ----
+# ---- the files ------------------------------------------------------------------------------------------------------
 
 def assert_written(paths):
     png, svg = paths
@@ -220,185 +290,20 @@ def assert_written(paths):
     assert [path.name for path in png.parent.iterdir() if path.name.startswith(".")] == []
 
 
-def assert_nothing_clipped(fig):
-    """All text lies in the figure, and no two end labels of a panel lie on one another."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.text import Annotation, Text
-
-    renderer = FigureCanvasAgg(fig).get_renderer()
-    fig.draw(renderer)
-    for text in fig.findobj(Text):
-        if text.get_text() and text.get_visible():
-            box = Text.get_window_extent(text, renderer)
-            assert box.x0 >= 0 and box.y0 >= 0 and box.x1 <= fig.bbox.x1 and box.y1 <= fig.bbox.y1, text.get_text()
-    for ax in fig.axes:
-        boxes = [Text.get_window_extent(label, renderer) for label in ax.findobj(Annotation)]
-        middles = np.sort([(box.y0 + box.y1) / 2 for box in boxes])
-        assert np.all(np.diff(middles) > plot.SMALL / 72 * fig.dpi)
-
-
-def one_point():
-    return make_history([0], [0.1], [0.1], {"0.1": [0.0]})
-
-
-def nothing_known():
-    none = [None] * 4
-    return make_history([0, 1, 2, 4], none, none, {"0.1": none}, complexity=none)
-
-
-CASES = {
-    "one run": lambda: [grokking()],
-    "one log point": lambda: [one_point()],
-    "step 0 and 1": lambda: [grokking(cut=2)],
-    "only nulls": lambda: [nothing_known()],
-    "no attack, no complexity": lambda: [make_history([0, 5], [0.1, 0.2], [0.1, 0.2])],
-    "two radii": lambda: [grokking(radii=("0.005", "0.05"))],
-    "complexity of zero": lambda: [make_history([0, 5], [0.1, 0.2], [0.1, 0.2], complexity=[0.0, 0.0])],
-    "log points far apart": lambda: [make_history([0, 50_000, 100_000], [0.1, 1, 1], [0.1, 0.9, 0.9])],
-    "seeds": lambda: [grokking(seed=seed) for seed in range(3)],
-    "seeds, one unfinished, one not begun": lambda: [grokking(seed=0), grokking(seed=1, cut=9),
-                                                     {"step": [], "config": {}, "sizes": {}}],
-    "configurations": lambda: [grokking(seed=seed, depth=depth) for depth in (2, 3, 4, 5) for seed in (0, 1)][:-1],
-    "many flags differ": lambda: [grokking(depth=2, optimizer="adamw", weight_decay=0.01, label_noise=0.0, lr=0.001),
-                                  grokking(depth=3, optimizer="adam", weight_decay=0.1, label_noise=0.5, lr=0.01)],
-    "other epsilons, no complexity": lambda: [grokking(), make_history([0], [0.1], [0.1], {"0.2": [0.0]}, lr=1)],
-}
-
-
-@pytest.mark.parametrize("case", CASES)
-def test_figures_are_written_and_nothing_is_clipped(case, tmp_path):
-    fig = plot.figure(CASES[case]())
-    assert_nothing_clipped(fig)
-    panels = {"one run": 2, "no attack, no complexity": 1, "two radii": 3, "seeds": 2, "configurations": 8,
-              "many flags differ": 4}
-    assert len(fig.axes) == panels.get(case, len(fig.axes))
-    if case in ("one run", "one log point"):
-        assert_written(plot.save(fig, tmp_path / "a.figure"))
-        assert sorted(path.name for path in tmp_path.iterdir()) == ["a.figure.png", "a.figure.svg"]
-
-
 def test_the_same_history_gives_the_same_files(tmp_path):
-    first, second = plot.draw([grokking(cut=5)], tmp_path / "a"), plot.draw([grokking(cut=5)], tmp_path / "b.png")
+    first, second = plot.draw([grokking(cut=5)], tmp_path / "a.b"), plot.draw([grokking(cut=5)], tmp_path / "b.png")
+    assert_written(first)
     assert [path.read_bytes() for path in first] == [path.read_bytes() for path in second]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.b.png", "a.b.svg", "b.png", "b.svg"]
 
 
-def test_mean_and_range_over_seeds_with_other_log_steps():
-    def column(history):
-        return plot.as_array(history["test_acc"])
-
-    a = make_history([0, 1, 3], [0] * 3, [0.0, 0.2, 0.6])
-    b = make_history([0, 3], [0] * 2, [0.2, 0.4])
-    c = make_history([0], [0], [0.1])
-    steps, mean, low, high = plot.together([a, b, c], column)
-    assert steps.tolist() == [0, 1, 3]
-    # At step 1, b is half-way between its points in log(1 + step).
-    np.testing.assert_allclose(mean, [0.1, (0.2 + 0.3) / 2, 0.5])
-    np.testing.assert_allclose(low, [0.0, 0.2, 0.4])
-    np.testing.assert_allclose(high, [0.2, 0.3, 0.6])
+@pytest.mark.parametrize("key, label", [("0.03", "0.03"), ("0.2", "0.2"), ("0.005", "0.005"), ("0.0313725", "8/255"),
+                                        ("0.00392157", "1/255"), ("0.0123457", "0.0123457")])
+def test_epsilons_are_written_as_a_reader_would(key, label):
+    assert flags.epsilon_label(key) == label
 
 
-def test_labels_are_spread_without_changing_their_order():
-    random = np.random.default_rng(0)
-    for count in (1, 2, 5, 9):
-        for wanted in (random.uniform(size=count), np.full(count, 0.5), np.zeros(count)):
-            places = plot.spread(wanted, 0.05, 0.0, 1.0)
-            assert places.min() >= -1e-9 and places.max() <= 1 + 1e-9
-            by_order = places[np.argsort(wanted, kind="stable")]
-            assert np.all(np.diff(by_order) >= 0.05 - 1e-9)
-    assert plot.spread([0.2, 0.8], 0.1, 0, 1).tolist() == [0.2, 0.8]
-    assert np.all(np.diff(plot.spread(np.zeros(30), 0.1, 0, 1)) > 0)  # more labels than fit
-
-
-# ---- the partition ----
-
-def brute_force(model, centre, axes, reach, raster):
-    """boundaries() by one forward pass a point, in plain loops."""
-    found = []
-    handles = [module.register_forward_pre_hook(lambda _, args: found.append(args[0].flatten() > 0))
-               for module in model.modules() if isinstance(module, nn.ReLU)]
-    ticks = torch.linspace(-reach, reach, raster + 1, dtype=torch.float64)
-    signs = {}
-    for i, v in enumerate(ticks):
-        for j, u in enumerate(ticks):
-            found.clear()
-            with torch.no_grad():
-                label = model((centre + u * axes[0] + v * axes[1])[None]).argmax(1)
-            signs[i, j] = [*found, label]
-    for handle in handles:
-        handle.remove()
-    masks = np.zeros((len(handles) + 1, raster, raster), dtype=bool)
-    for layer, i, j in np.ndindex(masks.shape):
-        here, up, right = (signs[place][layer] for place in ((i, j), (i + 1, j), (i, j + 1)))
-        masks[layer, i, j] = not (torch.equal(here, up) and torch.equal(here, right))
-    return masks[:-1], masks[-1]
-
-
-@pytest.mark.parametrize("name, tile_numbers", [("mlp", None), ("mlp", 64 * 20), ("cnn", 400 * 12), ("resnet18", None)])
-def test_boundaries_equal_a_brute_force_search(name, tile_numbers, monkeypatch):
-    if tile_numbers:
-        monkeypatch.setattr(partition, "BATCH_NUMBERS", tile_numbers)
-    torch.manual_seed(0)
-    model = models.build_model(name, (1, 8, 8), 5, width=6 if name == "mlp" else 2).double().eval()
-    images = torch.rand(3, 1, 8, 8, dtype=torch.float64)
-    centre, axes, _ = partition.plane_through(images)
-    layers, decision = partition.boundaries(model, centre, axes, 40.0, raster=11)
-    expected_layers, expected_decision = brute_force(model, centre, axes, 40.0, 11)
-    assert expected_layers.any(axis=(1, 2)).sum() >= 2 and not expected_layers.all()
-    np.testing.assert_array_equal(layers, expected_layers)
-    np.testing.assert_array_equal(decision, expected_decision)
-
-
-def test_plane_passes_through_the_three_images():
-    images = torch.rand(3, 3, 5, 4, dtype=torch.float64)
-    centre, axes, places = partition.plane_through(images)
-    torch.testing.assert_close(centre + torch.tensordot(places, axes, 1), images)
-    torch.testing.assert_close(axes.flatten(1) @ axes.flatten(1).T, torch.eye(2, dtype=torch.float64))
-    with pytest.raises(ValueError, match="line"):
-        partition.plane_through(torch.stack([images[0], images[1], (images[0] + images[1]) / 2]))
-
-
-def save_checkpoint(path, step=0, **changes):
-    config = {"model": "mlp", "dataset": "digits", "data_dir": "data", "train_size": 50, "image_size": None, "seed": 1,
-              "label_noise": 0.0, "depth": 3, "width": 8, "activation": "relu", "batch_norm": True, "init_scale": 1.0,
-              "dtype": "float32", **changes}
-    torch.manual_seed(step)
-    model = models.build_model("mlp", (1, 8, 8), 10, depth=3, width=8, batch_norm=True)
-    runlog.save_state(path, {"epoch": 0.0, "step": step, "seconds": 0.0, "logged": 1, "config": config,
-                             "sizes": {"train": 50}, "model_state_dict": model.state_dict(),
-                             "optimizer_state_dict": {}})
-    return str(path)
-
-
-def test_partition_command_draws_beside_the_checkpoint(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(partition, "RASTER", 60)
-    assert plot.main(["--partition", save_checkpoint(tmp_path / "0.pt")]) == 0
-    assert_written([tmp_path / "partition.png", tmp_path / "partition.svg"])
-    assert str(tmp_path / "partition.png") in capsys.readouterr().out
-
-
-def test_partition_of_two_checkpoints(tmp_path):
-    paths = [save_checkpoint(tmp_path / f"{step}.pt", step) for step in (0, 7)]
-    fig = partition.figure(paths)
-    assert_nothing_clipped(fig)
-    panels = [ax for ax in fig.axes if ax.get_title().startswith("step")]
-    assert [ax.get_title() for ax in panels] == ["step 0", "step 7"]
-    for ax in panels:  # a pixel of the raster is a pixel of the file
-        pixels = ax.get_position().bounds * np.tile(fig.get_size_inches(), 2) * plot.DPI
-        np.testing.assert_allclose(pixels[2:], ax.images[0].get_array().shape[:2])
-        np.testing.assert_allclose(pixels, pixels.round(), atol=1e-6)
-        assert min(ax.images[0].get_array().shape[:2]) >= 512
-
-
-def test_three_images_are_of_three_classes_and_always_the_same():
-    from data import load_dataset
-
-    x, y = partition.three_images(load_dataset("digits", seed=1))
-    again, _ = partition.three_images(load_dataset("digits", seed=2))
-    assert len(set(y.tolist())) == 3 and x.shape == (3, 1, 8, 8) and 0 <= x.min() and x.max() <= 1
-    assert torch.equal(x, again)
-
-
-# ---- the command ----
+# ---- the command ----------------------------------------------------------------------------------------------------
 
 def test_command_draws_beside_the_history_and_prints(tmp_path, capsys):
     paths = [tmp_path / name / "logs" / "training_history.json" for name in ("a", "b")]
@@ -420,18 +325,30 @@ def test_command_draws_beside_the_history_and_prints(tmp_path, capsys):
     assert sorted(tmp_path.rglob("*")) == before  # text only
 
 
-def test_command_needs_no_display(tmp_path):
+def test_command_needs_no_display_and_no_environment(tmp_path):
     (tmp_path / "logs").mkdir()
-    runlog.write_history(tmp_path / "logs" / "training_history.json", one_point())
+    history = {key: value for key, value in grokking(cut=9).items() if key != "environment"}
+    runlog.write_history(tmp_path / "logs" / "training_history.json", history)
     run_command(tmp_path, script="plot.py")
     assert_written([tmp_path / "logs" / f"training_history{suffix}" for suffix in (".png", ".svg")])
 
 
+def changed(**changes):
+    return json.dumps({**grokking(cut=3), **changes})
+
+
 BAD = {
-    "missing": None, "empty": "", "no JSON": "step,loss", "another version": json.dumps({**one_point(), "version": 99}),
-    "a list": "[1, 2]", "no history": '{"step": 3}',
+    "missing": None, "empty": "", "no JSON": "step,loss", "another version": changed(version=99), "a list": "[1, 2]",
+    "no history": '{"step": 3}', "lacks sizes": changed(sizes={}), "sizes in words": changed(sizes={"train": "many"}),
     "lacks a column": json.dumps({key: value for key, value in one_point().items() if key != "robust_acc"}),
-    "lacks sizes": json.dumps({**one_point(), "sizes": {}}),
+    "warnings in words": changed(warnings=["hm"]), "warnings of nothing": changed(warnings=[None]),
+    "steps in words": changed(step=["a", "b", "c"]), "steps of null": changed(step=[None, 1, 2]),
+    "negative step": changed(step=[-5, 1, 2]), "adv_acc a list": changed(adv_acc=[0.1, 0.2, 0.3]),
+    "adv_acc in words": changed(adv_acc={"0.1": ["a", "b", "c"]}),
+    "an epsilon in words": changed(adv_acc={"x": [0] * 3}),
+    "complexity of numbers": changed(local_complexity={"train": {"0.05": [1, 2, 3]}}),
+    "complexity of changing layers": changed(local_complexity={"train": {"0.05": [[1, 2], [3], []]}}),
+    "complexity a list": changed(local_complexity=[[1]] * 3), "accuracy in words": changed(train_acc=["a", 0, 0]),
     "no log step": json.dumps({key: value for key, value in {**one_point(), "step": []}.items()
                                if key in ("version", "step", "config", "sizes", "warnings")}),
 }
@@ -454,17 +371,53 @@ def test_bad_history_gives_one_line(bad, tmp_path, capsys):
     assert list(tmp_path.glob("*.png")) == []
 
 
-def test_bad_checkpoint_gives_one_line(tmp_path, capsys):
-    good = save_checkpoint(tmp_path / "good.pt")
-    (tmp_path / "text.pt").write_text("no checkpoint")
-    (tmp_path / "empty.pt").touch()
-    torch.save([1, 2], tmp_path / "list.pt")
-    save_checkpoint(tmp_path / "unknown.pt", model="transformer")
-    save_checkpoint(tmp_path / "misfit.pt", width=9)
-    save_checkpoint(tmp_path / "other.pt", dataset="mnist")
-    bad = {"text.pt": "checkpoint", "empty.pt": "checkpoint", "list.pt": "checkpoint", "unknown.pt": "transformer",
-           "misfit.pt": "do not fit", "other.pt": "other images", "missing.pt": ""}
-    for name, reason in bad.items():
-        assert plot.main(["--partition", good, str(tmp_path / name)]) == 2
-        error = assert_one_line(capsys)
-        assert name in error and reason in error
+@pytest.mark.parametrize("text", ["--summary", "--table"])
+def test_text_of_histories_that_say_little(text, tmp_path, capsys):
+    paths = [tmp_path / f"{k}.json" for k in range(2)]
+    paths[0].write_text(BAD["no log step"])
+    runlog.write_history(paths[1], nothing_known())
+    assert plot.main([text, *map(str, paths)]) == 0
+    assert capsys.readouterr().out.count("\n") > 2
+
+
+@pytest.mark.parametrize("out, reason", [(".", "folder"), ("sub", "folder"), ("", "folder"), ("nowhere/x", "nowhere"),
+                                         ("x.pdf", ".png"), ("x.gif", ".png"), ("h.json/x", "no folder")])
+def test_bad_out_gives_one_line(out, reason, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "sub").mkdir()
+    runlog.write_history(tmp_path / "h.json", one_point())
+    with pytest.raises(SystemExit, match="2"):
+        plot.main(["h.json", "--out", out])
+    assert reason in assert_one_line(capsys)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["h.json", "sub"]
+
+
+def test_a_number_at_the_end_of_a_name_is_no_suffix(tmp_path):
+    runlog.write_history(tmp_path / "h.json", one_point())
+    assert plot.main([str(tmp_path / "h.json"), "--out", str(tmp_path / "lr0.1")]) == 0
+    assert_written([tmp_path / "lr0.1.png", tmp_path / "lr0.1.svg"])
+
+
+def closed_pipe():
+    read, write = os.pipe()
+    os.close(read)
+    return os.fdopen(write, "w")
+
+
+@pytest.mark.parametrize("stdout", [closed_pipe, lambda: None, lambda: open("/dev/full", "w")])
+def test_closed_output_gives_one_line(stdout, tmp_path, capsys, monkeypatch):
+    runlog.write_history(tmp_path / "h.json", one_point())
+    monkeypatch.setattr(sys, "stdout", stdout())
+    assert plot.main(["--table", str(tmp_path / "h.json")]) == 2
+    assert_one_line(capsys)
+
+
+def test_output_that_knows_no_epsilon(tmp_path, monkeypatch):
+    runlog.write_history(tmp_path / "h.json", one_point())
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding="ascii"))
+    assert plot.main(["--table", str(tmp_path / "h.json")]) == 0
+    assert b"robust" in sys.stdout.buffer.getvalue()
+
+
+def test_no_circle():
+    assert not hasattr(panels, "plot") and not hasattr(partition, "plot") and not hasattr(panels, "partition")

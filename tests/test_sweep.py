@@ -1,6 +1,7 @@
 """sweep.py: how it names and combines runs, and that a sweep that is stopped, continued or half wrong ends as it
 should."""
 
+import os
 import signal
 import subprocess
 from pathlib import Path
@@ -163,12 +164,12 @@ def test_a_failed_run_is_named_and_the_others_go_on_and_are_not_made_again(tmp_p
 def test_ctrl_c_stops_all_runs_each_saved_and_the_same_command_continues(tmp_path):
     flags = [*FLAGS, "--seed=0-2", "--log_points=30", "--no_plot"]
     first = subprocess.Popen(command(*flags, "--n_steps=100000000", script="sweep.py"), cwd=tmp_path, env=ENVIRONMENT,
-                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
     at_once = min(3, len(sweep.places(train.parse_args(FLAGS))))
     try:
         wait_for(lambda: first.poll() is not None or
                  sum(len(list(path.glob("checkpoints/*.pt"))) > 2 for path in tmp_path.glob("runs/*")) == at_once)
-        first.send_signal(signal.SIGINT)
+        os.killpg(first.pid, signal.SIGINT)  # as a terminal does
         said, error = first.communicate(timeout=PATIENCE)
     finally:
         first.kill()
