@@ -68,9 +68,9 @@ def load_dataset(name, data_dir="data", train_size=None, seed=42, image_size=Non
     """Return a Dataset on the CPU; download it into data_dir where it is missing and can be downloaded.
 
     name: one of DATASETS. For imagefolder, data_dir is the folder that holds train/ and test/ (or val/); digits needs
-    no data_dir. train_size: so many training images, drawn at random by seed, or "all" (default: 1,000 for mnist, or
-    all if there are fewer; all for the rest); with one seed a smaller draw is part of a larger one. The test set is
-    always whole and the same. image_size: side in pixels, for imagenette (default 128) and imagefolder: the
+    no data_dir. train_size: so many training images, drawn at random by seed, or "all" (default: 1,000 for mnist and
+    digits, or all if there are fewer; all for the rest); with one seed a smaller draw is part of a larger one. The test
+    set is always whole and the same. image_size: side in pixels, for imagenette (default 128) and imagefolder: the
     shorter side is resized to it, then the centre cut out. Without it, an imagefolder whose images all have one size
     keeps that size; any other gets 128. label_noise: this fraction of the selected training labels is replaced by
     uniformly random ones (by seed; one in num_classes happens to be right). mean and std are those of the whole
@@ -461,7 +461,7 @@ DATASETS = {
     "imagenette": Source(
         read_imagenette, ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]), resizable=True,
         archives="imagenette2-160.tgz from https://s3.amazonaws.com/fast-ai-imageclas/"),
-    "digits": Source(read_digits, package="scikit-learn"),
+    "digits": Source(read_digits, train_size=1000, package="scikit-learn"),
     "imagefolder": Source(read_folder, resizable=True),
 }
 

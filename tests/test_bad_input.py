@@ -128,6 +128,11 @@ FLAGS = [
     # places that cannot be written (a path below a file: permissions do not bind every user)
     (f"--log_dir={HISTORY}", HISTORY), (f"--log_dir={HISTORY}/logs", HISTORY), (f"--save_dir={HISTORY}", HISTORY),
     ("--log_dir=/dev/null/logs", "/dev/null"), ("--save_dir=/proc/checkpoints", "/proc"),
+    ("--batch_norm --batch_size=1", "--batch_norm"), ("--lc_radius=1e39", "--lc_radius"),
+    ("--threads=9223372036854775807", "--threads"), ("--threads=100000", "--threads"),
+    ("--lc_samples=1000000000000", "--lc_samples=1000000000000"), ("--pgd_restarts=10000000000", "--pgd_restarts="),
+    ("--adam_eps=-1", "--adam_eps"), ("--loss=exact", "--loss"), ("--products=blas", "--products"),
+    ("--compile=yes", "--compile"),
 ]
 
 
