@@ -215,6 +215,7 @@ def parse_args(argv=None):
                         "checkpoint)")
     parser.add_argument("--summary", action="store_true", help="print where each curve rises after interpolation")
     parser.add_argument("--table", action="store_true", help="print one line a run")
+    parser.add_argument("--markdown", action="store_true", help="print the table of results/README.md")
     parser.add_argument("--partition", nargs="+", metavar="CHECKPOINT", help="draw the network's partition of a plane "
                         "through three test images, side by side for these checkpoints; with --out FILE.gif or "
                         "FILE.mp4 as a film, one frame a checkpoint")
@@ -231,15 +232,6 @@ def default_path(histories):
     return Path(os.path.commonpath([Path(path).resolve().parent for path in histories])) / "sweep"
 
 
-def read(path):
-    """runlog.read_history, and ValueError unless the sizes are there, too."""
-    history = runlog.read_history(path)
-    sizes = history.get("sizes", {})
-    if not all(type(sizes.get(name)) is int for name in ("train", "test", "attacked")):
-        raise ValueError(f"{path} is damaged: its sizes do not say how many images are train, test and attacked")
-    return history
-
-
 def draw_partition(checkpoints, out):
     import partition
 
@@ -252,14 +244,17 @@ def run(args):
     if args.partition:
         print("wrote", *draw_partition(args.partition, args.out))
         return
-    histories = [read(path) for path in args.histories]
+    histories = [runlog.read_history(path) for path in args.histories]
     if args.table:
         print(curves.table(histories, curves.short_names(args.histories)))
+    if args.markdown:
+        names = [name.removesuffix(".json") for name in curves.short_names(args.histories)]
+        print(curves.markdown_table(histories, names))
     if args.summary:
         texts = [curves.summary(history) for history in histories]
         print("\n\n".join(texts if len(texts) == 1 else
                           [f"{path}\n{text}" for path, text in zip(args.histories, texts, strict=True)]))
-    if args.out or not (args.table or args.summary):
+    if args.out or not (args.table or args.summary or args.markdown):
         print("wrote", *draw(histories, args.out or default_path(args.histories)))
 
 
@@ -269,7 +264,7 @@ def main(argv=None):
         sys.stdout.reconfigure(errors="replace")  # one that knows no "ε"
     try:
         args = parse_args(argv)
-        if nowhere and (args.table or args.summary):
+        if nowhere and (args.table or args.summary or args.markdown):
             raise OSError("the standard output is closed: there is nowhere to print to")
         run(args)
         sys.stdout.flush()

@@ -11,7 +11,7 @@ export DATA=${DATA:-data} RUNS=${RUNS:-runs/results} PYTHON=${PYTHON:-python}
 
 experiments() {
     grep -v '^ *$' <<'END'
-first                   --dataset=digits --train_size=400 --depth=3 --init_scale=6 --loss=mse --lr=0.004 --weight_decay=0.1 --n_steps=16000 --epsilons 0.03 0.07 0.11 0.15 --adv_size=500 --lc_samples=256
+first                   --dataset=digits --train_size=400 --depth=3 --init_scale=6 --loss=mse --lr=0.004 --weight_decay=0.1 --n_steps=20000 --epsilons 0.03 0.07 0.11 0.15 --adv_size=500 --lc_samples=256
 mnist                   --dataset=mnist --n_steps=100000
 mnist_exact             --dataset=mnist --n_steps=100000 --loss=exact_ce
 digits                  --dataset=digits --n_steps=100000

@@ -9,7 +9,7 @@ from xml.etree import ElementTree
 import matplotlib.image
 import numpy as np
 import pytest
-from conftest import run_command
+from conftest import ROOT, run_command
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_hex
 from matplotlib.text import Annotation, Text
@@ -421,3 +421,9 @@ def test_output_that_knows_no_epsilon(tmp_path, monkeypatch):
 
 def test_no_circle():
     assert not hasattr(panels, "plot") and not hasattr(partition, "plot") and not hasattr(panels, "partition")
+
+
+def test_the_table_of_the_results_is_that_of_the_histories(capsys):
+    paths = sorted(map(str, (ROOT / "results").glob("*.json")))
+    assert plot.main(["--markdown", *paths]) == 0
+    assert capsys.readouterr().out.strip() in (ROOT / "results" / "README.md").read_text()
