@@ -29,6 +29,7 @@ from tqdm import tqdm
 
 import curves
 import data
+import machine
 import models
 import plot
 import runlog
@@ -135,7 +136,7 @@ def progress(folder, args):
 
 
 def train_one(folder, words, args, devices, running, received):
-    """Run train.py in folder on the next free device; return its exit status and the last line that it printed.
+    """Run train.py in folder on the next free device; return its exit status and the line that says why.
 
     The status is None where a signal in received came first. running: where the process is noted while it runs.
     """
@@ -146,7 +147,7 @@ def train_one(folder, words, args, devices, running, received):
         if received:
             return None, ""
         folder.mkdir(parents=True, exist_ok=True)
-        with open(folder / "output.txt", "a+") as output:
+        with open(folder / "output.txt", "a+", encoding="utf-8", errors="replace") as output:
             begin = output.tell()
             # A session of its own: Ctrl-C in a terminal would reach it as well, and a second one ends it unsaved.
             running[folder] = process = subprocess.Popen(
@@ -155,6 +156,8 @@ def train_one(folder, words, args, devices, running, received):
             if received:  # while it was being started
                 process.send_signal(received[0])
             status = process.wait()
+            if status < 0:
+                return status, f"ended by {signal.Signals(-status).name}"
             output.seek(begin)
             return status, (output.read().split("\n")[:-1] or ["it printed nothing"])[-1]
     except OSError as error:
@@ -233,6 +236,7 @@ def show(folders, draw):
 
 
 def main(argv=None):
+    machine.open_streams()
     argv = sys.argv[1:] if argv is None else argv
     try:
         if {"-h", "--help"} & set(argv):

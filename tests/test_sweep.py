@@ -14,6 +14,7 @@ import runlog
 import sweep
 import train
 
+LONG = "--n_steps=300000"  # and not for ever: where a test fails, nobody ends the runs
 FLAGS = [flag for flag in SMALL if flag not in ("--no_plot", "--threads=1")]
 
 
@@ -163,7 +164,7 @@ def test_a_failed_run_is_named_and_the_others_go_on_and_are_not_made_again(tmp_p
 
 def test_ctrl_c_stops_all_runs_each_saved_and_the_same_command_continues(tmp_path):
     flags = [*FLAGS, "--seed=0-2", "--log_points=30", "--no_plot"]
-    first = subprocess.Popen(command(*flags, "--n_steps=100000000", script="sweep.py"), cwd=tmp_path, env=ENVIRONMENT,
+    first = subprocess.Popen(command(*flags, LONG, script="sweep.py"), cwd=tmp_path, env=ENVIRONMENT,
                              stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
     at_once = min(3, len(sweep.places(train.parse_args(FLAGS))))
     try:
@@ -187,3 +188,21 @@ def test_ctrl_c_stops_all_runs_each_saved_and_the_same_command_continues(tmp_pat
     for path, step in zip(started, steps, strict=True):
         assert f".pt at step {step}\n" in (path / "output.txt").read_text()
         assert history_of(path)["step"][-1] == max(steps) + 100
+
+
+def test_a_run_that_was_killed_is_named(tmp_path):
+    first = subprocess.Popen(command(*FLAGS, LONG, "--no_plot", script="sweep.py"), cwd=tmp_path,
+                             env={**ENVIRONMENT, "LC_ALL": "C", "PYTHONUTF8": "0"}, stdout=subprocess.PIPE,
+                             stderr=subprocess.PIPE, text=True)
+    try:
+        wait_for(lambda: first.poll() is not None or list(tmp_path.glob("runs/*/checkpoints/.holder.lock")))
+        (holder,) = tmp_path.glob("runs/*/checkpoints/.holder.lock")
+        wait_for(holder.read_text)
+        run = runlog.read_holder(holder)["pid"]
+        assert os.getsid(run) == run  # Ctrl-C in a terminal does not reach it beside the sweep's own signal
+        os.kill(run, signal.SIGKILL)
+        said, error = first.communicate(timeout=PATIENCE)
+    finally:
+        first.kill()
+    assert first.returncode == 1 and f"{sweep.folder_name(train.parse_args(FLAGS))}: failed: ended by SIGKILL\n" in said
+    assert error.startswith("1 of 1 runs failed: ") and "Traceback" not in error
