@@ -4,20 +4,26 @@ The linear regions of a network meet where a pre-activation is zero, so the unit
 around x count the boundaries that pass near x.
 """
 
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 
 import torch
 from torch.nn.modules import activation
 
-from models import Network, evaluating
+from models import ACTIVATIONS, Network, evaluating
 
 # Of PyTorch's activation modules, those that do not act on each unit by itself.
-NOT_ELEMENTWISE = {"MultiheadAttention", "GLU", "Softmax", "Softmax2d", "LogSoftmax", "Softmin"}
+NOT_ELEMENTWISE = {"GLU", "LogSoftmax", "MultiheadAttention", "Softmax", "Softmax2d", "Softmin"}
+TORCH_ACTIVATIONS = tuple(getattr(activation, name) for name in activation.__all__ if name not in NOT_ELEMENTWISE)
 
 
-def is_nonlinearity(module):
-    """Whether a module is one of PyTorch's element-wise activations: a layer of local complexity."""
-    return type(module).__module__ == activation.__name__ and type(module).__name__ not in NOT_ELEMENTWISE
+class Counted(Exception):
+    """Ends a forward pass where no layer is left to count."""
+
+
+def nonlinearities(model):
+    """Return {module: name} of the modules that act on each unit by itself: those of PyTorch and of ACTIVATIONS."""
+    ours = tuple(kind for kind in ACTIVATIONS.values() if isinstance(kind, type))
+    return {module: name for name, module in model.named_modules() if isinstance(module, TORCH_ACTIVATIONS + ours)}
 
 
 def random_directions(n_directions, n_features, seed=0, dtype=torch.float32, device=None):
@@ -38,7 +44,7 @@ def layer_units(model, in_shape):
 
     in_shape: (C, H, W). Raises ValueError if the model has no non-linearity or uses one twice in a forward pass.
     """
-    names = {module: name for name, module in model.named_modules() if is_nonlinearity(module)}
+    names = nonlinearities(model)
     units = {}
 
     def note(module, args):
@@ -76,9 +82,10 @@ def local_complexity(model, x, radius, directions, batch_size=None):
     check(x, radii, directions, batch_size)
     units = layer_units(model, x.shape[1:])
     layers = [model.get_submodule(name) for name in units]
-    # More than the cache holds slows a CPU down, while a GPU wants much at once: 4 MB and 256 MB of the widest layer.
-    fastest = max(1, 2**(20 if x.device.type == "cpu" else 26) // max(units.values()))
-    batch_size = fastest if batch_size is None else min(batch_size, fastest)
+    # A GPU wants much at once, 256 MB of the widest layer. What a CPU's cache does not hold slows it down: 4 MB, and
+    # of small layers, which are read again and again, no more than a matrix product needs to be fast.
+    fastest = min(2**20 // max(units.values()), 1024) if x.is_cpu else 2**26 // max(units.values())
+    batch_size = max(1, fastest if batch_size is None else min(batch_size, fastest))
 
     if len(x) == 0:
         return torch.zeros(*radii.shape, 0, len(layers), dtype=torch.int64, device=x.device)
@@ -106,10 +113,13 @@ def sign_changes(decode, layers, centers, steps, radius, batch_size):
         z_low, z_high = z.amin(0), z.amax(0)
         low[layer] = torch.minimum(low[layer], z_low) if layer in low else z_low
         high[layer] = torch.maximum(high[layer], z_high) if layer in high else z_high
+        if layer is layers[-1]:
+            raise Counted
 
     with pre_hooks(layers, watch):
         for part in steps.split(max(1, batch_size // len(centers))):
-            decode(torch.add(centers, part.unsqueeze(1), alpha=radius).flatten(0, 1))
+            with suppress(Counted):
+                decode(torch.add(centers, part.unsqueeze(1), alpha=radius).flatten(0, 1))
     # sign is monotone: the same at every vertex if it is the same at the lowest and the highest pre-activation
     counts = torch.stack([(low[layer].sign() != high[layer].sign()).flatten(1).sum(1) for layer in layers], dim=1)
     undefined = torch.stack([low[layer].isnan().flatten(1).any(1) for layer in layers], dim=1)

@@ -1,23 +1,26 @@
 """Local complexity against its definition, computed one image at a time in float64."""
 
+import math
+
 import pytest
 import torch
 from torch import nn
 
+import models
 from local_complexity import layer_units, local_complexity, random_directions
 from models import build_model
 
 KINDS = (nn.ReLU, nn.GELU, nn.LeakyReLU, nn.Tanh)
 
 
-def definition(model, x, radius, directions):
+def definition(model, x, radius, directions, kinds=KINDS):
     """The counts as the definition reads: a pass for each vertex, the signs of all of them kept and compared."""
     model.eval()
     signs = []
     hooks = [
         module.register_forward_pre_hook(lambda module, args: signs[-1].append(torch.sign(args[0]).flatten()))
         for module in model.modules()
-        if isinstance(module, KINDS)
+        if isinstance(module, kinds)
     ]
     counts = []
     for image in x:
@@ -208,6 +211,92 @@ def test_a_model_that_does_not_begin_with_a_linear_layer(kind):
         assert torch.equal(local_complexity(model, x, radius, directions), definition(model, x, radius, directions))
 
 
+class Autoencoder(Odd):
+    """A module of somebody else that has an encode and a decode of its own."""
+
+    def encode(self, x):
+        raise AssertionError("this is not a models.Network")
+
+    decode = encode
+
+
+def test_only_our_networks_are_cut_in_two():
+    torch.manual_seed(0)
+    model = Autoencoder("none").double()
+    x, directions = points_and_directions((1, 8, 8))
+    assert torch.equal(local_complexity(model, x, 0.3, directions), definition(model, x, 0.3, directions))
+
+
+class Sine(nn.Module):
+    def forward(self, x):
+        return (3 * x).sin()
+
+
+def test_an_activation_is_one_entry_of_the_registry(monkeypatch):
+    monkeypatch.setitem(models.ACTIVATIONS, "sine", Sine)
+    model = make("cnn", (1, 8, 8), width=4, activation="sine")
+    x, directions = points_and_directions((1, 8, 8))
+    counts = local_complexity(model, x, 0.3, directions)
+    assert counts.shape == (3, 6) and torch.equal(counts, definition(model, x, 0.3, directions, Sine))
+
+
+@pytest.mark.parametrize("kind", [nn.SiLU, nn.ELU, nn.Softplus, nn.Sigmoid, nn.Hardtanh, nn.ReLU6, nn.PReLU, nn.Mish,
+                                  nn.Softsign, nn.Hardswish, nn.CELU, nn.SELU, nn.RReLU, nn.Hardshrink])
+def test_pytorchs_activations_are_layers(kind):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 30), kind(), nn.Linear(30, 20), kind()).double()
+    x, directions = points_and_directions((1, 8, 8))
+    assert layer_units(model, (1, 8, 8)) == {"2": 30, "4": 20}
+    counts = local_complexity(model, x, 1.0, directions)
+    assert counts.sum() > 0 and torch.equal(counts, definition(model, x, 1.0, directions, kind))
+
+
+def test_a_softmax_is_no_layer():
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 20), nn.ReLU(), nn.GLU(), nn.Linear(10, 10), nn.Softmax(1))
+    assert layer_units(model, (1, 8, 8)) == {"2": 20}
+
+
+class DarkRoom(nn.Module):
+    """The identity, but not a number where the first unit is above a limit."""
+
+    def __init__(self, limit):
+        super().__init__()
+        self.limit = limit
+
+    def forward(self, h):
+        return torch.where(h[:, :1] > self.limit, math.nan, h)
+
+
+@pytest.mark.parametrize("batch_size", [None, 7, 1])
+def test_what_is_not_a_number_has_no_count(batch_size):
+    """-1 for a point and a layer if a single vertex gives NaN there; the layers before it and other points count."""
+    torch.manual_seed(0)
+    first = nn.Linear(64, 10)
+    first.weight.data[0], first.bias.data[0] = 1 / 8, 0.0  # the first unit: eight times the mean
+    model = nn.Sequential(nn.Flatten(), first, nn.ReLU(), DarkRoom(4.9), nn.Linear(10, 20), nn.ReLU()).double()
+    x, directions = points_and_directions((1, 8, 8), n_points=4)
+    directions[0] = 1 / 8  # towards brighter images; the others keep the mean
+    directions[1:] -= (directions[1:] @ directions[0])[:, None] * directions[0]
+    directions = torch.linalg.qr(directions.T).Q.T.contiguous()
+    x = x - x.mean((1, 2, 3), keepdim=True) + torch.tensor([0.3, 0.6, 0.61, 0.9], dtype=x.dtype).view(4, 1, 1, 1)
+    with_numbers = nn.Sequential(*(nn.Identity() if isinstance(layer, DarkRoom) else layer for layer in model))
+    expected = definition(with_numbers, x, 0.05, directions)
+    expected[2:, 1] = -1  # 4.88 + 0.05 is above 4.9, 4.8 + 0.05 below
+    assert torch.equal(local_complexity(model, x, 0.05, directions, batch_size), expected)
+    first.weight.data.fill_(math.nan)
+    assert (local_complexity(model, x, [0.05, 1.0], directions, batch_size) == -1).all()
+
+
+def test_vertices_go_no_further_than_the_last_layer():
+    model = make("cnn", (1, 8, 8), width=4)
+    x, directions = points_and_directions((1, 8, 8))
+    last = model.classifier[-1]
+    seen = []
+    last.register_forward_hook(lambda module, args, output: seen.append(len(output)))
+    assert torch.equal(local_complexity(model, x, 0.3, directions), definition(model, x, 0.3, directions))
+    assert sum(seen) <= 1 + len(x) * 2 * len(directions)  # those of the definition, and the blank image of layer_units
+
+
 def test_layer_units_are_named_in_forward_order():
     assert layer_units(make("mlp", (1, 8, 8), depth=3, width=7, batch_norm=True), (1, 8, 8)) == {
         "layers.2": 7, "layers.5": 7
@@ -231,11 +320,11 @@ class Fragile(nn.Module):
         return x
 
 
-@pytest.mark.parametrize("fails_at", [0, 1, 3, 6, 15])
+@pytest.mark.parametrize("fails_at", [0, 1, 2, 15])
 def test_modes_and_hooks_are_as_before(fails_at):
-    """Also when the model fails: while its layers are listed, while it is cut in two, among the vertices."""
-    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 20), nn.BatchNorm1d(20), nn.ReLU(), nn.Dropout(),
-                          Fragile(fails_at), nn.Linear(20, 5)).double()
+    """Also when the model fails: while its layers are listed, among the vertices."""
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 20), nn.BatchNorm1d(20), nn.Dropout(), Fragile(fails_at),
+                          nn.ReLU(), nn.Linear(20, 5)).double()
     model.train()
     model[2].eval()
     model[1].weight.requires_grad_(False)
