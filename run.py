@@ -36,8 +36,8 @@ def build_model(config, dataset):
     torch.manual_seed(seed_for(config.seed, "weights"))
     model = models.from_config(vars(config), dataset.x_test.shape[1:], dataset.num_classes, dataset.mean, dataset.std)
     model = model.to(dataset.x_train.device)
-    # On a CPU a convolution is faster so; a linear layer does not know of it. But PyTorch (2.14) writes beyond its memory
-    # in the backward pass of a 1x1 convolution of stride 2 and fewer than 8 channels.
+    # On a CPU a convolution is faster so; a linear layer does not know of it. But PyTorch (2.14) writes beyond its
+    # memory in the backward pass of a 1x1 convolution of stride 2 and fewer than 8 channels.
     if dataset.x_train.device.type == "cpu" and config.width >= 16:
         model = model.to(memory_format=torch.channels_last)
     return model
