@@ -198,11 +198,8 @@ def mark_interpolation(axes, group):
     if index is None:
         return
     mark_step(axes, steps[index], color="0.35", lw=0.8, ls=(0, (1, 1.5)))
-    text = f"train 99% at step {steps[index]:,}"
-    place = (axes[0].transData + axes[0].transAxes.inverted()).transform((steps[index], 0))[0]
-    half = min(0.5, text_inches(text) / 2 / width_inches(axes[0]))
-    axes[0].text(np.clip(place, half, 1 - half), 1.01, text, transform=axes[0].transAxes, ha="center", va="bottom",
-                 fontsize=SMALL, color="0.35")
+    axes[0].text(steps[index], 1.01, f"train 99% at step {steps[index]:,}", transform=axes[0].get_xaxis_transform(),
+                 ha="center", va="bottom", fontsize=SMALL, color="0.35")
 
 
 # ---- files ----------------------------------------------------------------------------------------------------------
