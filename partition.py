@@ -37,7 +37,7 @@ DECISION = (0.84, 0.37, 0.0)  # the colour of the decision boundary: vermillion,
 BATCH_NUMBERS = 2**22  # of one layer's pre-activations held at once: 16 MB in float32
 FILM_RASTER, FILM_DPI = 400, 100
 FILM_BYTES = 2_700_000  # for the pictures of the plane in a GIF
-PIXEL_BYTES = 0.33  # that one full of lines takes in a GIF
+PIXEL_BYTES = 0.36  # that one full of lines takes in a GIF
 FRAME_SECONDS, LAST_FRAME_SECONDS = 0.15, 2.0
 
 

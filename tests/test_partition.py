@@ -173,13 +173,17 @@ def test_film_shows_the_accuracies_of_the_checkpoints_and_where_it_is(tmp_path):
         x = round(accuracy.transData.transform((place, 0))[0])
         assert (frame[top + 5:bottom - 5, x - 1:x + 1].min(axis=(1, 2)) < 60).all()
     assert frames[0].shape[0] % 2 == frames[0].shape[1] % 2 == 0
+    assert "train 99% at step 100" in [text.get_text() for text in accuracy.texts]
+    late, _ = partition.film_figure(checkpoints[-1:], partition.plane_of(dataset), 100, 2)  # fitted, nobody knows when
+    assert not any("99%" in text.get_text() for text in late.axes[1].texts)
 
 
 def test_sixty_frames_full_of_lines_stay_under_three_megabytes(tmp_path, monkeypatch):
     random = np.random.default_rng(0)
 
     def noise(model, centre, axes, reach, raster):
-        return random.uniform(size=(2, raster, raster)) < 0.45, random.uniform(size=(raster, raster)) < 0.003
+        likely = np.array([1 / 2, 1 / 3, 1 / 4])[:, None, None]  # each colour is then seen as often as the others
+        return random.uniform(size=(3, raster, raster)) < likely, random.uniform(size=(raster, raster)) < 0.003
 
     monkeypatch.setattr(partition, "boundaries", noise)
     out = partition.film([save_checkpoint(tmp_path / "0.pt")] * 60, tmp_path / "film.gif")
@@ -253,4 +257,4 @@ def test_fewer_than_three_test_images_give_one_line(tmp_path, capsys):
     path = save_checkpoint(tmp_path / "0.pt", in_shape=(3, 8, 8), dataset="imagefolder", train_size=6,
                            data_dir=str(tmp_path / "images"))
     assert plot.main(["--partition", path]) == 2
-    assert "three test images" in assert_one_line(capsys)
+    assert "holds 2" in assert_one_line(capsys)
