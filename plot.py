@@ -268,10 +268,6 @@ def main(argv=None):
             raise OSError("the standard output is closed: there is nowhere to print to")
         run(args)
         sys.stdout.flush()
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python fails once more at its end
-        print("plot.py: the output was closed before all was printed", file=sys.stderr)
-        return 2
     except (ValueError, OSError) as error:
         print(f"plot.py: {error}", file=sys.stderr)
         return 2
