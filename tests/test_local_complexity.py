@@ -257,14 +257,14 @@ def test_a_softmax_is_no_layer():
 
 
 class DarkRoom(nn.Module):
-    """The identity, but not a number where the first unit is above a limit."""
+    """The identity, but the first unit is not a number where it is above a limit."""
 
     def __init__(self, limit):
         super().__init__()
         self.limit = limit
 
     def forward(self, h):
-        return torch.where(h[:, :1] > self.limit, math.nan, h)
+        return torch.cat([torch.where(h[:, :1] > self.limit, math.nan, h[:, :1]), h[:, 1:]], 1)
 
 
 @pytest.mark.parametrize("batch_size", [None, 7, 1])
@@ -283,6 +283,9 @@ def test_what_is_not_a_number_has_no_count(batch_size):
     expected = definition(with_numbers, x, 0.05, directions)
     expected[2:, 1] = -1  # 4.88 + 0.05 is above 4.9, 4.8 + 0.05 below
     assert torch.equal(local_complexity(model, x, 0.05, directions, batch_size), expected)
+    before = nn.Sequential(*(model[i] for i in (0, 1, 3, 2, 4, 5)))  # one unit of the first layer
+    expected[2:] = -1
+    assert torch.equal(local_complexity(before, x, 0.05, directions, batch_size), expected)
     first.weight.data.fill_(math.nan)
     assert (local_complexity(model, x, [0.05, 1.0], directions, batch_size) == -1).all()
 
