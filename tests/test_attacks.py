@@ -4,9 +4,11 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import SMALL, run_here
 from torch import nn
 
 import attacks
+import bench_attacks
 import data
 import models
 
@@ -561,3 +563,24 @@ def test_robust_accuracy_refuses_what_it_cannot_do(change):
     arguments["epsilons"] = [arguments.pop("epsilon")]
     with pytest.raises(ValueError):
         attacks.robust_accuracy(nn.Sequential(nn.Flatten(), nn.Linear(4, 3)), **arguments)
+
+
+def test_the_benchmark_measures_a_checkpoint(tmp_path, capsys):
+    run_here(tmp_path, *SMALL, "--n_steps=40")
+    capsys.readouterr()
+    path = str(max((tmp_path / "checkpoints").glob("*step_000000040.pt")))
+    bench_attacks.main([path, "--images=30", "--epsilons", "0.02", "8/255", "--autoattack_steps"])
+    head, _, *rows = [line.strip("| ").split("|") for line in capsys.readouterr().out.splitlines() if "|" in line]
+    cells = {row[0].strip(): dict(zip(map(str.strip, head), map(str.strip, row), strict=True)) for row in rows}
+    assert list(cells) == ["0.02", "8/255", "seconds"] and {*attacks.BUDGETS, "PGD-10 ce"} < {*cells["0.02"]}
+
+    checkpoint = torch.load(path, weights_only=True)
+    model, digits = models.load_network(checkpoint), data.load_dataset("digits")
+    x, y = data.pixels(digits.x_test[:30], torch.float32), digits.y_test[:30]
+    robust = attacks.robust_accuracy(model, x, y, [0.02, 8 / 255])
+    assert [cells[row]["default"] for row in ("0.02", "8/255")] == [f"{100 * share:.1f}" for share in robust]
+    assert cells["8/255"]["clean"] == f"{100 * accuracy(model, x, y):.1f}"
+
+    with pytest.raises(SystemExit):
+        bench_attacks.main([str(tmp_path / "none.pt")])
+    assert len(capsys.readouterr().err.splitlines()) == 1
