@@ -329,7 +329,7 @@ def main(argv=None):
             return fail("not enough memory: lower --width, --train_size, --adv_size or --lc_samples", 2)
         if not isinstance(error, (ValueError, OSError)):
             raise
-        full_disk = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
+        full_disk = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
         return fail_together(error, 1 if full_disk else 2)
     except KeyboardInterrupt:
         return fail("interrupted before the first step", 128 + signal.SIGINT)
