@@ -13,7 +13,6 @@ import machine
 import measure
 import models
 import parallel
-import plot
 import runlog
 import training
 import tuning
@@ -180,6 +179,8 @@ class Run:
         self.saved_at = time.perf_counter()
 
     def draw(self):
+        import plot  # it brings matplotlib, which a run without figures, and a short one until its end, can do without
+
         began = time.perf_counter()
         plot.draw([self.history], self.history_path.with_suffix(""))
         self.drawn_at = time.perf_counter()
