@@ -1,5 +1,6 @@
 import contextlib
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -16,6 +17,12 @@ sys.path.insert(0, str(ROOT))
 torch.set_num_threads(1)
 PATIENCE = 90  # seconds after which what a test waits for is taken not to come
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+# Processes forked from a server that has the program imported and nothing else: without the seconds of an import, and
+# without this process's OpenMP threads, for which a process forked from here would wait for ever. Up to Python 3.12 the
+# server finds modules by PYTHONPATH only.
+os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(["train", "sklearn.datasets", "conftest"])
 
 
 def pytest_configure(config):

@@ -3,7 +3,6 @@
 import functools
 import json
 import math
-import multiprocessing
 import os
 import signal
 import socket
@@ -15,16 +14,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ENVIRONMENT, PATIENCE, ROOT, SMALL, history_of, run_here, wait_for
+from conftest import ENVIRONMENT, FORKS, PATIENCE, ROOT, SMALL, history_of, run_here, wait_for
 
 import parallel
 import runlog
 
-# Processes forked from a server that has the program imported: without the seconds of an import. Up to Python 3.12 the
-# server finds modules by PYTHONPATH only.
-os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
-FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["train", "sklearn.datasets", "test_distributed"])
 STARTED = []
 # Odd sizes, so that the processes' shares differ.
 FLAGS = [*SMALL, "--adv_size=21", "--lc_samples=9"]

@@ -8,7 +8,6 @@ import gc
 import io
 import json
 import math
-import multiprocessing
 import os
 import pickle
 import random
@@ -22,7 +21,7 @@ from pathlib import Path
 import pytest
 import sklearn.datasets
 import torch
-from conftest import ENVIRONMENT, SMALL, columns, command, history_of, run_here
+from conftest import ENVIRONMENT, FORKS, SMALL, columns, command, history_of, run_here
 
 import attacks
 import losses
@@ -32,8 +31,6 @@ import run
 import runlog
 import train
 
-# Processes forked from this one: real ones to kill, without the seconds of an import.
-FORK = multiprocessing.get_context("fork")
 PATIENCE = 300  # seconds after which a process is taken to hang
 FSYNC = os.fsync
 
@@ -266,8 +263,7 @@ STARTED = "in the training loop"
 
 
 def child(folder, flags, hook, *details):
-    """What a forked process does: train.py with its output in a file; hook(*details) prepares a fault."""
-    torch.cuda.is_available = lambda: False  # CUDA cannot be used after a fork
+    """What a process does: train.py with its output in a file; hook(*details) prepares a fault."""
     train_ = train.train
     train.train = lambda run: print(STARTED, flush=True) or train_(run)
     with open(folder / "output", "a") as output:
@@ -284,7 +280,7 @@ def start(folder, *flags, hook=None, details=()):
     """Start train.py with --resume in a process of its own; what it prints goes to folder/output."""
     folder.mkdir(exist_ok=True)
     (folder / "output").write_text("")
-    process = FORK.Process(target=child, args=(folder, [*map(str, flags), "--resume"], hook, *details))
+    process = FORKS.Process(target=child, args=(folder, [*map(str, flags), "--resume"], hook, *details))
     process.start()
     return process
 
