@@ -109,7 +109,9 @@ def sign_changes(decode, layers, centers, steps, radius, batch_size):
     low, high = {}, {}
 
     def watch(layer, args):
-        z = args[0].unflatten(0, (-1, len(centers)))
+        # A reduction is fast over what lies in memory as its shape says; a convolution may put the channels last.
+        z = args[0] if args[0].is_contiguous() else args[0].movedim(1, -1)
+        z = z.unflatten(0, (-1, len(centers)))
         z_low, z_high = z.amin(0), z.amax(0)
         low[layer] = torch.minimum(low[layer], z_low) if layer in low else z_low
         high[layer] = torch.maximum(high[layer], z_high) if layer in high else z_high
