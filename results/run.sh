@@ -44,14 +44,29 @@ mnist_depth5            --dataset=mnist --n_steps=100000 --depth=5
 mnist_width50           --dataset=mnist --n_steps=100000 --width=50
 mnist_width100          --dataset=mnist --n_steps=100000 --width=100
 mnist_random_labels     --dataset=mnist --n_steps=50000 --label_noise=1
+cnn                     CIFAR --model=cnn --n_steps=100000
+cnn_exact               CIFAR --model=cnn --n_steps=100000 --loss=exact_ce
+cnn_batch_norm          CIFAR --model=cnn --n_steps=20000 --batch_norm
+cnn_batch_norm_exact    CIFAR --model=cnn --n_steps=20000 --batch_norm --loss=exact_ce
+cnn_decay               CIFAR --model=cnn --n_steps=20000 --weight_decay=0.01
+resnet18                CIFAR --model=resnet18 --n_steps=50000
+resnet18_exact          CIFAR --model=resnet18 --n_steps=50000 --loss=exact_ce
+resnet18_batch_norm     CIFAR --model=resnet18 --n_steps=20000 --batch_norm
 END
 }
 
+# CIFAR-10 as a folder of images, DATA/cifar10-images/{train,test}/CLASS/*.jpg; a tenth of it, so that a CPU gets past
+# interpolation in the first tenth of the run.
+export CIFAR="--dataset=imagefolder --train_size=5000 --width=16 --batch_size=32 --log_points=40"
+CIFAR+=" --adv_size=500 --lc_samples=128 --epsilons 0.5/255 1/255 2/255 4/255"
+
 one() {
-    read -r name flags <<<"$1"
+    read -r name flags <<<"${1/CIFAR/$CIFAR}"
+    folder=$DATA
+    [[ $flags == *=imagefolder* ]] && folder=$DATA/cifar10-images
     # shellcheck disable=SC2086  # the flags are several words
-    "$PYTHON" train.py $flags --threads=1 --products=mkl --compile=off --data_dir="$DATA" --log_dir="$RUNS/$name/logs" \
-        --save_dir="$RUNS/$name/checkpoints" --resume --quiet &&
+    "$PYTHON" train.py $flags --threads=1 --products=mkl --compile=off --data_dir="$folder" \
+        --log_dir="$RUNS/$name/logs" --save_dir="$RUNS/$name/checkpoints" --resume --quiet &&
         cp "$RUNS/$name/logs/training_history.json" "results/$name.json" && echo "$name is complete"
 }
 export -f one
