@@ -33,6 +33,8 @@ ROUNDING = 1e-9  # of a training loss: what lies below is no level to rise from
 WIDTH = 80  # columns of the summary
 # Flags that say where or how a run was computed, not what was trained or measured.
 NOT_COMPARED = runlog.MAY_CHANGE | runlog.NO_FLAG_ANY_MORE | {"log_dir", "save_dir"}
+# Flags that a figure shows without words, or that say how finely it was measured.
+NOT_IN_TITLES = NOT_COMPARED | {"epsilons", "lc_radius", "adv_size", "lc_samples", "log_points", "log_interval", "seed"}
 
 
 # ---- reading the columns --------------------------------------------------------------------------------------------
@@ -595,7 +597,7 @@ def run_title(history, flags=()):
     text += f" on {same.get('dataset', 'several data sets')}"
     if not {"dataset", "train_size"} & set(flags) and "train" in sizes:
         text += f", {sizes['train']:,} training images"
-    said = {"model", "depth", "width", "dataset", "train_size", "seed"} | NOT_COMPARED
+    said = {"model", "depth", "width", "dataset", "train_size"} | NOT_IN_TITLES
     chosen = [name for name in history.get("asked", []) if name in same and name not in said]
     return ", ".join([text, *(f"{name.replace('_', ' ')} {flag_text(same[name])}" for name in chosen)])
 
