@@ -32,7 +32,7 @@ def start(device):
         return device
     try:
         store, rank, size = next(rendezvous("env://"))
-    except dist.DistError as error:
+    except RuntimeError as error:  # PyTorch has a narrower one, dist.DistError, but up to 2.6 not for a taken port
         where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         raise ValueError(f"the processes cannot meet at {where} ({error}): set MASTER_PORT to a free port") from None
     if device.type == "cuda":

@@ -755,10 +755,10 @@ def test_only_what_the_user_chose_tells_runs_apart():
 def test_titles_say_what_was_trained_and_what_was_chosen():
     history = chosen(["loss", "depth", "adv_size", "n_steps", "log_dir", "weight_decay"], loss="mse", weight_decay=0.1,
                      adv_size="all", lr=0.001)
-    assert curves.run_title(history) == ("mlp (depth 3, width 8) on digits, 1,000 training images, loss mse, adv size "
-                                         "all, weight decay 0.1")
-    assert curves.run_title(history, ["loss", "depth"]) == ("mlp (width 8) on digits, 1,000 training images, adv size "
-                                                            "all, weight decay 0.1")
+    assert curves.run_title(history) == ("mlp (depth 3, width 8) on digits, 1,000 training images, loss mse, weight "
+                                         "decay 0.1")
+    assert curves.run_title(history, ["loss", "depth"]) == ("mlp (width 8) on digits, 1,000 training images, weight "
+                                                            "decay 0.1")
     assert curves.run_title(chosen(None, adv_size=797)) == "mlp (depth 3, width 8) on digits, 1,000 training images"
     assert curves.group_title([history], ["loss"]) == "loss\N{NO-BREAK SPACE}mse"
 
