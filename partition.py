@@ -160,7 +160,9 @@ def boundaries(model, centre, axes, reach, raster=RASTER):
         differs = (here != values[1:, :-1]) | (here != values[:-1, 1:])
         return differs.flatten(2).any(2).cpu().numpy()
 
-    for top, left in itertools.product(range(0, raster, side), repeat=2):
+    # A convolutional network takes minutes.
+    tiles = list(itertools.product(range(0, raster, side), repeat=2))
+    for top, left in tqdm(tiles, unit="tile", leave=False, disable=None, delay=2):
         v, u = ticks[top:top + side + 1], ticks[left:left + side + 1]
         shape = len(v), len(u)
         tile = np.s_[top:top + side, left:left + side]

@@ -44,14 +44,13 @@ mnist_depth5            --dataset=mnist --n_steps=100000 --depth=5
 mnist_width50           --dataset=mnist --n_steps=100000 --width=50
 mnist_width100          --dataset=mnist --n_steps=100000 --width=100
 mnist_random_labels     --dataset=mnist --n_steps=50000 --label_noise=1
-cnn                     CIFAR --model=cnn --n_steps=100000
-cnn_exact               CIFAR --model=cnn --n_steps=100000 --loss=exact_ce
-cnn_batch_norm          CIFAR --model=cnn --n_steps=20000 --batch_norm
-cnn_batch_norm_exact    CIFAR --model=cnn --n_steps=20000 --batch_norm --loss=exact_ce
-cnn_decay               CIFAR --model=cnn --n_steps=20000 --weight_decay=0.01
-resnet18                CIFAR --model=resnet18 --n_steps=50000
-resnet18_exact          CIFAR --model=resnet18 --n_steps=50000 --loss=exact_ce
-resnet18_batch_norm     CIFAR --model=resnet18 --n_steps=20000 --batch_norm
+cnn                     CIFAR --model=cnn --n_steps=100000 --weight_decay=0
+cnn_exact               CIFAR --model=cnn --n_steps=100000 --weight_decay=0 --loss=exact_ce
+cnn_decay               CIFAR --model=cnn --n_steps=100000
+cnn_batch_norm          CIFAR --model=cnn --n_steps=20000 --weight_decay=0 --batch_norm
+resnet18                CIFAR --model=resnet18 --n_steps=50000 --weight_decay=0
+resnet18_exact          CIFAR --model=resnet18 --n_steps=50000 --weight_decay=0 --loss=exact_ce
+resnet18_batch_norm     CIFAR --model=resnet18 --n_steps=20000 --weight_decay=0 --batch_norm
 END
 }
 

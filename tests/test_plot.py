@@ -307,7 +307,8 @@ def test_the_same_history_gives_the_same_files(tmp_path):
 
 
 @pytest.mark.parametrize("key, label", [("0.03", "0.03"), ("0.2", "0.2"), ("0.005", "0.005"), ("0.0313725", "8/255"),
-                                        ("0.00392157", "1/255"), ("0.0123457", "0.0123457")])
+                                        ("0.00392157", "1/255"), ("0.00196078", "0.5/255"),
+                                        ("0.0123457", "0.0123457")])
 def test_epsilons_are_written_as_a_reader_would(key, label):
     assert flags.epsilon_label(key) == label
 
