@@ -447,35 +447,47 @@ print(json.dumps(times))
 def against(other, data_dir, repeats):
     """Print how this checkout compares with another one: both in turns, on one and on all threads."""
     checkouts, cores = {"other": Path(other), "here": Path(__file__).parent}, torch.get_num_threads()
-    dataset = "mnist" if (Path(data_dir) / "MNIST" / "raw").is_dir() else "digits"
-    steps = {f"{dataset}: step of the MLP": [2000, "--model=mlp"],
-             f"{dataset}: step of the CNN, batch 64": [40, "--model=cnn", "--batch_size=64"],
-             f"{dataset}: step of ResNet-18, batch 64": [40, "--model=resnet18", "--batch_size=64"]}
-    rows = []
-    for threads in sorted({1, cores}):
-        times = {}
-        for _ in range(repeats):
-            for name, folder in checkouts.items():
-                for work, seconds in times_in(folder, threads, steps, dataset, data_dir).items():
-                    times.setdefault(work, {}).setdefault(name, []).append(seconds)
-        for work, taken in times.items():
-            ratios = [a / b for a, b in zip(taken["other"], taken["here"], strict=True)]
-            rows.append([work, str(threads), range_text(taken["other"]), range_text(taken["here"]),
-                         f"{statistics.median(ratios):.2f} ({min(ratios):.2f}–{max(ratios):.2f})"])
+    with tempfile.TemporaryDirectory() as folder:
+        write_images(Path(folder))
+        mnist = [f"--data_dir={Path(data_dir).resolve()}", "--train_size=1000",
+                 "--dataset=mnist" if (Path(data_dir) / "MNIST" / "raw").is_dir() else "--dataset=digits"]
+        images = [f"--data_dir={folder}", "--dataset=imagefolder", "--batch_size=64"]
+        steps = {"step of the MLP": [2000, "--model=mlp", *mnist],
+                 "step of the CNN, batch 64": [40, "--model=cnn", *images],
+                 "step of ResNet-18, batch 64": [40, "--model=resnet18", *images]}
+        rows = []
+        for threads in sorted({1, cores}):
+            times = {}
+            for _ in range(repeats):
+                for name, checkout in checkouts.items():
+                    for work, seconds in times_in(checkout, threads, steps).items():
+                        times.setdefault(work, {}).setdefault(name, []).append(seconds)
+            for work, taken in times.items():
+                ratios = [a / b for a, b in zip(taken["other"], taken["here"], strict=True)]
+                rows.append([work, str(threads), range_text(taken["other"]), range_text(taken["here"]),
+                             f"{statistics.median(ratios):.2f} ({min(ratios):.2f}–{max(ratios):.2f})"])
     print_markdown(["", "threads", "other", "here", "times as fast"], rows)
 
 
-def times_in(folder, threads, steps, dataset, data_dir):
+def write_images(folder):
+    """Write random colour images of CIFAR-10's size: enough to train on, few to measure on at a log step."""
+    rng = np.random.default_rng(0)
+    for split, images in (("train", 64), ("test", 2)):
+        for label in range(10):
+            (folder / split / str(label)).mkdir(parents=True)
+            for i, pixels in enumerate(rng.integers(0, 256, (images, 32, 32, 3), dtype=np.uint8)):
+                Image.fromarray(pixels).save(folder / split / str(label) / f"{i}.png")
+
+
+def times_in(checkout, threads, steps):
     """Return {work: seconds} in one checkout: WORK, and training steps as its command line makes them."""
     command = [sys.executable, "-c", WORK, str(threads)]
-    times = json.loads(subprocess.run(command, cwd=folder, check=True, capture_output=True, text=True).stdout)
+    times = json.loads(subprocess.run(command, cwd=checkout, check=True, capture_output=True, text=True).stdout)
     for name, (n, *flags) in steps.items():
         with tempfile.TemporaryDirectory() as logs:
-            subprocess.run([sys.executable, "train.py", *flags, f"--dataset={dataset}", "--train_size=1000",
-                            f"--data_dir={Path(data_dir).resolve()}", f"--threads={threads}", "--device=cpu",
-                            "--no_plot", f"--n_steps={n}", "--log_points=3", "--adv_size=1", "--lc_samples=0",
-                            "--epsilons=0.1",
-                            f"--log_dir={logs}", f"--save_dir={logs}"], cwd=folder, check=True, capture_output=True)
+            subprocess.run([sys.executable, "train.py", *flags, f"--threads={threads}", "--device=cpu", "--no_plot",
+                            f"--n_steps={n}", "--log_points=3", "--adv_size=1", "--lc_samples=0", "--epsilons=0.1",
+                            f"--log_dir={logs}", f"--save_dir={logs}"], cwd=checkout, check=True, capture_output=True)
             history = json.loads((Path(logs) / "training_history.json").read_text())
         # The log steps are 0, 1 and n; that of step 1 is taken off the time of the last.
         first, second, last = history["seconds"]
