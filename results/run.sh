@@ -2,7 +2,7 @@
 # Every experiment whose history lies in results/: runs those named, or all of them, two at a time, and copies the history
 # of each that is complete to results/NAME.json. What was interrupted continues when it is named again.
 #
-#   bash results/run.sh                      all, about four hours on two cores
+#   bash results/run.sh                      all, about eight hours on two cores
 #   bash results/run.sh mnist mnist_exact    these two
 #   JOBS=8 DATA=/scratch/data RUNS=/scratch/runs bash results/run.sh
 set -u
