@@ -254,7 +254,7 @@ def add_legend(fig, n_layers, side):
     from matplotlib.lines import Line2D
 
     colours = layer_colours(n_layers)
-    shown = range(n_layers) if n_layers <= 6 else (0, n_layers // 2, n_layers - 1)
+    shown = range(n_layers) if n_layers <= 3 else (0, n_layers // 2, n_layers - 1)  # two lines, for which there is room
     handles = [Line2D([], [], color=colours[k], lw=2, label=f"units of layer {k + 1} change sign") for k in shown]
     handles.append(Line2D([], [], color=DECISION, lw=3, label="the predicted class changes"))
     fig.legend(handles=handles, loc="lower center", ncols=2, fontsize=SMALL, frameon=False,

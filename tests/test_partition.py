@@ -87,7 +87,7 @@ def save_checkpoint(path, step=0, in_shape=(1, 8, 8), sizes=None, metrics=None, 
               "label_noise": 0.0, "depth": 3, "width": 8, "activation": "relu", "batch_norm": True, "init_scale": 1.0,
               "dtype": "float32", **changes}
     torch.manual_seed(step)
-    model = models.build_model("mlp", in_shape, 10, depth=3, width=8, batch_norm=True)
+    model = models.build_model("mlp", in_shape, 10, depth=config["depth"], width=8, batch_norm=True)
     sizes = {"train": 50, "in_shape": list(in_shape), "num_classes": 10} if sizes is None else sizes
     runlog.save_state(path, {"epoch": 0.0, "step": step, "seconds": 0.0, "logged": 1, "config": config, "sizes": sizes,
                              "model_state_dict": model.state_dict(), "optimizer_state_dict": {}, **(metrics or {})})
@@ -111,6 +111,16 @@ def test_two_checkpoints_stand_side_by_side(tmp_path):
         np.testing.assert_allclose(pixels[2:], ax.images[0].get_array().shape[:2])
         np.testing.assert_allclose(pixels, pixels.round(), atol=1e-6)
         assert min(ax.images[0].get_array().shape[:2]) >= 512
+
+
+@pytest.mark.parametrize("depth", [2, 4, 5, 7])
+def test_the_legend_lies_below_the_panels(tmp_path, monkeypatch, depth):
+    monkeypatch.setattr(partition, "RASTER", 60)
+    fig = partition.figure([save_checkpoint(tmp_path / "0.pt", depth=depth)])
+    fig.canvas.draw()
+    legend = fig.legends[0].get_window_extent()
+    assert legend.y1 <= min(ax.get_window_extent().y0 for ax in fig.axes if ax.get_title().startswith("step"))
+    assert legend.y0 >= 0
 
 
 # ---- films ----------------------------------------------------------------------------------------------------------
