@@ -486,7 +486,9 @@ def test_phases_of_the_recorded_runs(path):
     """Every MLP from PyTorch's initial weights descends, ascends and descends; from large weights it rises first."""
     expected = (["ascent", "descent"] if "large_init" in path.stem else
                 ["first descent", "ascent", "second descent"])
-    if "_exact" in path.stem or "cnn" in path.stem:  # without rounding there is no second descent
+    if path.stem == "cnn_batch_norm":
+        expected = ["ascent"]
+    elif "_exact" in path.stem or "cnn" in path.stem:  # without rounding there is no second descent
         expected = expected[:2]
     assert names(curves.total_complexity(runlog.read_history(path)))[:3] == expected
 
