@@ -488,8 +488,8 @@ def test_phases_of_the_recorded_runs(path):
                 ["first descent", "ascent", "second descent"])
     if path.stem == "cnn_batch_norm":
         expected = ["ascent"]
-    elif "_exact" in path.stem or "cnn" in path.stem:  # without rounding there is no second descent
-        expected = expected[:2]
+    elif ("_exact" in path.stem and "depth6" not in path.stem) or "cnn" in path.stem:
+        expected = expected[:2]  # without rounding there is no second descent, or it is small and undone
     assert names(curves.total_complexity(runlog.read_history(path)))[:3] == expected
 
 
