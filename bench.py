@@ -455,18 +455,23 @@ def against(other, data_dir, repeats):
         steps = {"step of the MLP": [2000, "--model=mlp", *mnist],
                  "step of the CNN, batch 64": [40, "--model=cnn", *images],
                  "step of ResNet-18, batch 64": [40, "--model=resnet18", *images]}
-        rows = []
-        for threads in sorted({1, cores}):
-            times = {}
-            for _ in range(repeats):
-                for name, checkout in checkouts.items():
-                    for work, seconds in times_in(checkout, threads, steps).items():
-                        times.setdefault(work, {}).setdefault(name, []).append(seconds)
-            for work, taken in times.items():
-                ratios = [a / b for a, b in zip(taken["other"], taken["here"], strict=True)]
-                rows.append([work, str(threads), range_text(taken["other"]), range_text(taken["here"]),
-                             f"{statistics.median(ratios):.2f} ({min(ratios):.2f}–{max(ratios):.2f})"])
+        rows = [row for threads in sorted({1, cores}) for row in compared(checkouts, threads, steps, repeats)]
     print_markdown(["", "threads", "other", "here", "times as fast"], rows)
+
+
+def compared(checkouts, threads, steps, repeats):
+    """Return the rows of one number of threads: the two checkouts' times, in turns, and the turns' ratios."""
+    times = {}
+    for _ in range(repeats):
+        for name, checkout in checkouts.items():
+            for work, seconds in times_in(checkout, threads, steps).items():
+                times.setdefault(work, {}).setdefault(name, []).append(seconds)
+    rows = []
+    for work, taken in times.items():
+        ratios = [a / b for a, b in zip(taken["other"], taken["here"], strict=True)]
+        rows.append([work, str(threads), range_text(taken["other"]), range_text(taken["here"]),
+                     f"{statistics.median(ratios):.2f} ({min(ratios):.2f}–{max(ratios):.2f})"])
+    return rows
 
 
 def write_images(folder):

@@ -263,7 +263,7 @@ STARTED = "in the training loop"
 
 
 def child(folder, flags, hook, *details):
-    """What a process does: train.py with its output in a file; hook(*details) prepares a fault."""
+    """What a started process does: train.py with its output in a file; hook(*details) prepares a fault."""
     train_ = train.train
     train.train = lambda run: print(STARTED, flush=True) or train_(run)
     with open(folder / "output", "a") as output:
