@@ -23,7 +23,7 @@ import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 
 import runlog
-from flags import epsilon_label
+from flags import epsilon_label, history_key
 
 INTERPOLATION = 0.99  # training accuracy from which on the training set counts as fitted
 HOLD = 3  # consecutive log points for which a level must last
@@ -572,10 +572,18 @@ def differing_flags(histories, also_same=()):
             and len({json.dumps(history["config"].get(name)) for history in histories}) > 1]
 
 
-def flag_text(value):
+def flag_text(name, value, between=" "):
+    """A flag's value as one writes it: an epsilon of 0.0313725 as 8/255."""
     if isinstance(value, list):
-        return " ".join(map(flag_text, value))
+        return between.join(flag_text(name, entry) for entry in value)
+    if name == "epsilons" and value is not None:
+        return epsilon_label(history_key(value))
     return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def in_title(name, value):
+    """A flag and its value in words that no line break parts."""
+    return f"{name.replace('_', ' ')} {flag_text(name, value)}".replace(" ", "\N{NBSP}")
 
 
 def short_names(paths):
@@ -599,14 +607,13 @@ def run_title(history, flags=()):
         text += f", {sizes['train']:,} training images"
     said = {"model", "depth", "width", "dataset", "train_size"} | NOT_IN_TITLES
     chosen = [name for name in history.get("asked", []) if name in same and name not in said]
-    return ", ".join([text, *(f"{name.replace('_', ' ')} {flag_text(same[name])}" for name in chosen)])
+    return ", ".join([text, *(in_title(name, same[name]) for name in chosen)])
 
 
 def group_title(group, flags):
     """What sets this group off from the others, in lines that a small panel has room for."""
     config = group[0]["config"]
-    pairs = [f"{flag.replace('_', ' ')} {flag_text(config.get(flag))}" for flag in flags]
-    return textwrap.fill(", ".join(pair.replace(" ", "\N{NO-BREAK SPACE}") for pair in pairs), 42)
+    return textwrap.fill(", ".join(in_title(flag, config.get(flag)) for flag in flags), 42)
 
 
 def runs_text(group):
@@ -684,7 +691,7 @@ def table(histories, names=None):
     flags = differing_flags(histories)
     rows = [["run", *flags, "steps", "train", "test", "99% at", "ε", "robust", "end", "delay", "adv", "end", "delay",
              "LC min", "max"]]
-    rows += [[name, *(flag_text(history["config"].get(flag)) for flag in flags), *table_row(history)]
+    rows += [[name, *(flag_text(flag, history["config"].get(flag)) for flag in flags), *table_row(history)]
              for name, history in zip(names, histories, strict=True)]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join("  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows)
@@ -756,12 +763,9 @@ def chosen_flags(group, usual):
 
 def command_flags(config, names):
     """These flags as one writes them: '--depth=2 --batch_norm'."""
-    def word(name, value):
-        if isinstance(value, list):
-            value = ",".join(map(flag_text, value))
-        return f"--{name}" if value is True else f"--{name}={flag_text(value)}"
-
-    return " ".join(word(name, config[name]) for name in names if config.get(name) not in (None, False))
+    given = {name: config[name] for name in names if not (config.get(name) is None or config[name] is False)}
+    return " ".join(f"--{name}" if value is True else f"--{name}={flag_text(name, value, between=',')}"
+                    for name, value in given.items())
 
 
 def spread_text(values, form="{:.1%}"):

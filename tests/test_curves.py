@@ -758,12 +758,24 @@ def test_only_what_the_user_chose_tells_runs_apart():
 def test_titles_say_what_was_trained_and_what_was_chosen():
     history = chosen(["loss", "depth", "adv_size", "n_steps", "log_dir", "weight_decay"], loss="mse", weight_decay=0.1,
                      adv_size="all", lr=0.001)
-    assert curves.run_title(history) == ("mlp (depth 3, width 8) on digits, 1,000 training images, loss mse, weight "
-                                         "decay 0.1")
-    assert curves.run_title(history, ["loss", "depth"]) == ("mlp (width 8) on digits, 1,000 training images, weight "
-                                                            "decay 0.1")
+    assert curves.run_title(history) == ("mlp (depth 3, width 8) on digits, 1,000 training images, loss\N{NBSP}mse, "
+                                         "weight\N{NBSP}decay\N{NBSP}0.1")
+    assert curves.run_title(history, ["loss", "depth"]) == ("mlp (width 8) on digits, 1,000 training images, "
+                                                            "weight\N{NBSP}decay\N{NBSP}0.1")
     assert curves.run_title(chosen(None, adv_size=797)) == "mlp (depth 3, width 8) on digits, 1,000 training images"
-    assert curves.group_title([history], ["loss"]) == "loss\N{NO-BREAK SPACE}mse"
+    assert curves.group_title([history], ["loss"]) == "loss\N{NBSP}mse"
+
+
+def test_flags_are_written_as_they_are_given():
+    config = {"depth": 2, "batch_norm": True, "weight_decay": 0.0, "cuda_graph": False, "train_size": None}
+    assert curves.command_flags(config, list(config)) == "--depth=2 --batch_norm --weight_decay=0"
+
+
+def test_an_epsilon_is_written_in_pixel_levels_where_it_is_one():
+    config = {"epsilons": [0.5 / 255, 0.03, 8 / 255], "lc_radius": [0.005, 0.0313725]}
+    assert curves.command_flags(config, list(config)) == "--epsilons=0.5/255,0.03,8/255 --lc_radius=0.005,0.0313725"
+    history = chosen(["epsilons"], epsilons=config["epsilons"])
+    assert curves.group_title([history], ["epsilons"]) == "epsilons\N{NBSP}0.5/255\N{NBSP}0.03\N{NBSP}8/255"
 
 
 def test_runs_that_are_not_at_the_end_are_counted():
