@@ -1,0 +1,39 @@
+#!/usr/bin/env bash
+# Draws the figures of results/README.md: from the histories beside it, and, where it is named, a picture of the partition,
+# from the checkpoints that results/run.sh left in RUNS.
+#
+#   bash results/figures.sh                     all of the histories
+#   bash results/figures.sh depth variants      these two
+#   RUNS=/scratch/runs bash results/figures.sh partition mnist_partition cnn_partition
+set -euo pipefail
+cd "$(dirname "$0")/.."
+named=" $* "
+
+curves() {  # the figure's name, the histories' names
+    local name=$1
+    shift
+    if [[ $named == "  " || $named == *" $name "* ]]; then
+        (cd results && "${PYTHON:-python}" ../plot.py "${@/%/.json}" --out="$name")
+    fi
+}
+
+partition() {  # the figure's name, the run's, the checkpoints' steps
+    if [[ $named == *" ${1%.*} "* ]]; then
+        "${PYTHON:-python}" plot.py --out="results/$1" --partition \
+            $(printf "${RUNS:-runs/results}/$2/checkpoints/checkpoint_*_step_%s.pt " "${@:3}")
+    fi
+}
+
+curves first first
+curves rounding mnist mnist_seed1 mnist_seed2 mnist_seed3 mnist_exact mnist_exact_seed1 mnist_exact_seed2 mnist_exact_seed3
+curves precision mnist mnist_exact mnist_float64 mnist_exact_eps
+curves remedies mnist_stablemax mnist_orthogonal
+curves depth mnist_depth2 mnist_depth2_exact mnist_depth6 mnist_depth6_exact
+curves variants mnist_adam mnist_adam_exact mnist_batch_norm mnist_batch_norm_exact
+curves digits digits digits_exact
+curves large_init digits_large_init mnist_large_init
+curves cnn cnn cnn_exact cnn_decay cnn_batch_norm
+
+partition partition.gif first '*'
+partition mnist_partition mnist_large_init 000005172 000027368 000100000
+partition cnn_partition cnn_decay 000009679 000100000
