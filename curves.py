@@ -583,7 +583,9 @@ def flag_text(name, value, between=" "):
 
 def in_title(name, value):
     """A flag and its value in words that no line break parts."""
-    return f"{name.replace('_', ' ')} {flag_text(name, value)}".replace(" ", "\N{NBSP}")
+    words = name.replace("_", " ")
+    text = {True: words, False: f"no {words}"}[value] if isinstance(value, bool) else f"{words} {flag_text(name, value)}"
+    return text.replace(" ", "\N{NBSP}")
 
 
 def short_names(paths):

@@ -765,6 +765,9 @@ def test_titles_say_what_was_trained_and_what_was_chosen():
                                                             "weight\N{NBSP}decay\N{NBSP}0.1")
     assert curves.run_title(chosen(None, adv_size=797)) == "mlp (depth 3, width 8) on digits, 1,000 training images"
     assert curves.group_title([history], ["loss"]) == "loss\N{NBSP}mse"
+    history["config"] |= {"batch_norm": True, "orthogonal_gradient": False}
+    assert (curves.group_title([history], ["batch_norm", "orthogonal_gradient"])
+            == "batch\N{NBSP}norm, no\N{NBSP}orthogonal\N{NBSP}gradient")
 
 
 def test_flags_are_written_as_they_are_given():
