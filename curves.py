@@ -584,8 +584,11 @@ def flag_text(name, value, between=" "):
 def in_title(name, value):
     """A flag and its value in words that no line break parts."""
     words = name.replace("_", " ")
-    text = {True: words, False: f"no {words}"}[value] if isinstance(value, bool) else f"{words} {flag_text(name, value)}"
-    return text.replace(" ", "\N{NBSP}")
+    if isinstance(value, bool):
+        words = words if value else f"no {words}"
+    else:
+        words = f"{words} {flag_text(name, value)}"
+    return words.replace(" ", "\N{NBSP}")
 
 
 def short_names(paths):

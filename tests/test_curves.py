@@ -490,7 +490,7 @@ PHASES = {**dict.fromkeys(["digits_large_init", "mnist_large_init"], ["ascent", 
 
 @pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.stem)
 def test_phases_of_the_recorded_runs(path):
-    """With rounding, or at depth 6, an MLP from PyTorch's weights descends, ascends and descends; otherwise see above."""
+    """With rounding, or at depth 6, an MLP from PyTorch's weights descends, ascends, descends; otherwise see above."""
     expected = PHASES.get(path.stem, [*FALLS_RISES, "second descent"])
     assert names(curves.total_complexity(runlog.read_history(path)))[:3] == expected
 
