@@ -54,8 +54,8 @@ resnet18_batch_norm     CIFAR --model=resnet18 --n_steps=20000 --weight_decay=0 
 END
 }
 
-# CIFAR-10 as a folder of images, DATA/cifar10-images/{train,test}/CLASS/*.jpg; a tenth of it, so that a CPU gets past
-# interpolation in the first tenth of the run.
+# CIFAR-10 as a folder of images, DATA/cifar10-images/{train,test}/CLASS/*.jpg; a tenth of it, so that a CPU gets well
+# past interpolation.
 export CIFAR="--dataset=imagefolder --train_size=5000 --width=16 --batch_size=32 --log_points=40"
 CIFAR+=" --adv_size=500 --lc_samples=128 --epsilons 0.5/255 1/255 2/255 4/255"
 
