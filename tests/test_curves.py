@@ -484,7 +484,8 @@ def test_smoothing_removes_what_is_shorter_than_three_points_and_nothing_else(va
 FALLS_RISES = ["first descent", "ascent"]
 PHASES = {**dict.fromkeys(["digits_large_init", "mnist_large_init"], ["ascent", "descent"]),
           **dict.fromkeys(["digits_exact", "mnist_exact", "mnist_exact_seed1", "mnist_exact_seed2", "mnist_exact_seed3",
-                           "mnist_exact_eps", "mnist_depth2_exact", "mnist_float64", "cnn", "cnn_decay"], FALLS_RISES),
+                           "mnist_exact_eps", "mnist_depth2_exact", "mnist_batch_norm_exact", "mnist_float64", "cnn",
+                           "cnn_exact", "cnn_decay"], FALLS_RISES),
           "cnn_batch_norm": ["ascent"]}
 
 
