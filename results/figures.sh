@@ -30,6 +30,7 @@ curves precision mnist mnist_exact mnist_float64 mnist_exact_eps
 curves remedies mnist_stablemax mnist_orthogonal
 curves depth mnist_depth2 mnist_depth2_exact mnist_depth6 mnist_depth6_exact
 curves variants mnist_adam mnist_adam_exact mnist_batch_norm mnist_batch_norm_exact
+curves width mnist_width50 mnist_width100 mnist
 curves digits digits digits_exact
 curves large_init digits_large_init mnist_large_init
 curves cnn cnn cnn_exact cnn_decay cnn_batch_norm
