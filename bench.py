@@ -350,11 +350,15 @@ def instrument_rows(device, repeats, seconds):
          f"{ratio(lc, times['bare']):.2f} × the vertices' forward passes alone"]]
 
 
+def mnist_or_digits(data_dir):
+    """Return the flags of MNIST if it lies in data_dir, else those of digits, which needs no files."""
+    dataset = "mnist" if (Path(data_dir) / "MNIST" / "raw").is_dir() else "digits"
+    return [f"--dataset={dataset}", f"--data_dir={Path(data_dir).resolve()}"]
+
+
 def process_rows(data_dir, device):
     """Return the rows of a run as a process: its time from the command to the first table row, its peak memory."""
-    mnist = (Path(data_dir) / "MNIST" / "raw").is_dir()
-    flags = [f"--dataset={'mnist' if mnist else 'digits'}", f"--data_dir={Path(data_dir).resolve()}",
-             f"--device={device}", "--n_steps=50", "--log_points=3"]
+    flags = [*mnist_or_digits(data_dir), f"--device={device}", "--n_steps=50", "--log_points=3"]
     program = "import sys, torch, train; train.main(sys.argv[1:]); print('reserved', torch.cuda.max_memory_reserved())"
     with tempfile.TemporaryDirectory() as folder:
         start = time.perf_counter()
@@ -371,7 +375,7 @@ def process_rows(data_dir, device):
     memory = {"process": resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20}
     if device.type == "cuda":
         memory["device"] = reserved
-    name = "MNIST MLP" if mnist else "digits MLP"
+    name = "MNIST MLP" if "--dataset=mnist" in flags else "digits MLP"
     return [[f"{name}: from the command to the end of the first log step", time_text(first), *["-"] * 4],
             *[[f"{name}: peak memory of the {whose}", f"{size:.2f} GB", *["-"] * 4] for whose, size in memory.items()]]
 
@@ -449,10 +453,8 @@ def against(other, data_dir, repeats):
     checkouts, cores = {"other": Path(other), "here": Path(__file__).parent}, torch.get_num_threads()
     with tempfile.TemporaryDirectory() as folder:
         write_images(Path(folder))
-        mnist = [f"--data_dir={Path(data_dir).resolve()}", "--train_size=1000",
-                 "--dataset=mnist" if (Path(data_dir) / "MNIST" / "raw").is_dir() else "--dataset=digits"]
-        images = [f"--data_dir={folder}", "--dataset=imagefolder", "--batch_size=64"]
-        steps = {"step of the MLP": [2000, "--model=mlp", *mnist],
+        images = ["--dataset=imagefolder", f"--data_dir={folder}", "--batch_size=64"]
+        steps = {"step of the MLP": [2000, "--model=mlp", *mnist_or_digits(data_dir), "--train_size=1000"],
                  "step of the CNN, batch 64": [40, "--model=cnn", *images],
                  "step of ResNet-18, batch 64": [40, "--model=resnet18", *images]}
         rows = [row for threads in sorted({1, cores}) for row in compared(checkouts, threads, steps, repeats)]

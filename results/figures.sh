@@ -8,6 +8,10 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 named=" $* "
+for name in "$@"; do
+    grep -qE "^(curves|partition) $name(\.gif)? " results/figures.sh ||
+        { echo "results/figures.sh: no figure is named $name" >&2; exit 2; }
+done
 
 curves() {  # the figure's name, the histories' names
     local name=$1
