@@ -50,7 +50,7 @@ cnn_decay               CIFAR --model=cnn --n_steps=100000
 cnn_batch_norm          CIFAR --model=cnn --n_steps=20000 --weight_decay=0 --batch_norm
 resnet18                CIFAR --model=resnet18 --n_steps=50000 --weight_decay=0
 resnet18_exact          CIFAR --model=resnet18 --n_steps=50000 --weight_decay=0 --loss=exact_ce
-resnet18_batch_norm     CIFAR --model=resnet18 --n_steps=20000 --weight_decay=0 --batch_norm
+resnet18_batch_norm     CIFAR --model=resnet18 --n_steps=20000 --weight_decay=0 --batch_norm --log_points=25
 END
 }
 
