@@ -48,7 +48,7 @@ COLOUR_EPSILONS = [1 / 255, 2 / 255, 4 / 255, 8 / 255]
 
 def build_parser():
     parser = flags.OneLineParser(prog="train.py", description=__doc__.split("\n\n")[1], allow_abbrev=False,
-                           epilog="More in README.md.")
+                                    epilog="More in README.md.")
 
     group = parser.add_argument_group("the network")
     group.add_argument("--model", default="mlp", choices=list(models.MODELS), help="(default mlp)")
