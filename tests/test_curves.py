@@ -486,7 +486,7 @@ PHASES = {**dict.fromkeys(["digits_large_init", "mnist_large_init"], ["ascent", 
           **dict.fromkeys(["digits_exact", "mnist_exact", "mnist_exact_seed1", "mnist_exact_seed2", "mnist_exact_seed3",
                            "mnist_exact_eps", "mnist_depth2_exact", "mnist_batch_norm_exact", "mnist_float64",
                            "mnist_float64_seed1", "cnn", "cnn_exact", "cnn_decay"], FALLS_RISES),
-          "cnn_batch_norm": ["ascent"]}
+          **dict.fromkeys(["cnn_batch_norm", "resnet18_batch_norm"], ["ascent"])}
 
 
 @pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.stem)
