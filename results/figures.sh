@@ -31,6 +31,7 @@ partition() {  # the figure's name, the run's, the checkpoints' steps
 curves first first
 curves rounding mnist mnist_seed1 mnist_seed2 mnist_seed3 mnist_exact mnist_exact_seed1 mnist_exact_seed2 mnist_exact_seed3
 curves precision mnist mnist_exact mnist_float64 mnist_exact_eps
+curves long mnist_long mnist_long_exact
 curves remedies mnist_stablemax mnist_orthogonal
 curves depth mnist_depth2 mnist_depth2_exact mnist_depth6 mnist_depth6_exact
 curves variants mnist_adam mnist_adam_exact mnist_batch_norm mnist_batch_norm_exact
@@ -38,6 +39,7 @@ curves width mnist_width50 mnist_width100 mnist
 curves digits digits digits_exact
 curves large_init digits_large_init mnist_large_init
 curves cnn cnn cnn_exact cnn_decay cnn_batch_norm
+curves resnet18 resnet18 resnet18_batch_norm
 
 partition partition.gif first '*'
 partition mnist_partition mnist_large_init 000005172 000027368 000100000

@@ -485,8 +485,9 @@ FALLS_RISES = ["first descent", "ascent"]
 PHASES = {**dict.fromkeys(["digits_large_init", "mnist_large_init"], ["ascent", "descent"]),
           **dict.fromkeys(["digits_exact", "mnist_exact", "mnist_exact_seed1", "mnist_exact_seed2", "mnist_exact_seed3",
                            "mnist_exact_eps", "mnist_depth2_exact", "mnist_batch_norm_exact", "mnist_float64",
-                           "mnist_float64_seed1", "cnn", "cnn_exact", "cnn_decay"], FALLS_RISES),
-          **dict.fromkeys(["cnn_batch_norm", "resnet18_batch_norm"], ["ascent"])}
+                           "mnist_float64_seed1", "mnist_long_exact", "cnn", "cnn_exact", "cnn_decay"], FALLS_RISES),
+          **dict.fromkeys(["cnn_batch_norm", "resnet18_batch_norm"], ["ascent"]),
+          "resnet18": ["first descent"]}
 
 
 @pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.stem)
@@ -540,6 +541,7 @@ def test_what_is_no_outbreak():
 
 @pytest.mark.parametrize("name, steps", [("mnist", [18_900, 39_630, 47_689, 57_387, 83_101]), ("mnist_exact", []),
                                          ("mnist_float64", []), ("mnist_float64_seed1", []),
+                                         ("mnist_long_exact", []), ("resnet18", [29_222, 50_000]),
                                          ("mnist_depth2", [22_743, 47_689, 83_101, 100_000])])
 def test_outbreaks_of_the_recorded_runs(name, steps):
     history = runlog.read_history(ROOT / "results" / f"{name}.json")
