@@ -2,7 +2,7 @@
 # Every experiment whose history lies in results/: runs those named, or all of them, two at a time, and copies the history
 # of each that is complete to results/NAME.json. What was interrupted continues when it is named again.
 #
-#   bash results/run.sh                      all, about eight hours on two cores
+#   bash results/run.sh                      all, about twelve hours on two cores
 #   bash results/run.sh mnist mnist_exact    these two
 #   JOBS=8 DATA=/scratch/data RUNS=/scratch/runs bash results/run.sh
 set -u
@@ -49,7 +49,6 @@ cnn_exact               CIFAR --model=cnn --n_steps=100000 --weight_decay=0 --lo
 cnn_decay               CIFAR --model=cnn --n_steps=100000
 cnn_batch_norm          CIFAR --model=cnn --n_steps=20000 --weight_decay=0 --batch_norm
 resnet18                CIFAR --model=resnet18 --n_steps=50000 --weight_decay=0
-resnet18_exact          CIFAR --model=resnet18 --n_steps=50000 --weight_decay=0 --loss=exact_ce
 resnet18_batch_norm     CIFAR --model=resnet18 --n_steps=20000 --weight_decay=0 --batch_norm --log_points=25
 END
 }
