@@ -22,24 +22,28 @@ DEFAULT_BUDGET = "default"
 PATIENCE = 2
 
 
-def pgd(model, x, y, epsilon, steps=10, step_size=None, restarts=1, objective="exact", seed=0, starts=None):
+def pgd(model, x, y, epsilon, steps=10, step_size=None, restarts=1, objective="exact", seed=0, starts=None,
+        start="random"):
     """Return adversarial images, shaped like x: l-infinity projected gradient ascent (Madry et al. 2018,
-    arXiv:1706.06083) from a random point of the ball, clipped to [0, 1], last iterate.
+    arXiv:1706.06083), clipped to [0, 1], last iterate.
 
     x: images (N, ...) in [0, 1], in the model's dtype; y: true classes (N,); epsilon: radius in pixel units.
     step_size: in pixel units, by default 2.5 * epsilon / steps. restarts: for each image the last iterate that is the
     most misclassified of this many runs. starts: (restarts, N, ...), uniform in [-1, 1], the random points in units
-    of epsilon; drawn from `seed` if not given.
+    of epsilon; drawn from `seed` if not given. start: "random" begins at a random point of the ball, "image" at
+    x itself; where the gradient at x is exactly zero, an attack that begins there never moves.
 
     objective "exact" ascends u = logsumexp over j != y of z_j, minus z_y: the log-odds of being wrong. Cross-entropy
     is softplus(u), so both have the same ascent direction; but in float32 the gradient of cross-entropy, which is
     objective "ce", loses the true logit's term and then vanishes once the softmax rounds to 1.
 
     Raises ValueError for an epsilon or step_size that is negative or not finite, steps or restarts below 1, an
-    unknown objective, images outside [0, 1], and shapes that do not agree.
+    unknown objective or start, images outside [0, 1], and shapes that do not agree.
     """
     check_images(x, y)
     check_radius("epsilon", epsilon)
+    if start not in ("random", "image"):
+        raise ValueError(f"unknown start '{start}': choose 'random' or 'image'")
     if objective not in ("exact", "ce"):
         raise ValueError(f"unknown objective '{objective}': choose 'exact' or 'ce'")
     if steps < 1 or restarts < 1:
@@ -47,7 +51,9 @@ def pgd(model, x, y, epsilon, steps=10, step_size=None, restarts=1, objective="e
     step_size = 2.5 * epsilon / steps if step_size is None else step_size
     check_radius("step_size", step_size)
     shape = (restarts, *x.shape)
-    if starts is None:
+    if start == "image":
+        starts = torch.zeros(shape)
+    elif starts is None:
         starts = torch.empty(shape).uniform_(-1, 1, generator=torch.Generator().manual_seed(seed))
     elif starts.shape != shape:
         raise ValueError(f"starts must have the shape (restarts, *x.shape) = {shape}, not {tuple(starts.shape)}")
@@ -56,8 +62,8 @@ def pgd(model, x, y, epsilon, steps=10, step_size=None, restarts=1, objective="e
     low, high = ball(x, epsilon)
     direction = torch.empty_like(x)
     with evaluating(model), torch.enable_grad():
-        for start in starts.to(x):
-            x_adv = torch.add(x, start, alpha=epsilon).clamp_(low, high)
+        for offset in starts.to(x):
+            x_adv = torch.add(x, offset, alpha=epsilon).clamp_(low, high)
             for _ in range(steps):
                 x_adv.requires_grad_()
                 logits = model(x_adv)
@@ -78,6 +84,17 @@ def pgd(model, x, y, epsilon, steps=10, step_size=None, restarts=1, objective="e
             best = torch.where(like_images(worse, x), x_adv, best)
             best_excess = torch.where(worse, excess, best_excess)
     return best
+
+
+def zero_gradient(model, x, y):
+    """Return whether cross-entropy, as PyTorch computes it, has an input gradient of exactly zero at x, bool (N,).
+
+    x and y as in pgd. There PGD from the image itself does not move, and the image counts as robust.
+    """
+    with evaluating(model), torch.enable_grad():
+        x = x.detach().requires_grad_()
+        gradient, = torch.autograd.grad(F.cross_entropy(model(x), y, reduction="sum"), x)
+    return (gradient == 0).flatten(1).all(1)
 
 
 def robust_accuracy(model, x, y, epsilons, steps=10, budget=DEFAULT_BUDGET, batch_size=None):

@@ -42,6 +42,14 @@ def parse_epsilon(text):
     return value
 
 
+def step_size(text):
+    """Return the float above 0 that "0.01" or "0.8/255" says."""
+    value = parse_epsilon(text)
+    if value == 0:
+        raise argparse.ArgumentTypeError("a step of 0 does not move")
+    return value
+
+
 def history_key(value):
     """Return the name of an epsilon or a radius in the history: six digits."""
     return f"{value:.6g}"

@@ -97,9 +97,10 @@ def clean(model, dataset, probes, config, batch_size, progress):
 
 def under_attack(model, dataset, probes, config, batch_size, progress):
     """adv_acc, the paper's measure (PGD on cross-entropy as PyTorch computes it, last iterate); robust_acc, from the
-    rank of each image; saturated, the share of the attacked images on which the softmax rounds to exactly 1."""
+    rank of each image; saturated, the share of the attacked images on which the softmax rounds to exactly 1;
+    zero_gradient, the share whose input gradient of cross-entropy is exactly zero."""
     n, epsilons = attacked(config, dataset), config.epsilons
-    withstood, ranks, saturated = [], [], []
+    withstood, ranks, saturated, zero = [], [], [], []
     for start in range(0, len(probes.labels), batch_size):
         part = slice(start, start + batch_size)
         x, y, starts = probes.images[part], probes.labels[part], probes.starts[:, part]
@@ -107,7 +108,9 @@ def under_attack(model, dataset, probes, config, batch_size, progress):
         for i, epsilon in enumerate(epsilons):
             progress("PGD on cross-entropy", (start + i / len(epsilons) * len(y)) / len(probes.labels))
             last_iterates.append(attacks.pgd(model, x, y, epsilon, config.pgd_steps, config.pgd_step_size,
-                                             config.pgd_restarts, objective="ce", starts=starts))
+                                             config.pgd_restarts, objective="ce", starts=starts,
+                                             start=config.pgd_start))
+        zero.append(attacks.zero_gradient(model, x, y))
         with torch.inference_mode():
             withstood.append(torch.stack([attacks.correct(model(x_adv), y) for x_adv in last_iterates], dim=1))
             saturated.append(model(x).softmax(1).amax(1) == 1)
@@ -115,14 +118,16 @@ def under_attack(model, dataset, probes, config, batch_size, progress):
         with products.by_mkl(model):  # the batch shrinks from step to step, and oneDNN prepares code for each size
             ranks.append(attacks.ranks(model, x, y, epsilons, config.pgd_steps, config.robust_budget))
 
-    outcomes = torch.cat([torch.cat(ranks)[:, None], torch.cat(saturated)[:, None], torch.cat(withstood)], dim=1)
-    rank, saturated, *withstood = parallel.gathered(outcomes, n).T
+    outcomes = torch.cat([torch.stack([torch.cat(ranks), torch.cat(saturated), torch.cat(zero)], dim=1),
+                          torch.cat(withstood)], dim=1)
+    rank, saturated, zero, *withstood = parallel.gathered(outcomes, n).T
     keys, radii = [*map(history_key, epsilons)], sorted({0.0, *epsilons})
     return {
         "adv_acc": {key: column.sum().item() / n for key, column in zip(keys, withstood, strict=True)},
         "robust_acc": {key: (rank > radii.index(epsilon)).sum().item() / n
                        for key, epsilon in zip(keys, epsilons, strict=True)},
         "saturated": saturated.sum().item() / n,
+        "zero_gradient": zero.sum().item() / n,
         "outcomes": {"robust": (48 + rank).to(torch.uint8).cpu().numpy().tobytes().decode("latin-1"),
                      "adv": {key: hex_of(column) for key, column in zip(keys, withstood, strict=True)}}}
 
@@ -202,6 +207,10 @@ def default_eval_batch_size(model, in_shape):
 def remarks(row, config):
     """Return {kind: line} of what a reader of this row should know; a run gives each kind once."""
     found = {}
+    if row["zero_gradient"] > 0.01:
+        found["zero gradient"] = (
+            f"on {100 * row['zero_gradient']:.0f}% of the attacked images the input gradient of cross-entropy is "
+            "exactly zero: PGD that starts at the image never moves and counts them as robust; trust robust_acc")
     gap, epsilon = max((adv - row["robust_acc"][key], key) for key, adv in row["adv_acc"].items())
     if gap > 0.05:
         gap = f"adv_acc exceeds robust_acc by {100 * gap:.0f} points at epsilon {epsilon}"

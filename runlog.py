@@ -152,7 +152,8 @@ BESIDE = {"version": count, "config": mapping, "asked": [text], "derived": mappi
 COLUMNS = {"step": rising, "epoch": [number], "train_loss": [number], "train_acc": [number], "test_loss": [number],
            "test_acc": [number], "adv_acc": {numeral: [number]}, "robust_acc": {numeral: [number]},
            "local_complexity": {text: {numeral: [[number]]}}, "weight_norm": [number], "seconds": [number]}
-NEWER_COLUMNS = {"saturated": [number], "train_saturated": [number], "max_batch_loss": [number],
+NEWER_COLUMNS = {"saturated": [number], "zero_gradient": [number], "train_saturated": [number],
+                 "max_batch_loss": [number],
                  "outcomes": {"test": [hexadecimal], "robust": [text], "adv": {numeral: [hexadecimal]}}}
 CHECKPOINT = {"epoch": number, "step": count, "seconds": number, "logged": count, "config": mapping, "sizes": mapping,
               "model_state_dict": {text: tensor}, "optimizer_state_dict": mapping}

@@ -111,6 +111,9 @@ def build_parser():
     group = parser.add_argument_group("the log steps")
     group.add_argument("--log_points", type=flags.number(int, low=3), default=60, metavar="N",
                        help="log steps, spaced evenly in log(step), the first and the last among them (default 60)")
+    group.add_argument("--log_from", type=flags.number(int, low=1), default=1, metavar="N",
+                       help="first log step after step 0; the log points are spaced evenly in log(step) from there "
+                            "(default 1)")
     group.add_argument("--log_interval", type=flags.number(int, low=1), metavar="N",
                        help="log every N epochs, in place of --log_points")
     group.add_argument("--epsilons", type=flags.listed(flags.parse_epsilon), nargs="+", metavar="EPS",
@@ -119,8 +122,13 @@ def build_parser():
     group.add_argument("--pgd_steps", type=flags.number(int, low=1), default=10, metavar="N",
                        help="iterations of the attack behind adv_acc; the most toward one class behind robust_acc "
                             "(default 10)")
-    group.add_argument("--pgd_step_size", type=flags.number(float, above=0), metavar="X",
-                       help="step of the attack behind adv_acc in pixel units (default 2.5 epsilon / steps)")
+    group.add_argument("--pgd_step_size", type=flags.step_size, metavar="X",
+                       help="step of the attack behind adv_acc in pixel units, such as 0.01 or 0.8/255 (default "
+                            "2.5 epsilon / steps)")
+    group.add_argument("--pgd_start", default="random", choices=["random", "image"],
+                       help="where the attack behind adv_acc starts: at a random point of the ball, or at the image "
+                            "itself, as in the authors' code; there it never moves if the gradient is exactly zero "
+                            "(default random)")
     group.add_argument("--pgd_restarts", type=flags.number(int, low=1), default=1, metavar="N",
                        help="random starts of the attack behind adv_acc; the worst counts (default 1)")
     group.add_argument("--adv_size", type=flags.count_or("all"), default=1000, metavar="N|all",
@@ -218,6 +226,8 @@ def complete(args, dataset, device):
     for flag in ("adv_size", "lc_samples"):
         if 0 < getattr(config, flag) < size:
             raise ValueError(f"--{flag}={getattr(config, flag)} is less than one for each of {size} processes")
+    if args.pgd_start == "image" and args.pgd_restarts > 1:
+        raise ValueError("--pgd_restarts needs random starts: from the image itself every attack is the same")
     if args.lc_samples and args.lc_directions > features:
         raise ValueError(f"--lc_directions={args.lc_directions}: images of {features} values have no more directions")
     images_of = {"lc_samples": args.lc_samples, "pgd_restarts": args.pgd_restarts * measure.attacked(config, dataset)}
@@ -236,13 +246,13 @@ def load_data(args):
 
 # ---- the loop -------------------------------------------------------------------------------------------------------
 
-def log_schedule(n_steps, log_points):
-    """Return the log steps: log_points whole numbers from 0 to n_steps, evenly spaced in log(step) after the 0.
+def log_schedule(n_steps, log_points, log_from=1):
+    """Return the log steps: log_points whole numbers from 0 to n_steps, evenly spaced in log(step) from log_from on.
 
     Where even spacing would be closer than one step, neighbours are one step apart and the rest is spaced anew, so
     there are exactly log_points (3 or more) of them unless n_steps is smaller than that.
     """
-    steps = [0, 1]
+    steps = [0, min(log_from, n_steps)]
     while steps[-1] < n_steps:
         left = max(log_points - len(steps), 1)
         ratio = (n_steps / steps[-1]) ** (1 / left)
@@ -252,7 +262,7 @@ def log_schedule(n_steps, log_points):
 
 def schedule_for(config):
     if config.log_interval is None:
-        return log_schedule(config.n_steps, config.log_points)
+        return log_schedule(config.n_steps, config.log_points, config.log_from)
     interval = config.log_interval * (config.train_size // config.batch_size)
     return sorted({*range(0, config.n_steps, interval), config.n_steps})
 

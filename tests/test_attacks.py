@@ -584,3 +584,28 @@ def test_the_benchmark_measures_a_checkpoint(tmp_path, capsys):
     with pytest.raises(SystemExit):
         bench_attacks.main([str(tmp_path / "none.pt")])
     assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+def test_an_attack_from_the_image_is_plain_pgd_without_a_random_start():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(12, 8), nn.ReLU(), nn.Linear(8, 3))
+    x, y = torch.rand(20, 3, 2, 2), torch.randint(3, (20,))
+    expected = x.clone()
+    for _ in range(4):
+        expected.requires_grad_()
+        gradient, = torch.autograd.grad(F.cross_entropy(model(expected), y, reduction="sum"), expected)
+        expected = (expected.detach() + 0.02 * gradient.sign()).clamp(x - 0.05, x + 0.05).clamp(0, 1)
+    found = attacks.pgd(model, x, y, 0.05, steps=4, step_size=0.02, objective="ce", start="image")
+    torch.testing.assert_close(found, expected)
+    with pytest.raises(ValueError, match="unknown start"):
+        attacks.pgd(model, x, y, 0.05, start="corner")
+
+
+def test_zero_gradient_names_the_images_from_which_an_attack_does_not_move():
+    model = nn.Linear(1, 2, bias=False)
+    with torch.no_grad():
+        model.weight.copy_(torch.tensor([[1e4], [0.0]]))
+    x, y = torch.tensor([[1.0], [1e-5]]), torch.tensor([0, 0])
+    assert attacks.zero_gradient(model, x, y).tolist() == [True, False]
+    moved = attacks.pgd(model, x, y, 0.1, objective="ce", start="image")
+    assert moved[0] == x[0] and moved[1] != x[1]

@@ -23,7 +23,7 @@ from train import log_schedule, parse_args
 from training import batch_order
 
 COLUMNS = ["epoch", "step", "train_loss", "train_acc", "train_saturated", "test_loss", "test_acc", "weight_norm",
-           "saturated", "max_batch_loss", "seconds"]
+           "saturated", "zero_gradient", "max_batch_loss", "seconds"]
 
 
 @pytest.fixture(scope="module")
@@ -218,7 +218,7 @@ def test_seeds_differ_by_purpose_and_number():
 def test_the_gap_between_the_measures_is_explained_beyond_five_points():
     config = argparse.Namespace(loss="ce")
     row = {"adv_acc": {"0.1": 0.55, "0.2": 0.50}, "robust_acc": {"0.1": 0.52, "0.2": 0.10}, "saturated": 0.3,
-           "train_saturated": 0.5}
+           "zero_gradient": 0.0, "train_saturated": 0.5}
     said = "40 points at epsilon 0.2: on 30% of the images the softmax rounds to exactly 1"
     assert list(remarks(row, config)) == ["attack saturated"] and said in remarks(row, config)["attack saturated"]
     assert list(remarks({**row, "saturated": 0.0}, config)) == ["stronger attack"]
@@ -227,12 +227,31 @@ def test_the_gap_between_the_measures_is_explained_beyond_five_points():
 
 
 def test_saturated_training_is_explained_for_the_loss_that_suffers_from_it():
-    row = {"adv_acc": {"0.1": 0.5}, "robust_acc": {"0.1": 0.5}, "saturated": 0.0, "train_saturated": 0.51}
+    row = {"adv_acc": {"0.1": 0.5}, "robust_acc": {"0.1": 0.5}, "saturated": 0.0, "zero_gradient": 0.0,
+           "train_saturated": 0.51}
     said = remarks(row, argparse.Namespace(loss="ce"))
     assert list(said) == ["training saturated"]
     assert "51% of the training images" in said["training saturated"]
     assert "--loss=exact_ce" in said["training saturated"]
     assert remarks(row, argparse.Namespace(loss="exact_ce")) == {}
+
+
+def test_log_points_after_the_first_begin_at_log_from():
+    steps = log_schedule(100_000, 25, log_from=100)
+    assert steps[:2] == [0, 100] and steps[-1] == 100_000 and len(steps) == 25
+    ratios = np.diff(np.log(steps[1:]))
+    assert ratios.max() - ratios.min() < 0.02
+    assert log_schedule(50, 25, log_from=100) == [0, 50]
+
+
+def test_the_authors_attack_never_moves_where_the_gradient_is_zero(tmp_path):
+    run_here(tmp_path, *SMALL, "--n_steps=40", "--init_scale=30", "--adv_size=100", "--epsilons=0.02", "--log_points=3",
+             "--pgd_start=image", "--pgd_step_size=0.8/255")
+    history = history_of(tmp_path)
+    assert history["config"]["pgd_step_size"] == 0.8 / 255
+    assert history["zero_gradient"][-1] > 0.2
+    assert history["adv_acc"]["0.02"] == history["zero_gradient"]  # all that it counts as robust has no gradient
+    assert "zero gradient" in {warning["kind"] for warning in history["warnings"]}
 
 
 def test_a_saturated_run_says_so_once_and_records_it(tmp_path, capsys):
