@@ -249,7 +249,7 @@ def test_the_authors_attack_never_moves_where_the_gradient_is_zero(tmp_path):
              "--pgd_start=image", "--pgd_step_size=0.8/255")
     history = history_of(tmp_path)
     assert history["config"]["pgd_step_size"] == 0.8 / 255
-    assert history["zero_gradient"][-1] > 0.2
+    assert history["zero_gradient"][-1] > 0.1
     assert history["adv_acc"]["0.02"] == history["zero_gradient"]  # all that it counts as robust has no gradient
     assert "zero gradient" in {warning["kind"] for warning in history["warnings"]}
 
