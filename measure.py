@@ -9,13 +9,13 @@ import torch
 import attacks
 import data
 import local_complexity
-import machine
 import models
-import parallel
 import products
 from flags import history_key
 from losses import LOSSES
-from seeding import seed_for
+from runtime import device as devices
+from runtime import distributed
+from runtime.seeds import seed_for
 
 POINTS_AT_ONCE = 128  # of local complexity, so that its progress shows
 
@@ -50,19 +50,19 @@ def draw_probes(config, dataset):
 
     def draw(images, n, purpose):
         rows = np.sort(generator(purpose).permutation(len(images))[:n])
-        return torch.from_numpy(rows[parallel.share(len(rows))]).to(device)
+        return torch.from_numpy(rows[distributed.shard(len(rows))]).to(device)
 
     n, image_shape = attacked(config, dataset), dataset.x_test.shape[1:]
     rows = draw(dataset.x_test, n, "attacked images")
     starts = torch.from_numpy(
         generator("attack starts").random((config.pgd_restarts, n, *image_shape), dtype=np.float32) * 2 - 1)
     probes = Probes(data.pixels(dataset.x_test[rows], dtype), dataset.y_test[rows],
-                    starts[:, parallel.share(n)].to(device=device, dtype=dtype))
+                    starts[:, distributed.shard(n)].to(device=device, dtype=dtype))
     if config.lc_samples:
         for split, images in (("train", dataset.x_train), ("test", dataset.x_test)):
             probes.points[split] = data.pixels(images[draw(images, config.lc_samples, f"{split} points")], dtype)
         uniform = generator("random points").random((config.lc_samples, *image_shape), dtype=np.float32)
-        uniform = torch.from_numpy(uniform[parallel.share(config.lc_samples)])
+        uniform = torch.from_numpy(uniform[distributed.shard(config.lc_samples)])
         probes.points["random"] = uniform.to(device=device, dtype=dtype)
         probes.directions = local_complexity.random_directions(
             config.lc_directions, image_shape.numel(), seed_for(config.seed, "directions"), dtype, device)
@@ -120,7 +120,7 @@ def under_attack(model, dataset, probes, config, batch_size, progress):
 
     outcomes = torch.cat([torch.stack([torch.cat(ranks), torch.cat(saturated), torch.cat(zero)], dim=1),
                           torch.cat(withstood)], dim=1)
-    rank, saturated, zero, *withstood = parallel.gathered(outcomes, n).T
+    rank, saturated, zero, *withstood = distributed.gather_shards(outcomes, n).T
     keys, radii = [*map(history_key, epsilons)], sorted({0.0, *epsilons})
     return {
         "adv_acc": {key: column.sum().item() / n for key, column in zip(keys, withstood, strict=True)},
@@ -143,9 +143,9 @@ def complexity(model, dataset, probes, config, batch_size, progress):
             counts = local_complexity.local_complexity(model, points[start:start + POINTS_AT_ONCE], config.lc_radius,
                                                        probes.directions, config.eval_batch_size)
             sums, defined = sums + counts.sum(1), defined & (counts >= 0).all(1)
-        undefined = parallel.total((~defined).long()) > 0
+        undefined = distributed.all_reduce_sum((~defined).long()) > 0
         total = min(config.lc_samples, len(getattr(dataset, f"x_{name}"))) if name != "random" else config.lc_samples
-        mean = (parallel.total(sums).double() / total).masked_fill(undefined, math.nan).tolist()
+        mean = (distributed.all_reduce_sum(sums).double() / total).masked_fill(undefined, math.nan).tolist()
         means[name] = {history_key(radius): layers for radius, layers in zip(config.lc_radius, mean, strict=True)}
     return {"local_complexity": means}
 
@@ -196,7 +196,7 @@ def default_eval_batch_size(model, in_shape):
     for hook in hooks:
         hook.remove()
     on_cpu = parameter.device.type == "cpu"
-    memory = 2**30 if on_cpu else machine.free_memory(parameter.device) // 4
+    memory = 2**30 if on_cpu else devices.free_memory(parameter.device) // 4
     # Twice: a backward pass holds the activations and their gradients.
     most = memory // (2 * sum(elements) * parameter.element_size())
     return max(1, min(most, 1000 if on_cpu else 10_000))

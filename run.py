@@ -9,15 +9,15 @@ import torch
 
 import data
 import local_complexity
-import machine
 import measure
 import models
-import parallel
-import runlog
 import training
 import tuning
-from console import Console
-from seeding import seed_for
+from runtime import checkpoints, distributed, files, signals
+from runtime import device as devices
+from runtime.console import Console
+from runtime.history import HISTORY_VERSION, append, write_history
+from runtime.seeds import seed_for
 
 
 class RunFailed(Exception):
@@ -48,9 +48,9 @@ def empty_history(config, asked, dataset, model, fingerprint):
     layers = local_complexity.layer_units(model, in_shape)
     attacked = measure.attacked(config, dataset)
     return {
-        "version": runlog.HISTORY_VERSION, "step": [], "config": dict(vars(config)), "asked": asked,
+        "version": HISTORY_VERSION, "step": [], "config": dict(vars(config)), "asked": asked,
         "derived": {"attacked": attacked, "data": fingerprint},
-        "environment": {**machine.describe(dataset.x_train.device), "processes": parallel.size()},
+        "environment": {**devices.describe(dataset.x_train.device), "processes": distributed.size()},
         "sizes": {"train": config.train_size, "test": len(dataset.x_test), "attacked": attacked,
                   "parameters": sum(p.numel() for p in model.parameters()),
                   "num_classes": dataset.num_classes, "in_shape": list(in_shape)},
@@ -69,15 +69,15 @@ class Run:
 
     def __init__(self, config, asked, defaults, dataset, device):
         self.config, self.device = config, device
-        self.history_path = Path(config.log_dir) / runlog.HISTORY_NAME
+        self.history_path = Path(config.log_dir) / files.HISTORY_NAME
         fingerprint = data.fingerprint(dataset)
         self.dataset = resident(dataset, device)
         self.model = build_model(config, self.dataset)
         self.history = empty_history(config, asked, self.dataset, self.model, fingerprint)
-        self.console = Console(self.history, quiet=config.quiet or parallel.rank() > 0)
+        self.console = Console(self.history, quiet=config.quiet or distributed.rank() > 0)
 
-        parallel.on_first(self.lock_folders)
-        before = parallel.on_first(lambda: self.find_earlier(defaults, fingerprint))
+        distributed.run_on_rank0(self.lock_folders)
+        before = distributed.run_on_rank0(lambda: self.find_earlier(defaults, fingerprint))
         self.tuned, network = tuning.tune(config, self.model, self.dataset, self.kept(before), self.console.note)
         self.history["derived"].update(self.tuned)
         self.trainer = training.Trainer(self.model, config, self.dataset, self.console.note, network)
@@ -86,14 +86,14 @@ class Run:
         if before:
             seconds = self.restore(before)
         self.trainer.finite_steps.fill_(self.step)
-        parallel.on_first(lambda: self.begin_files(continued=bool(before)))
+        distributed.run_on_rank0(lambda: self.begin_files(continued=bool(before)))
         torch.set_num_threads(self.tuned["threads"])
         self.began = time.perf_counter() - seconds
         self.saved_at = self.drawn_at = time.perf_counter()
         self.saved_step, self.drawing_took = self.step, 0.0
         self.steps_at_once, self.last_enqueued = 1, None
         # The processes of a distributed run have to drop a measurement together or not at all.
-        self.stop = machine.Stop(can_interrupt=parallel.size() == 1)
+        self.stop = signals.Stop(can_interrupt=distributed.size() == 1)
 
     @property
     def epoch(self):
@@ -107,14 +107,14 @@ class Run:
 
     def lock_folders(self):
         # Kept, and returned to nobody: the lock ends with what runlog gives, and that with this process.
-        self.lock = runlog.lock_folders(self.config.log_dir, self.config.save_dir, note=self.console.note)
+        self.lock = files.lock_folders(self.config.log_dir, self.config.save_dir, note=self.console.note)
 
     def find_earlier(self, defaults, fingerprint):
         """Return the checkpoint to continue from, with its history, or None to start."""
         config = self.config
         if not config.resume:
             return None
-        return runlog.continue_from(config.log_dir, config.save_dir, vars(config), defaults, fingerprint,
+        return checkpoints.continue_from(config.log_dir, config.save_dir, vars(config), defaults, fingerprint,
                                     self.console.note, finite=config.on_nan == "stop")
 
     def kept(self, before):
@@ -122,13 +122,13 @@ class Run:
         if before is None:
             return {}
         same = (before["config"].get("device") == self.config.device
-                and before["history"]["environment"].get("processes") == parallel.size())
+                and before["history"]["environment"].get("processes") == distributed.size())
         kept = before.get("derived", before["config"])  # an older run kept its threads among the flags
         return {"compiled": False, **kept} if same else {}
 
     def restore(self, before):
         """Continue from a checkpoint; return the seconds that the run had taken until then."""
-        runlog.load_state(self.model, self.trainer.optimizer, before)
+        checkpoints.load_state(self.model, self.trainer.optimizer, before)
         self.step, history = before["step"], before["history"]
         if self.step not in history["step"]:
             self.trainer.largest_loss.fill_(before.get("largest_loss", -math.inf))
@@ -141,10 +141,10 @@ class Run:
     def begin_files(self, continued):
         if not continued:
             weights = sum(p.numel() * p.element_size() for p in self.model.parameters())
-            runlog.check_room(self.config.save_dir, 3 * weights)  # a checkpoint: weights and two moments
-            for folder in runlog.move_aside(self.config.log_dir, self.config.save_dir):
+            files.check_room(self.config.save_dir, 3 * weights)  # a checkpoint: weights and two moments
+            for folder in files.move_aside(self.config.log_dir, self.config.save_dir):
                 self.console.note(f"an earlier run's files are now in {folder}")
-        runlog.write_history(self.history_path, self.history)
+        write_history(self.history_path, self.history)
 
     def state(self, **metrics):
         """Return what a checkpoint holds."""
@@ -157,14 +157,14 @@ class Run:
     def record(self, row, remarks):
         """Append row to the history; write the history, a checkpoint and the row of the table."""
         self.history["warnings"] += [{"step": self.step, "kind": kind, "text": text} for kind, text in remarks.items()]
-        runlog.append(self.history, row)
-        parallel.on_first(lambda: self.write_log_step(row, remarks.values()))
+        append(self.history, row)
+        distributed.run_on_rank0(lambda: self.write_log_step(row, remarks.values()))
         self.saved_at, self.saved_step = time.perf_counter(), self.step
 
     def write_log_step(self, row, remarks):
-        runlog.write_history(self.history_path, self.history)
+        write_history(self.history_path, self.history)
         metrics = {name: value for name, value in row.items() if name != "outcomes"}
-        runlog.save_checkpoint(self.config.save_dir, self.state(**metrics), self.config.keep_checkpoints)
+        checkpoints.save_checkpoint(self.config.save_dir, self.state(**metrics), self.config.keep_checkpoints)
         self.console.row(row, remarks)
         # At most a hundredth of the run's time goes into redrawing the figure.
         if self.config.plot and time.perf_counter() - self.drawn_at > max(30, 100 * self.drawing_took):
@@ -174,15 +174,17 @@ class Run:
         """Write the state between two log steps, if it is not saved yet."""
         self.check_finite()
         if self.step > self.saved_step:  # else nothing came of the time since, and the file's date is to show it
-            parallel.on_first(lambda: runlog.save_rolling(self.config.save_dir, self.state()))
+            distributed.run_on_rank0(lambda: checkpoints.save_rolling(self.config.save_dir, self.state()))
             self.saved_step = self.step
         self.saved_at = time.perf_counter()
 
     def draw(self):
-        import plot  # it brings matplotlib, which a run without figures, and a short one until its end, can do without
+        from analysis import (
+            figure,  # it brings matplotlib, which a run without figures, and a short one until its end, can do without
+        )
 
         began = time.perf_counter()
-        plot.draw([self.history], self.history_path.with_suffix(""))
+        figure.draw([self.history], self.history_path.with_suffix(""))
         self.drawn_at = time.perf_counter()
         self.drawing_took = self.drawn_at - began
 
@@ -198,7 +200,7 @@ class Run:
 
     def check_finite(self):
         """Raise RunFailed if a step's loss was not finite, unless --on_nan=continue."""
-        bad = parallel.largest(self.step - self.trainer.finite_steps.item(), self.device)
+        bad = distributed.all_reduce_max(self.step - self.trainer.finite_steps.item(), self.device)
         if bad:
             step = self.step - bad + 1
             # The loss of step n is that of the weights after n - 1 steps: they are already bad.
@@ -209,7 +211,7 @@ class Run:
         config = self.config
         if config.on_nan == "continue":
             return
-        _, path = runlog.newest_checkpoint(config.save_dir, self.console.note, before=before)
+        _, path = checkpoints.newest_checkpoint(config.save_dir, self.console.note, before=before)
         good = f"the last good checkpoint is {path}" if path else "there is no good checkpoint"
         raise RunFailed(f"{what} is not finite (learning rate {config.lr:g}); {good}; lower --lr, or go on with "
                         "--resume --on_nan=continue")

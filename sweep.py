@@ -27,13 +27,12 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-import curves
 import data
-import machine
 import models
-import plot
-import runlog
 import train
+from analysis import figure, report
+from runtime import files, signals
+from runtime.history import MAY_CHANGE, read_history
 
 PASSED_ON = {"--epsilons", "--lc_radius", "--data_dir"}  # a comma in their value does not make two runs
 LONGEST_NAME = 150  # characters; file systems take 255
@@ -44,14 +43,14 @@ LONGEST_NAME = 150  # characters; file systems take 255
 def folder_name(args):
     """Return the folder under runs/ of the experiment that args, train.parse_args()'s, describe.
 
-    It is named by the flags that say what is trained and measured (not those of runlog.MAY_CHANGE) and differ from
+    It is named by the flags that say what is trained and measured (not those of MAY_CHANGE) and differ from
     their default, and by the seed; so neither the flags' order nor, say, --n_steps or --threads changes it.
     """
     usual = train.defaults()
     # what a flag that is left out stands for, where that depends on no more than the model or the data set
     model, source = models.MODELS[args.model], data.DATASETS[args.dataset]
     implied = {"width": model.width, "depth": model.depth, "train_size": source.train_size or "all"}
-    told = {flag: value for flag, value in vars(args).items() if flag not in runlog.MAY_CHANGE and flag != "seed"
+    told = {flag: value for flag, value in vars(args).items() if flag not in MAY_CHANGE and flag != "seed"
             and value not in (usual[flag], implied.get(flag, usual[flag]))}
     if told.get("epsilons"):
         told["epsilons"] = sorted(told["epsilons"])
@@ -127,7 +126,7 @@ def places(args):
 def progress(folder, args):
     """Return the share of its steps, 0 to 1, that the run in folder has behind it at its last log step."""
     try:
-        history = runlog.read_history(folder / "logs" / runlog.HISTORY_NAME)
+        history = read_history(folder / "logs" / files.HISTORY_NAME)
         config = history["config"]
         n_steps = args.n_steps or args.n_epochs * (config["train_size"] // config["batch_size"])
         return min(1.0, history["step"][-1] / n_steps)
@@ -229,14 +228,14 @@ def fetch(runs):
 
 def show(folders, draw):
     """Print the table of the runs in folders; draw them in one figure, runs/sweep.png and .svg."""
-    histories = [runlog.read_history(folder / "logs" / runlog.HISTORY_NAME) for folder in folders]
-    print(curves.table(histories, [folder.name for folder in folders]))
+    histories = [read_history(folder / "logs" / files.HISTORY_NAME) for folder in folders]
+    print(report.table(histories, [folder.name for folder in folders]))
     if draw:
-        print("wrote", *plot.draw(histories, Path("runs") / "sweep"))
+        print("wrote", *figure.draw(histories, Path("runs") / "sweep"))
 
 
 def main(argv=None):
-    machine.open_streams()
+    signals.open_streams()
     argv = sys.argv[1:] if argv is None else argv
     try:
         if {"-h", "--help"} & set(argv):

@@ -23,20 +23,21 @@ import signal
 import sys
 import time
 
+from analysis import report
+from runtime import device as devices
+from runtime import distributed, signals
+
 if __name__ == "__main__":  # the imports take seconds, and Ctrl-C may come meanwhile
     signal.signal(signal.SIGINT, lambda number, _: (print("train.py: interrupted", file=sys.stderr), os._exit(130)))
 
 import torch
 
 import attacks
-import curves
 import data
 import flags
 import losses
-import machine
 import measure
 import models
-import parallel
 import training
 from run import Run, RunFailed
 
@@ -205,7 +206,7 @@ def complete(args, dataset, device):
     """Return the config: every flag as it is used with this data set. ValueError for a flag that does not fit it."""
     config = argparse.Namespace(**vars(args))
     n_train, n_test, features = len(dataset.x_train), len(dataset.x_test), dataset.x_test[0].numel()
-    grey, size = dataset.x_test.shape[1] == 1, parallel.size()
+    grey, size = dataset.x_test.shape[1] == 1, distributed.size()
     config.device = str(device)
     config.train_size = n_train
     config.adv_size = n_test if args.adv_size == "all" else args.adv_size
@@ -232,7 +233,7 @@ def complete(args, dataset, device):
         raise ValueError(f"--lc_directions={args.lc_directions}: images of {features} values have no more directions")
     images_of = {"lc_samples": args.lc_samples, "pgd_restarts": args.pgd_restarts * measure.attacked(config, dataset)}
     for flag, images in images_of.items():
-        if 8 * images * features > machine.total_memory():
+        if 8 * images * features > devices.total_memory():
             raise ValueError(f"--{flag}={getattr(args, flag)} needs {8e-9 * images * features:,.0f} GB, more than this "
                              "machine's memory: lower it")
     return config
@@ -240,7 +241,7 @@ def complete(args, dataset, device):
 
 def load_data(args):
     """Return the data set, on the CPU. One process downloads, the others find the files."""
-    return parallel.first_then_others(lambda: data.load_dataset(
+    return distributed.rank0_first(lambda: data.load_dataset(
         args.dataset, args.data_dir, args.train_size, args.seed, args.image_size, args.label_noise))
 
 
@@ -276,14 +277,14 @@ def train(run):
     stopped_by = 0
     while not stopped_by:
         if run.step in schedule and run.step not in run.history["step"]:
-            with contextlib.suppress(machine.Interrupted):
+            with contextlib.suppress(signals.Interrupted):
                 log_step(run)
-        stopped_by = parallel.largest(run.stop.signal or parallel.orphaned(), run.device)
+        stopped_by = distributed.all_reduce_max(run.stop.signal or distributed.orphaned(), run.device)
         if stopped_by or run.step == config.n_steps:
             break
         train_until(run, min(step for step in schedule if step > run.step))
         # The processes' clocks differ, and all of them have to take part in saving.
-        if parallel.largest(time.perf_counter() - run.saved_at > 60 * config.checkpoint_minutes, run.device):
+        if distributed.all_reduce_max(time.perf_counter() - run.saved_at > 60 * config.checkpoint_minutes, run.device):
             run.save_rolling()
     if stopped_by:
         run.save_rolling()
@@ -293,7 +294,7 @@ def train(run):
 
 def train_until(run, log_step):
     """Make the steps up to the next log step, or about half a second of them."""
-    length = min(parallel.largest(run.steps_at_once, run.device), log_step - run.step)
+    length = min(distributed.all_reduce_max(run.steps_at_once, run.device), log_step - run.step)
     began = time.perf_counter()
     run.trainer.advance(run.step, length)
     run.step += length
@@ -317,7 +318,7 @@ def log_step(run):
     torch.set_num_threads(run.tuned["threads"])
     if not math.isfinite(row["train_loss"]):
         run.refuse_nan(f"the training loss at step {run.step}", before=run.step)
-    largest_loss = parallel.largest(run.trainer.largest_loss.item(), run.device)
+    largest_loss = distributed.all_reduce_max(run.trainer.largest_loss.item(), run.device)
     row = {"epoch": run.epoch, "step": run.step, **row,
            "max_batch_loss": largest_loss if run.step > 0 else math.nan, "seconds": run.seconds}
     run.trainer.largest_loss.fill_(-math.inf)
@@ -326,16 +327,16 @@ def log_step(run):
 
 
 def main(argv=None):
-    machine.open_streams()
+    signals.open_streams()
     args = parse_args(argv)
     try:
-        device = parallel.start(machine.choose_device(args.device))
-        machine.set_precision(args.deterministic)
+        device = distributed.start(devices.choose_device(args.device))
+        devices.set_precision(args.deterministic)
         dataset = load_data(args)
         config = complete(args, dataset, device)
         run = Run(config, asked(args), defaults(), dataset, device)
     except (ValueError, OSError, MemoryError, RuntimeError) as error:
-        if machine.out_of_memory(error):
+        if devices.out_of_memory(error):
             return fail("not enough memory: lower --width, --train_size, --adv_size or --lc_samples", 2)
         if not isinstance(error, (ValueError, OSError)):
             raise
@@ -346,19 +347,19 @@ def main(argv=None):
     try:
         run.console.header()
         stopped_by = train(run)
-        parallel.on_first(lambda: finish(run, stopped_by))
+        distributed.run_on_rank0(lambda: finish(run, stopped_by))
     except RunFailed as error:
         return fail_together(error, 1)
     except OSError as error:
         return fail_together(
             f"{error}; the files written before are whole: run again with --resume once this is mended", 1)
     except (MemoryError, RuntimeError) as error:
-        if machine.out_of_memory(error):
+        if devices.out_of_memory(error):
             return fail("the memory is full: lower --eval_batch_size or --batch_size and run again with --resume", 1)
-        if not parallel.lost_another(error):
+        if not distributed.lost_another(error):
             raise
         return fail("another process of this run has ended, so this one ends too: run again with --resume", 1)
-    parallel.wait()  # none leaves while another is still listening to it
+    distributed.barrier()  # none leaves while another is still listening to it
     return 128 + stopped_by if stopped_by else 0
 
 
@@ -369,7 +370,7 @@ def finish(run, stopped_by):
         run.console.note(f"stopped by {signal.Signals(stopped_by).name} at step {run.step}; continue with the same "
                          "command and --resume")
     else:
-        run.console.note("\n" + curves.summary(run.history))
+        run.console.note("\n" + report.summary(run.history))
 
 
 def fail(error, status):
@@ -381,11 +382,11 @@ def fail(error, status):
 
 def fail_together(error, status):
     """fail() for an error that every process of the run has met: the first prints it."""
-    if parallel.rank() == 0:
+    if distributed.rank() == 0:
         fail(error, status)
-    parallel.wait()  # torchrun ends all processes when one has ended: not before the line is out
+    distributed.barrier()  # torchrun ends all processes when one has ended: not before the line is out
     return status
 
 
 if __name__ == "__main__":
-    parallel.leave(main())
+    distributed.leave(main())

@@ -4,11 +4,10 @@ import math
 
 import torch
 
-import cuda_graph
 import data
-import parallel
 from losses import LOSSES
-from seeding import seed_for
+from runtime import cuda_graph, distributed
+from runtime.seeds import seed_for
 
 
 def adam(kind):
@@ -27,7 +26,7 @@ OPTIMIZERS = {"adamw": adam(torch.optim.AdamW), "adam": adam(torch.optim.Adam), 
 
 def captures_steps(config, device):
     """Whether the steps are replayed as CUDA graphs; with several processes they are not: these exchange gradients."""
-    return device.type == "cuda" and config.cuda_graph and parallel.size() == 1
+    return device.type == "cuda" and config.cuda_graph and distributed.size() == 1
 
 
 def batch_order(seed, block, epochs, n_images, batch_size):
@@ -72,7 +71,7 @@ class Trainer:
     def __init__(self, model, config, dataset, report=print, network=None):
         device, self.dtype = dataset.x_train.device, getattr(torch, config.dtype)
         self.config, self.dataset, self.parameters = config, dataset, list(model.parameters())
-        self.network = parallel.wrap(model if network is None else network, device)
+        self.network = distributed.wrap(model if network is None else network, device)
         captured = captures_steps(config, device)
         self.optimizer = OPTIMIZERS[config.optimizer](self.parameters, config, captured)
         self.loss_function = LOSSES[config.loss]
@@ -81,7 +80,7 @@ class Trainer:
         self.block = None
         # Tensors that stay where they are, so that a captured step finds them.
         self.order = torch.empty(self.block_steps * config.batch_size, dtype=torch.int64, device=device)
-        self.first_batch = torch.arange(config.batch_size, device=device)[parallel.share(config.batch_size)]
+        self.first_batch = torch.arange(config.batch_size, device=device)[distributed.shard(config.batch_size)]
         self.positions = self.first_batch.clone()
         self.finite_steps = torch.zeros((), dtype=torch.int64, device=device)
         self.all_finite = torch.ones((), dtype=torch.bool, device=device)

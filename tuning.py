@@ -9,10 +9,10 @@ import torch
 
 import compiler
 import data
-import machine
-import parallel
 import products
 import training
+from runtime import device as devices
+from runtime import distributed
 
 
 def tune(config, model, dataset, kept, report):
@@ -25,13 +25,13 @@ def tune(config, model, dataset, kept, report):
     """
     threads = config.threads or kept.get("threads")
     eval_threads = config.threads or kept.get("eval_threads")
-    alone_on_cpu = parallel.size() == 1 and dataset.x_train.device.type == "cpu"
+    alone_on_cpu = distributed.size() == 1 and dataset.x_train.device.type == "cpu"
     if threads is None and alone_on_cpu:
         twin = copy.deepcopy(model)
         trainer, steps = training.Trainer(twin, config, dataset), itertools.count()
-        threads = machine.fastest_thread_count(lambda: trainer.advance(next(steps), 1))
+        threads = devices.fastest_thread_count(lambda: trainer.advance(next(steps), 1))
         images = data.pixels(dataset.x_test[:1000], getattr(torch, config.dtype)).requires_grad_()
-        eval_threads = machine.fastest_thread_count(lambda: torch.autograd.grad(twin(images).sum(), images))
+        eval_threads = devices.fastest_thread_count(lambda: torch.autograd.grad(twin(images).sum(), images))
     threads = threads or torch.get_num_threads()
     torch.set_num_threads(threads)
 
@@ -44,7 +44,7 @@ def tune(config, model, dataset, kept, report):
 
     network = model
     mode = {True: "on", False: "off"}[kept["compiled"]] if config.compile == "auto" and kept else config.compile
-    if parallel.size() == 1 and mode != "off":
+    if distributed.size() == 1 and mode != "off":
         batch = data.pixels(dataset.x_train[:config.batch_size], getattr(torch, config.dtype))
         seconds = config.n_steps * seconds_of_a_pass(model, batch) if mode == "auto" else 0
         network = compiler.compiled(model, batch, mode, seconds, report)

@@ -8,9 +8,9 @@ from conftest import SMALL, run_here
 from torch import nn
 
 import attacks
-import bench_attacks
 import data
 import models
+from benchmarks import attacks as bench_attacks
 
 EPSILONS = [0.02, 0.05, 0.1, 0.15, 0.2]
 EVERY_MODEL = [(name, batch_norm) for name in ("mlp", "cnn", "resnet18") for batch_norm in (False, True)]

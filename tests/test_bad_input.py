@@ -20,8 +20,8 @@ from test_data import write_cifar10, write_idx, write_images, write_mnist
 
 import data
 import plot
-import runlog
 import train
+from runtime import checkpoints
 
 TINY = [*SMALL, "--train_size=60", "--batch_size=20", "--lc_samples=4"]
 HISTORY = "logs/training_history.json"
@@ -285,7 +285,7 @@ def without(key):
 
 
 def newest():
-    return runlog.saved_checkpoints("checkpoints")[0]
+    return checkpoints.saved_checkpoints("checkpoints")[0]
 
 
 PLOTS = [
@@ -323,7 +323,7 @@ def test_bad_history_at_a_resume(earlier, capsys, lay, culprit):
 def test_a_checkpoint_of_another_model_at_a_resume(earlier, capsys, tmp_path_factory):
     elsewhere = tmp_path_factory.mktemp("other")
     run_here(elsewhere, *TINY, "--n_steps=20", "--model=cnn", "--width=4")
-    other = runlog.saved_checkpoints(elsewhere / "checkpoints")[0]
+    other = checkpoints.saved_checkpoints(elsewhere / "checkpoints")[0]
     capsys.readouterr()
     shutil.copy(other, "checkpoints")
     line = refusal(capsys, train, *TINY, "--n_steps=20", "--resume")

@@ -7,10 +7,10 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import cuda_graph
 import run
 import train
 import training
+from runtime import cuda_graph
 
 
 class Operations(TorchDispatchMode):

@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-import curves
-import runlog
+from analysis import phases, report, runs, statistics
+from runtime.history import read_history
 
 RESULTS = sorted(Path(ROOT, "results").glob("*.json"))
 
@@ -87,7 +87,7 @@ def table_line(text, label):
 def test_outcomes_are_decoded_as_the_format_says():
     history = make_history([0, 1], [1, 1], [1.0, 0.4], {"0.1": [0.6, 0.2], "0.03": [0.8, 0.4]}, images=5)
     history["outcomes"] = {"test": ["f8", "90"], "robust": ["33210", "3200;"], "adv": {"0.1": [None, "08"]}}
-    found = curves.accuracy_curves(history)
+    found = statistics.accuracy_curves(history)
     assert [row.tolist() for row in found["test"].outcomes] == [[True] * 5, [True, False, False, True, False]]
     # Rank 2 withstands the smallest epsilon, rank 3 both; ';' is chr(48 + 11).
     assert [row.tolist() for row in found["robust ε 0.03"].outcomes] == [[1, 1, 1, 0, 0], [1, 1, 0, 0, 1]]
@@ -98,15 +98,15 @@ def test_outcomes_are_decoded_as_the_format_says():
 
 @given(st.lists(st.booleans(), min_size=1, max_size=40))
 def test_hexadecimal_digits_hold_every_image(right):
-    assert curves.from_hex(hexed(right), len(right)).tolist() == right
+    assert statistics.from_hex(hexed(right), len(right)).tolist() == right
     with pytest.raises(ValueError, match="damaged"):
-        curves.from_hex(hexed(right) + "0", len(right))
+        statistics.from_hex(hexed(right) + "0", len(right))
 
 
 def test_an_epsilon_of_zero_is_the_clean_image():
     history = make_history([0], [1], [0.5], {"0": [0.5], "0.1": [0.25]}, images=4)
     history["outcomes"] = {"robust": ["0112"]}
-    found = curves.accuracy_curves(history)
+    found = statistics.accuracy_curves(history)
     assert found["robust ε 0"].outcomes[0].tolist() == [0, 1, 1, 1]
     assert found["robust ε 0.1"].outcomes[0].tolist() == [0, 0, 0, 1]
 
@@ -123,9 +123,9 @@ def pairs(gains, losses, images=1000, both=300):
 @pytest.mark.parametrize("gains, losses", [(45, 5), (0, 0), (7, 7), (3, 9), (1, 0)])
 def test_two_log_points_are_compared_by_the_exact_mcnemar_test(gains, losses):
     before, after = pairs(gains, losses)
-    curve = curves.Curve(np.array([before.mean(), after.mean()]), 1000, [before, after])
+    curve = statistics.Curve(np.array([before.mean(), after.mean()]), 1000, [before, after])
     expected = stats.binomtest(gains, gains + losses, alternative="greater").pvalue if gains + losses else 1.0
-    assert curves.p_values(curve, [0], [1]) == pytest.approx([expected])
+    assert statistics.p_values(curve, [0], [1]) == pytest.approx([expected])
 
 
 def test_a_log_point_has_to_be_better_than_each_of_several():
@@ -133,52 +133,52 @@ def test_a_log_point_has_to_be_better_than_each_of_several():
     middle = low.copy()
     middle[:6] = True
     rows = [high] * 3 + [low, low, middle] + [high] * 5
-    curve = curves.Curve(np.array([row.mean() for row in rows]), 1000, rows)
-    assert curves.p_values(curve, [3, 5], [6, 4]) == pytest.approx([0.5**6, 1])
+    curve = statistics.Curve(np.array([row.mean() for row in rows]), 1000, rows)
+    assert statistics.p_values(curve, [3, 5], [6, 4]) == pytest.approx([0.5**6, 1])
     # The dip is over these three; eight stretches could have been it.
-    assert curves.delayed_rise(curve.values, 0, 1000, rows).p_recovery == pytest.approx(8 * 0.5**6)
+    assert statistics.delayed_rise(curve.values, 0, 1000, rows).p_recovery == pytest.approx(8 * 0.5**6)
 
 
 def test_without_outcomes_two_log_points_are_compared_by_their_wilson_intervals():
     a, n = 0.3, 1000
     for b in (0.32, 0.35, 0.4, 0.5):
-        curve = curves.Curve(np.array([a, b]), n)
-        (p,) = curves.p_values(curve, [0], [1])
+        curve = statistics.Curve(np.array([a, b]), n)
+        (p,) = statistics.p_values(curve, [0], [1])
         z = stats.norm.isf(p) / np.sqrt(2)  # at z standard deviations the two intervals touch
         confidence = stats.norm.cdf(z) - stats.norm.cdf(-z)
         ends = [stats.binomtest(round(x * n), n).proportion_ci(confidence, method="wilson") for x in (a, b)]
         assert ends[0].high == pytest.approx(ends[1].low)
-    assert curves.p_values(curves.Curve(np.array([0.0, 1.0, 0.0]), n), [0, 1], [2]) == 1
+    assert statistics.p_values(statistics.Curve(np.array([0.0, 1.0, 0.0]), n), [0, 1], [2]) == 1
 
 
 def test_a_log_point_whose_images_are_not_known_is_compared_by_its_fraction():
     before, after = pairs(45, 5)
     values = np.array([before.mean(), after.mean()])
-    bare = curves.p_values(curves.Curve(values, 1000), [0], [1])
-    assert curves.p_values(curves.Curve(values, 1000, [before, None]), [0], [1]) == bare
-    assert curves.p_values(curves.Curve(values, 1000, [before, after]), [0], [1]) < bare / 1e4
+    bare = statistics.p_values(statistics.Curve(values, 1000), [0], [1])
+    assert statistics.p_values(statistics.Curve(values, 1000, [before, None]), [0], [1]) == bare
+    assert statistics.p_values(statistics.Curve(values, 1000, [before, after]), [0], [1]) < bare / 1e4
 
 
 def test_p_values_are_corrected_as_published():
-    assert curves.holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])  # R: p.adjust, "holm"
-    assert curves.holm([0.5, 0.9]) == [1.0, 1.0] and curves.holm([]) == []
-    assert curves.simes([0.01, 0.02, 0.5]) == pytest.approx(min(3 * 0.01 / 1, 3 * 0.02 / 2, 3 * 0.5 / 3))
+    assert statistics.holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])  # R: p.adjust, "holm"
+    assert statistics.holm([0.5, 0.9]) == [1.0, 1.0] and statistics.holm([]) == []
+    assert statistics.simes([0.01, 0.02, 0.5]) == pytest.approx(min(3 * 0.01 / 1, 3 * 0.02 / 2, 3 * 0.5 / 3))
 
 
 def test_wilson_interval_agrees_with_published_values():
     # Newcombe 1998, Statistics in Medicine 17:857, Table I: 81/263 and 0/20, score method without correction.
-    assert curves.wilson_interval(81 / 263, 263) == pytest.approx((0.2553, 0.3662), abs=1e-4)
-    assert curves.wilson_interval(0.0, 20) == pytest.approx((0.0, 0.1611), abs=1e-4)
+    assert statistics.wilson_interval(81 / 263, 263) == pytest.approx((0.2553, 0.3662), abs=1e-4)
+    assert statistics.wilson_interval(0.0, 20) == pytest.approx((0.0, 0.1611), abs=1e-4)
 
 
 def test_a_level_counts_only_if_every_one_of_its_log_points_is_better():
     before, after = pairs(45, 5)
     rows = [before] * 6 + [after] * 3 + [before] * 3
-    rise = curves.delayed_rise([row.mean() for row in rows], 1, 1000, rows)
+    rise = statistics.delayed_rise([row.mean() for row in rows], 1, 1000, rows)
     single = stats.binomtest(45, 50, alternative="greater").pvalue
     assert rise.half == 6 and rise.p == pytest.approx(8 * single)  # one of the eight stretches of three is held
     rows[7] = before
-    rise = curves.delayed_rise([row.mean() for row in rows], 1, 1000, rows)
+    rise = statistics.delayed_rise([row.mean() for row in rows], 1, 1000, rows)
     assert rise.p == 1 and rise.half is None and rise.brief
     assert rise.p_once == pytest.approx(10 / 2 * single)  # two of ten log points are better
 
@@ -186,15 +186,15 @@ def test_a_level_counts_only_if_every_one_of_its_log_points_is_better():
 def test_a_dip_and_the_recovery_from_it_are_seen_and_paid_for():
     high, low = pairs(0, 12)
     rows = [high] * 3 + [low] * 4 + [high] * 5
-    rise = curves.delayed_rise([row.mean() for row in rows], 0, 1000, rows)
+    rise = statistics.delayed_rise([row.mean() for row in rows], 0, 1000, rows)
     assert rise.half is None and rise.recovery == 7 and rise.lowest_at == 3
     assert (rise.start, rise.lowest, rise.recovered) == pytest.approx((0.312, 0.3, 0.312))
     # Nine stretches could have been the lowest; of the four disjoint ones after it three lie above it.
     assert rise.p_recovery == pytest.approx(9 * 4 / 3 * 0.5**12)
-    fallen = curves.delayed_rise([row.mean() for row in rows[:7]], 0, 1000, rows[:7])
+    fallen = statistics.delayed_rise([row.mean() for row in rows[:7]], 0, 1000, rows[:7])
     assert fallen.recovery is None and fallen.lowest == pytest.approx(0.3)
     high, low = pairs(0, 60)
-    from_below = curves.delayed_rise([row.mean() for row in [low] * 5 + [high] * 5], 0, 1000)
+    from_below = statistics.delayed_rise([row.mean() for row in [low] * 5 + [high] * 5], 0, 1000)
     assert from_below.half == 5 and from_below.recovery is None  # no dip below the value at interpolation
 
 
@@ -205,11 +205,11 @@ def test_flat_curves_are_called_rising_in_at_most_five_percent_of_the_runs(paire
         history = flat_history(random)
         if not paired:
             del history["outcomes"]
-        rises, start = curves.rises_of(history).values(), curves.interpolation_index(history["train_acc"])
+        rises, start = statistics.rises_of(history).values(), statistics.interpolation_index(history["train_acc"])
         assert len(rises) == 7
         said += any(rise.half is not None or rise.brief or rise.recovery is not None for rise in rises)
-        naive += any(curves.p_values(curve, [start], range(start + 1, 40)).min() < 0.05
-                     for curve in curves.accuracy_curves(history).values())
+        naive += any(statistics.p_values(curve, [start], range(start + 1, 40)).min() < 0.05
+                     for curve in statistics.accuracy_curves(history).values())
     assert said <= 3
     assert naive > 30  # the test can fail: the same comparisons, each for itself, say so in most runs
 
@@ -224,11 +224,11 @@ def test_a_rise_of_four_points_is_found_in_a_thousand_paired_images():
             ranks[t, wrong[:45]] = 2
             ranks[t, random.permutation(np.flatnonzero(ranks[0] == 2))[:5]] = 1
         history = paired_history(ranks > 0, ranks, {"0.1": ranks > 1}, ["0.1"])
-        rises = curves.rises_of(history)
+        rises = statistics.rises_of(history)
         assert rises["robust ε 0.1"].half == 25 and rises["adv ε 0.1"].half == 25 and rises["test"].half is None
         assert rises["robust ε 0.1"].level - rises["robust ε 0.1"].start == pytest.approx(0.04)
         del history["outcomes"]
-        assert curves.rises_of(history)["robust ε 0.1"].half is None
+        assert statistics.rises_of(history)["robust ε 0.1"].half is None
 
 
 def test_all_curves_of_a_run_are_paid_for_together():
@@ -237,11 +237,11 @@ def test_all_curves_of_a_run_are_paid_for_together():
     before, after = pairs(7, 0)
     rising = np.array([before] * 3 + [after] * 6)
     rows = [*rising]
-    alone = curves.delayed_rise(rising.mean(1), 2, 1000, rows)
+    alone = statistics.delayed_rise(rising.mean(1), 2, 1000, rows)
     assert alone.half == 3 and alone.p == pytest.approx(0.5**7)
     ranks = 1 + rising.astype(int)
     history = paired_history(quiet, ranks, {"0.1": quiet, "0.2": quiet, "0.3": quiet}, ["0.1", "0.2", "0.3"])
-    rise = curves.rises_of(history)["robust ε 0.1"]
+    rise = statistics.rises_of(history)["robust ε 0.1"]
     assert rise.p == pytest.approx(14 * 0.5**7) and rise.half is None
     assert rise.p_once == pytest.approx(7 * 0.5**7)
 
@@ -251,46 +251,46 @@ def test_all_curves_of_a_run_are_paid_for_together():
 def test_half_of_the_rise_is_that_of_the_held_level():
     values = np.full(60, 0.1)
     values[5:], values[30] = 0.4, 0.9
-    rise = curves.delayed_rise(values, 0, 1000)
+    rise = statistics.delayed_rise(values, 0, 1000)
     assert rise.half == 5 and rise.level == 0.4 and rise.largest == 0.9
 
 
 def test_the_last_log_point_can_be_the_half_of_a_rise():
-    assert curves.delayed_rise([0.1, 0.1, 0.1, 0.9], 2, 1000).half == 3
-    assert curves.delayed_rise([0.1, 0.1, 0.1, 0.9, None], 2, 1000).half == 3
-    two_later = curves.delayed_rise([0.1, 0.1, 0.1, 0.9, 0.9], 2, 1000)
+    assert statistics.delayed_rise([0.1, 0.1, 0.1, 0.9], 2, 1000).half == 3
+    assert statistics.delayed_rise([0.1, 0.1, 0.1, 0.9, None], 2, 1000).half == 3
+    two_later = statistics.delayed_rise([0.1, 0.1, 0.1, 0.9, 0.9], 2, 1000)
     assert two_later.half == 3
-    at_the_end = curves.delayed_rise([0.1] * 10 + [0.9] * 3, 2, 1000)
+    at_the_end = statistics.delayed_rise([0.1] * 10 + [0.9] * 3, 2, 1000)
     assert at_the_end.half == 10 and at_the_end.level == 0.9
 
 
 def test_the_half_is_where_the_curve_stays_above_it():
     values = [0.1] * 5 + [0.7] + [0.1] * 4 + [0.3, 0.44, 0.46, 0.5, 0.6, 0.8, 0.8, 0.8, 0.8]
-    assert curves.delayed_rise(values, 2, 1000).half == 12  # half of the rise from 0.1 to 0.8 is 0.45
+    assert statistics.delayed_rise(values, 2, 1000).half == 12  # half of the rise from 0.1 to 0.8 is 0.45
     exactly = [0.1] * 5 + [0.45, 0.45, 0.45, 0.8, 0.8, 0.8]
-    assert curves.delayed_rise(exactly, 2, 1000).half == 5
+    assert statistics.delayed_rise(exactly, 2, 1000).half == 5
 
 
 def test_a_spike_of_one_or_two_log_points_is_no_rise():
     values = np.full(30, 0.2)
     values[10:12] = 0.9
-    rise = curves.delayed_rise(values, 2, 1000)
+    rise = statistics.delayed_rise(values, 2, 1000)
     assert rise.half is None and rise.brief and rise.level == 0.2
 
 
 def test_interpolation_is_at_99_percent_of_training_accuracy():
-    assert curves.interpolation_index([0.5, None, 0.9899, 0.99, 1.0]) == 3
-    assert curves.interpolation_index([0.5, None]) is None and curves.interpolation_index([]) is None
+    assert statistics.interpolation_index([0.5, None, 0.9899, 0.99, 1.0]) == 3
+    assert statistics.interpolation_index([0.5, None]) is None and statistics.interpolation_index([]) is None
 
 
 def test_what_is_not_known_is_passed_over():
     values = [0.1, 0.1, np.nan, 0.1, np.nan, 0.8, np.nan, 0.8, 0.8, np.nan]
-    rise = curves.delayed_rise(values, 1, 1000)
+    rise = statistics.delayed_rise(values, 1, 1000)
     assert (rise.start, rise.final, rise.half) == (0.1, 0.8, 5)
     for start in (None, 2, 9):  # never fitted; no value at interpolation; nothing after it
-        nothing = curves.delayed_rise(values, start, 1000)
+        nothing = statistics.delayed_rise(values, start, 1000)
         assert nothing.half is None and not nothing.brief and nothing.recovery is None and nothing.final == 0.8
-    assert np.isnan(curves.delayed_rise([np.nan], 0, 1000).final)
+    assert np.isnan(statistics.delayed_rise([np.nan], 0, 1000).final)
 
 
 # ---- several seeds ----
@@ -304,8 +304,8 @@ def test_pooled_seeds_find_what_one_does_not():
         return paired_history(ranks > 0, ranks, {"0.1": ranks > 1}, ["0.1"], seed=seed)
 
     group = [history(seed) for seed in range(4)]
-    assert [curves.rises_of(one)["robust ε 0.1"].half for one in group] == [None] * 4
-    steps, rises = curves.pooled_rises(group)
+    assert [statistics.rises_of(one)["robust ε 0.1"].half for one in group] == [None] * 4
+    steps, rises = statistics.pooled_rises(group)
     assert steps == group[0]["step"][2:]  # from interpolation on
     rise = rises["robust ε 0.1"]
     assert steps[rise.half] == 2**5
@@ -316,8 +316,8 @@ def test_pooled_seeds_find_what_one_does_not():
     unfinished, unfitted = history(4, points=7), history(5)
     unfitted["train_acc"] = [0.5] * 12
     empty = make_history([], [], [])
-    assert curves.pooled_rises([*group, unfinished, unfitted, empty])[1]["robust ε 0.1"].p == rise.p
-    assert curves.pooled_rises([unfitted, empty]) == ([], {})
+    assert statistics.pooled_rises([*group, unfinished, unfitted, empty])[1]["robust ε 0.1"].p == rise.p
+    assert statistics.pooled_rises([unfitted, empty]) == ([], {})
 
 
 def test_each_seed_is_compared_with_its_own_interpolation():
@@ -326,19 +326,19 @@ def test_each_seed_is_compared_with_its_own_interpolation():
         robust = np.where(np.arange(10) > fitted_at, 0.5, 0.2)
         return make_history(range(10), train, [0.9] * 10, {"0.1": robust})
 
-    steps, rises = curves.pooled_rises([history(2), history(4), history(5)])
+    steps, rises = statistics.pooled_rises([history(2), history(4), history(5)])
     assert steps == [4, 6, 7, 8, 9]
     assert rises["robust ε 0.1"].start == pytest.approx(0.2) and rises["robust ε 0.1"].level == pytest.approx(0.5)
 
 
 def test_mean_and_range_over_seeds_with_other_log_steps():
     def column(history):
-        return curves.as_array(history["test_acc"])
+        return statistics.as_array(history["test_acc"])
 
     a = make_history([0, 1, 3], [0] * 3, [0.0, 0.2, 0.6])
     b = make_history([0, 3], [0] * 2, [0.2, 0.4])
     c = make_history([0], [0], [0.1])
-    steps, mean, low, high = curves.together([a, b, c], column)
+    steps, mean, low, high = runs.together([a, b, c], column)
     assert steps.tolist() == [0, 1, 3]
     # At step 1, b is half-way between its points in log(1 + step).
     np.testing.assert_allclose(mean, [0.1, (0.2 + 0.3) / 2, 0.5])
@@ -349,7 +349,7 @@ def test_mean_and_range_over_seeds_with_other_log_steps():
 # ---- phases ----
 
 def names(complexity):
-    return [name for name, _, _ in curves.phases(np.asarray(complexity, dtype=float))]
+    return [name for name, _, _ in phases.phases(np.asarray(complexity, dtype=float))]
 
 
 def three_phases(n=60):
@@ -362,7 +362,7 @@ def three_phases(n=60):
 
 def test_the_three_phases_are_found_where_they_are():
     curve = three_phases()
-    found = {name: (first, last) for name, first, last in curves.phases(curve)}
+    found = {name: (first, last) for name, first, last in phases.phases(curve)}
     assert list(found) == ["first descent", "ascent", "second descent"]
     places = [(0, 9, 22), (18, 28, 40), (35, 47, 59)]
     for (first, last), (low, middle, high) in zip(found.values(), places, strict=True):
@@ -412,13 +412,13 @@ def test_what_follows_a_rise_is_no_first_descent():
 def test_the_four_largest_moves_have_names():
     assert names(np.repeat([6, 1, 2, 1.2, 1.6], 5)) == ["first descent", "ascent", "second descent", "second ascent"]
     wiggling = np.repeat([6, 1, 1.5, 1.3, 2, 1.2, 1.6], 5)
-    found = curves.phases(wiggling)
+    found = phases.phases(wiggling)
     assert [name for name, *_ in found] == ["first descent", "ascent", "second descent", "second ascent"]
     assert [last for *_, last in found] == [5, 20, 25, 30]  # the small descent within the ascent has none
 
 
 def smoothed_log(complexity):
-    return curves.smoothed(np.log(np.maximum(complexity, 0.02 * complexity.max())))
+    return phases.smoothed(np.log(np.maximum(complexity, 0.02 * complexity.max())))
 
 
 @settings(max_examples=200, deadline=None)
@@ -426,7 +426,7 @@ def smoothed_log(complexity):
        | st.lists(st.sampled_from([0.0, 1.0, 1.05, 2.0, 3.0]), max_size=50))
 def test_phases_follow_each_other_and_go_the_way_their_names_say(values):
     complexity = np.array(values)
-    found = curves.phases(complexity)
+    found = phases.phases(complexity)
     assert [name for name, _, _ in found] in [list(order[:len(found)]) for order in (
         ("first descent", "ascent", "second descent", "second ascent"),
         ("ascent", "descent", "second ascent", "second descent"))]
@@ -447,15 +447,15 @@ def test_phases_follow_each_other_and_go_the_way_their_names_say(values):
 def test_plateaus_belong_to_no_phase():
     """What lies within 15% of a move's height of its ends, and within a tenth of the curve, is plateau."""
     curve = np.concatenate([np.full(20, 5.0), np.geomspace(5, 6.5, 31), np.full(20, 6.5)])
-    assert curves.phases(curve) == curves.phases(1000 * curve) == [("ascent", 24, 46)]
+    assert phases.phases(curve) == phases.phases(1000 * curve) == [("ascent", 24, 46)]
     steep = np.concatenate([np.full(20, 5.0), np.geomspace(5, 100, 31), np.full(20, 100.0)])
-    assert [place for _, *place in curves.phases(steep / 1000)] == [[20, 50]]
+    assert [place for _, *place in phases.phases(steep / 1000)] == [[20, 50]]
 
 
 def test_a_phase_that_has_a_smaller_one_within_begins_before_it_ends():
     levels = np.repeat([3.0, 0.0, 1.0, 0.08, 1.08, -1.92], 5)
-    assert [name for name, *_ in curves.phases(np.exp(levels))] == ["first descent", "ascent", "second descent"]
-    _, (_, first, last), _ = curves.phases(np.exp(levels))
+    assert [name for name, *_ in phases.phases(np.exp(levels))] == ["first descent", "ascent", "second descent"]
+    _, (_, first, last), _ = phases.phases(np.exp(levels))
     assert first == 19 and last == 20
 
 
@@ -463,22 +463,22 @@ def test_a_phase_that_has_a_smaller_one_within_begins_before_it_ends():
 @given(st.lists(st.floats(0.5, 20), min_size=4, max_size=50))
 def test_phases_do_not_depend_on_the_unit(values):
     complexity = np.array(values)
-    assert curves.phases(complexity) == curves.phases(1024 * complexity) == curves.phases(complexity / 1024)
+    assert phases.phases(complexity) == phases.phases(1024 * complexity) == phases.phases(complexity / 1024)
 
 
 @given(st.lists(st.integers(-5, 5), min_size=1, max_size=40))
 def test_smoothing_removes_what_is_shorter_than_three_points_and_nothing_else(values):
     values = np.array(values)
-    smooth = curves.smoothed(values)
+    smooth = phases.smoothed(values)
     assert smooth[0] == values[0] or len(values) > 1
-    np.testing.assert_array_equal(curves.smoothed(smooth), smooth)
+    np.testing.assert_array_equal(phases.smoothed(smooth), smooth)
     runs = np.diff(np.flatnonzero(np.concatenate([[True], np.diff(smooth) != 0, [True]])))
     turns = [k for k in range(1, len(runs) - 1)]
     levels = smooth[np.cumsum([0, *runs[:-1]])]
     for k in turns:
         if (levels[k] - levels[k - 1]) * (levels[k + 1] - levels[k]) < 0:
             assert runs[k] >= 3
-    np.testing.assert_array_equal(curves.smoothed(np.sort(values))[:-2], np.sort(values)[:-2])
+    np.testing.assert_array_equal(phases.smoothed(np.sort(values))[:-2], np.sort(values)[:-2])
 
 
 FALLS_RISES = ["first descent", "ascent"]
@@ -494,7 +494,7 @@ PHASES = {**dict.fromkeys(["digits_large_init", "mnist_large_init"], ["ascent", 
 def test_phases_of_the_recorded_runs(path):
     """With rounding, or at depth 6, an MLP from PyTorch's weights descends, ascends, descends; otherwise see above."""
     expected = PHASES.get(path.stem, [*FALLS_RISES, "second descent"])
-    assert names(curves.total_complexity(runlog.read_history(path)))[:3] == expected
+    assert names(statistics.total_complexity(read_history(path)))[:3] == expected
 
 
 # ---- outbreaks of the training loss ----
@@ -511,32 +511,32 @@ def training(losses, peaks=None, **changes):
 def test_an_outbreak_between_two_log_points_is_seen_by_its_largest_batch():
     losses = [2.0, 1e-2, 1e-4, 1e-6, 1e-6, 1e-7, 1e-7]
     peaks = [None, 2.0, 1e-2, 1e-4, 1e-3, 1e-6, 6e-5]
-    assert curves.outbreaks(training(losses, peaks)) == [4, 6]
-    assert curves.outbreaks(training(losses)) == []
+    assert phases.outbreaks(training(losses, peaks)) == [4, 6]
+    assert phases.outbreaks(training(losses)) == []
     # A batch is a fifth of the training set here: the loss of the whole set rose to a fifth of the batch's or more.
-    assert curves.outbreaks(training(losses, [*peaks[:4], 4.9e-4, *peaks[5:]])) == [6]
+    assert phases.outbreaks(training(losses, [*peaks[:4], 4.9e-4, *peaks[5:]])) == [6]
     small = training(losses, peaks)
     small["config"]["batch_size"] = 2
-    assert curves.outbreaks(small) == []
+    assert phases.outbreaks(small) == []
 
 
 def test_older_histories_show_an_outbreak_that_lasts_to_the_log_point():
-    assert curves.outbreaks(training([2.0, 1e-2, 1e-6, 1e-8, 1e-5, 1e-6, 1e-8, 2e-6])) == [4, 7]
-    assert curves.outbreaks(training([2.0, 1e-2, 1e-6, 1e-8, 9e-7, 9.9e-7])) == []
-    assert curves.outbreaks(training([2.0, 1e-2, 1e-6, 1e-8, 9e-7, 1.01e-6])) == [5]
+    assert phases.outbreaks(training([2.0, 1e-2, 1e-6, 1e-8, 1e-5, 1e-6, 1e-8, 2e-6])) == [4, 7]
+    assert phases.outbreaks(training([2.0, 1e-2, 1e-6, 1e-8, 9e-7, 9.9e-7])) == []
+    assert phases.outbreaks(training([2.0, 1e-2, 1e-6, 1e-8, 9e-7, 1.01e-6])) == [5]
 
 
 def test_what_is_no_outbreak():
     early = training([1e-6, 2.0, 1e-3, 1e-4])
     early["train_acc"] = [0.1, 0.5, 1.0, 1.0]
-    assert curves.outbreaks(early) == []  # before interpolation
-    assert curves.outbreaks(training([2.0, 1e-2, 0.0, 9e-8, 0.0])) == []  # rounding
-    assert curves.outbreaks(training([2.0, 1e-2, 0.0, 2e-7, 0.0])) == [3]
-    assert curves.outbreaks(training([2.0, None, None, 1e-3, None, 1.0])) == [5]
-    assert curves.outbreaks(training([2.0, 1e-2, 1e-5, 1e-3, 1e-2, 5e-2])) == [3]  # it goes on, it does not begin anew
+    assert phases.outbreaks(early) == []  # before interpolation
+    assert phases.outbreaks(training([2.0, 1e-2, 0.0, 9e-8, 0.0])) == []  # rounding
+    assert phases.outbreaks(training([2.0, 1e-2, 0.0, 2e-7, 0.0])) == [3]
+    assert phases.outbreaks(training([2.0, None, None, 1e-3, None, 1.0])) == [5]
+    assert phases.outbreaks(training([2.0, 1e-2, 1e-5, 1e-3, 1e-2, 5e-2])) == [3]  # it goes on, it does not begin anew
     unfitted = training([2.0, 1e-6, 1.0])
     unfitted["train_acc"] = [0.5] * 3
-    assert curves.outbreaks(unfitted) == []
+    assert phases.outbreaks(unfitted) == []
 
 
 @pytest.mark.parametrize("name, steps", [("mnist", [18_900, 39_630, 47_689, 57_387, 83_101]), ("mnist_exact", []),
@@ -544,8 +544,8 @@ def test_what_is_no_outbreak():
                                          ("mnist_long_exact", []), ("resnet18", [29_222, 50_000]),
                                          ("mnist_depth2", [22_743, 47_689, 83_101, 100_000])])
 def test_outbreaks_of_the_recorded_runs(name, steps):
-    history = runlog.read_history(ROOT / "results" / f"{name}.json")
-    assert [history["step"][i] for i in curves.outbreaks(history)] == steps
+    history = read_history(ROOT / "results" / f"{name}.json")
+    assert [history["step"][i] for i in phases.outbreaks(history)] == steps
 
 
 # ---- the summary ----
@@ -567,7 +567,7 @@ def sentences(text):
 
 
 def test_summary_states_the_known_numbers_of_a_run():
-    text = curves.summary(known_history())
+    text = report.summary(known_history())
     assert "train accuracy reaches 99% at step 100 (the run ends at step 80,000)" in sentences(text)
     assert ("Delayed generalisation: not seen; test accuracy reaches 95% of its final value (90.0%) at step 10 and is "
             "90.0% at interpolation.") in sentences(text)
@@ -584,25 +584,25 @@ def test_summary_states_the_known_numbers_of_a_run():
 
 def test_test_accuracy_reaches_95_percent_of_its_final_value_where_it_does():
     test = [0.2, 0.5, 0.60, 0.84, 0.857, 0.9, 0.9, 0.9]  # 95% of 90% is 85.5%
-    text = sentences(curves.summary(make_history(STEPS, TRAIN, test)))
+    text = sentences(report.summary(make_history(STEPS, TRAIN, test)))
     assert "Delayed generalisation: seen; test accuracy reaches 95% of its final value (90.0%) at step 10,000" in text
     assert "is 60.0% at interpolation" in text
 
 
 def test_a_late_rise_of_test_accuracy_by_little_is_no_delayed_generalisation():
     test = [0.1, 0.86, 0.87, 0.9, 0.9, 0.9, 0.9, 0.9]
-    text = curves.summary(make_history(STEPS, TRAIN, test, images=10_000))
+    text = report.summary(make_history(STEPS, TRAIN, test, images=10_000))
     assert "Delayed generalisation: not seen" in text
     assert table_line(text, "test")[-4:] == ["by", "step", "1,000,", "10.0x"]
     few = make_history(STEPS, TRAIN, [0.1, 0.7, 0.7, 0.8, 0.8, 0.8, 0.8, 0.8], images=10)
     assert "Delayed generalisation: not seen; test accuracy reaches 95% of its final value (80.0%) at step 1,000" \
-        in sentences(curves.summary(few))  # one image of ten is noise
+        in sentences(report.summary(few))  # one image of ten is noise
 
 
 def test_summary_says_the_later_the_larger_only_where_it_is_so():
     def text(*halves):
         robust = {f"0.{k}": np.where(np.arange(12) >= half, 0.6, 0.1) for k, half in enumerate(halves, 1)}
-        return sentences(curves.summary(make_history(2 ** np.arange(12), [0.5] + [1.0] * 11, [0.9] * 12, robust)))
+        return sentences(report.summary(make_history(2 ** np.arange(12), [0.5] + [1.0] * 11, [0.9] * 12, robust)))
 
     assert "rises at ε 0.1, 0.2 and 0.3. Half of the rise is reached at 8.0x to 64.0x the step of interpolation, " \
            "the later the larger ε." in text(4, 4, 7)
@@ -615,7 +615,7 @@ def test_summary_speaks_of_dips_of_brief_rises_and_of_what_is_held_alone():
     n = 15
     robust = {"0.1": [0.5] * 3 + [0.2] * 6 + [0.45] * 6, "0.2": [0.1] * 13 + [0.6] * 2,
               "0.3": [0.1] * 6 + [0.6] * 2 + [0.1] * 7}
-    text = curves.summary(make_history(2 ** np.arange(n), [1.0] * n, [0.9] * n, robust))
+    text = report.summary(make_history(2 ** np.arange(n), [1.0] * n, [0.9] * n, robust))
     assert "Delayed robustness: not seen" in text
     assert "At ε 0.2 and 0.3 it lies above it for less. At ε 0.1 it falls after interpolation and recovers." \
         in sentences(text)
@@ -630,20 +630,20 @@ def test_summary_names_phases_and_outbreaks_with_their_numbers():
     history = make_history(10 * np.arange(n), [0.1] + [1.0] * (n - 1), [0.9] * 12 + [0.8] * 6, complexity=complexity)
     history["train_loss"] = [1.0, 1e-2] + [1e-7] * 10 + [1e-5] * 6
     history["weight_norm"] = [10.0] * 12 + [20.0] * 6
-    text = sentences(curves.summary(history))
+    text = sentences(report.summary(history))
     assert "Local complexity (training points, r = 0.05): first descent from 6.00 to 1.00 by step 30, ascent to " \
            "2.00 by step 80, second descent to 0.50 by step 140." in text
     assert "Training loss: 1 outbreak after interpolation" in text
     assert "Step 110 to 120: loss 1.0e-07 to 1.0e-05, weight norm 10.0 to 20.0, local complexity 2.00 to 2.00, test " \
            "accuracy 90.0% to 80.0%." in text
     history["max_batch_loss"] = [None, 1.0, 1e-2] + [1e-6] * 9 + [3.5] + [1e-5] * 5
-    assert "loss 1.0e-07 to 1.0e-05 (up to 3.5e+00 in a batch), weight norm" in sentences(curves.summary(history))
+    assert "loss 1.0e-07 to 1.0e-05 (up to 3.5e+00 in a batch), weight norm" in sentences(report.summary(history))
     del history["weight_norm"], history["local_complexity"]
-    assert "in a batch), test accuracy 90.0% to 80.0%." in sentences(curves.summary(history))
+    assert "in a batch), test accuracy 90.0% to 80.0%." in sentences(report.summary(history))
 
 
 def test_flat_robustness_beside_falling_complexity_is_not_explained_away():
-    text = curves.summary(runlog.read_history(ROOT / "results" / "mnist_adam.json"))
+    text = report.summary(read_history(ROOT / "results" / "mnist_adam.json"))
     paragraphs = text.split("\n\n")[0].replace("\n  ", " ").splitlines()
     (robust,) = [line for line in paragraphs if line.startswith("Delayed robustness")]
     (complexity,) = [line for line in paragraphs if line.startswith("Local complexity")]
@@ -654,21 +654,21 @@ def test_flat_robustness_beside_falling_complexity_is_not_explained_away():
 def test_summary_says_how_it_compared():
     random = np.random.default_rng(0)
     history = flat_history(random, images=100)
-    assert "exact McNemar test" in curves.summary(history)
-    assert "Measured on 100 images, 50.0% means 40.4% to 59.6%." in sentences(curves.summary(history))
+    assert "exact McNemar test" in report.summary(history)
+    assert "Measured on 100 images, 50.0% means 40.4% to 59.6%." in sentences(report.summary(history))
     del history["outcomes"]
-    assert "McNemar" not in curves.summary(history) and "Wilson" in curves.summary(history)
+    assert "McNemar" not in report.summary(history) and "Wilson" in report.summary(history)
 
 
 def test_summary_reads_at_100_columns_with_large_numbers():
     history = known_history(images=10**6)
     history["step"] = [step * 100_000 for step in history["step"]]
     history["robust_acc"]["0.0123457"] = history["robust_acc"]["0.1"]
-    assert max(map(len, curves.summary(history).splitlines())) <= 100
+    assert max(map(len, report.summary(history).splitlines())) <= 100
 
 
 def test_summary_of_a_run_that_never_fits_its_training_set():
-    text = curves.summary(make_history([0, 10, 100], [0.1, 0.5, 0.7], [0.1, 0.4, 0.6], {"0.1": [0.0, 0.1, 0.25]}))
+    text = report.summary(make_history([0, 10, 100], [0.1, 0.5, 0.7], [0.1, 0.4, 0.6], {"0.1": [0.0, 0.1, 0.25]}))
     assert "does not reach 99%" in text and "70.0%" in text and "no delay to measure" in sentences(text)
     assert table_line(text, "robust ε 0.1") == ["25.0%"]
     assert "rise" not in text.split("\n\n")[0] and "outbreak" not in text
@@ -677,13 +677,13 @@ def test_summary_of_a_run_that_never_fits_its_training_set():
 def test_summary_of_a_run_that_is_not_at_its_end():
     history = known_history()
     history["config"]["n_steps"] = 500_000
-    assert "has come to step 80,000 of 500,000" in sentences(curves.summary(history))
+    assert "has come to step 80,000 of 500,000" in sentences(report.summary(history))
 
 
 def test_summary_of_short_and_empty_histories():
-    assert "no log step" in curves.summary({"step": [], "config": {}, "sizes": {}})
-    assert "10.0%" in curves.summary(make_history([0], [0.1], [0.1], {"0.1": [0.0]}))
-    text = curves.summary(make_history([0, 10, 20, 30], [0.1, None, 1.0, 1.0], [0.1, None, 0.9, None],
+    assert "no log step" in report.summary({"step": [], "config": {}, "sizes": {}})
+    assert "10.0%" in report.summary(make_history([0], [0.1], [0.1], {"0.1": [0.0]}))
+    text = report.summary(make_history([0, 10, 20, 30], [0.1, None, 1.0, 1.0], [0.1, None, 0.9, None],
                                        {"0.1": [0, 0, None, 0.3]}))
     assert "reaches 99% at step 20 " in text
     assert table_line(text, "robust ε 0.1") == ["-", "-", "-", "30.0%", "-"]
@@ -728,15 +728,15 @@ def hostile_histories():
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("history", [pytest.param(history, id=name) for name, history in hostile_histories()])
 def test_nothing_that_a_history_lacks_stops_the_numbers(history):
-    text = curves.summary(history)
+    text = report.summary(history)
     assert text and "nan" not in text and max(map(len, text.splitlines())) <= 100
     other = {**history, "config": {**history["config"], "seed": 2}}
     for group in ([history], [history, other], [history, make_history([], [], [])]):
-        assert "nan" not in curves.table(group) + curves.markdown_table(group)
-        curves.pooled_rises(group)
-        curves.grouped(group)
-        curves.runs_text(group)
-    curves.outbreaks(history)
+        assert "nan" not in report.table(group) + report.markdown_table(group)
+        statistics.pooled_rises(group)
+        runs.grouped(group)
+        runs.runs_text(group)
+    phases.outbreaks(history)
 
 
 # ---- names and titles ----
@@ -751,52 +751,52 @@ def chosen(asked, **config):
 
 def test_only_what_the_user_chose_tells_runs_apart():
     one, two = chosen(["seed"], adv_size=797, depth=4), chosen(["depth", "seed"], adv_size=1000, depth=6, seed=2)
-    assert curves.differing_flags([one, two]) == ["seed", "depth"]
-    assert curves.differing_flags([one, two], also_same={"seed"}) == ["depth"]
+    assert runs.differing_flags([one, two]) == ["seed", "depth"]
+    assert runs.differing_flags([one, two], also_same={"seed"}) == ["depth"]
     older = chosen(None, adv_size=797, depth=4)
-    assert set(curves.differing_flags([older, two])) == {"adv_size", "depth", "seed"}
+    assert set(runs.differing_flags([older, two])) == {"adv_size", "depth", "seed"}
     elsewhere = chosen(["log_dir", "threads"], threads=3, log_dir="x", adv_size=797, depth=4)
-    assert curves.differing_flags([older, chosen(None, adv_size=797, depth=4, eval_threads=2)]) == []  # an older flag
-    assert curves.differing_flags([one, elsewhere]) == []
+    assert runs.differing_flags([older, chosen(None, adv_size=797, depth=4, eval_threads=2)]) == []  # an older flag
+    assert runs.differing_flags([one, elsewhere]) == []
 
 
 def test_titles_say_what_was_trained_and_what_was_chosen():
     history = chosen(["loss", "depth", "adv_size", "n_steps", "log_dir", "weight_decay"], loss="mse", weight_decay=0.1,
                      adv_size="all", lr=0.001)
-    assert curves.run_title(history) == ("mlp (depth 3, width 8) on digits, 1,000 training images, loss\N{NBSP}mse, "
+    assert runs.run_title(history) == ("mlp (depth 3, width 8) on digits, 1,000 training images, loss\N{NBSP}mse, "
                                          "weight\N{NBSP}decay\N{NBSP}0.1")
-    assert curves.run_title(history, ["loss", "depth"]) == ("mlp (width 8) on digits, 1,000 training images, "
+    assert runs.run_title(history, ["loss", "depth"]) == ("mlp (width 8) on digits, 1,000 training images, "
                                                             "weight\N{NBSP}decay\N{NBSP}0.1")
-    assert curves.run_title(chosen(None, adv_size=797)) == "mlp (depth 3, width 8) on digits, 1,000 training images"
-    assert curves.group_title([history], ["loss"]) == "loss\N{NBSP}mse"
+    assert runs.run_title(chosen(None, adv_size=797)) == "mlp (depth 3, width 8) on digits, 1,000 training images"
+    assert runs.group_title([history], ["loss"]) == "loss\N{NBSP}mse"
     history["config"] |= {"batch_norm": True, "orthogonal_gradient": False}
-    assert (curves.group_title([history], ["batch_norm", "orthogonal_gradient"])
+    assert (runs.group_title([history], ["batch_norm", "orthogonal_gradient"])
             == "batch\N{NBSP}norm, no\N{NBSP}orthogonal\N{NBSP}gradient")
 
 
 def test_flags_are_written_as_they_are_given():
     config = {"depth": 2, "batch_norm": True, "weight_decay": 0.0, "cuda_graph": False, "train_size": None}
-    assert curves.command_flags(config, list(config)) == "--depth=2 --batch_norm --weight_decay=0"
+    assert report.command_flags(config, list(config)) == "--depth=2 --batch_norm --weight_decay=0"
 
 
 def test_an_epsilon_is_written_in_pixel_levels_where_it_is_one():
     config = {"epsilons": [0.5 / 255, 0.03, 8 / 255], "lc_radius": [0.005, 0.0313725]}
-    assert curves.command_flags(config, list(config)) == "--epsilons=0.5/255,0.03,8/255 --lc_radius=0.005,0.0313725"
+    assert report.command_flags(config, list(config)) == "--epsilons=0.5/255,0.03,8/255 --lc_radius=0.005,0.0313725"
     history = chosen(["epsilons"], epsilons=config["epsilons"])
-    assert curves.group_title([history], ["epsilons"]) == "epsilons\N{NBSP}0.5/255\N{NBSP}0.03\N{NBSP}8/255"
+    assert runs.group_title([history], ["epsilons"]) == "epsilons\N{NBSP}0.5/255\N{NBSP}0.03\N{NBSP}8/255"
 
 
 def test_runs_that_are_not_at_the_end_are_counted():
     short = make_history([0], [0.1], [0.1])
-    assert curves.runs_text([known_history()]) == ""
-    assert curves.runs_text([known_history(), short, make_history([], [], [])]) == (
+    assert runs.runs_text([known_history()]) == ""
+    assert runs.runs_text([known_history(), short, make_history([], [], [])]) == (
         "mean and range of 3 runs, 2 of them not at the end")
 
 
 def test_short_names_are_the_parts_that_differ():
-    assert curves.short_names(["runs/a/logs/h.json", "runs/b/logs/h.json"]) == ["a", "b"]
-    assert curves.short_names(["x/h.json"]) == ["x/h.json"]
-    assert curves.short_names(["h.json", "runs/h.json"]) == [".", "runs"]
+    assert runs.short_names(["runs/a/logs/h.json", "runs/b/logs/h.json"]) == ["a", "b"]
+    assert runs.short_names(["x/h.json"]) == ["x/h.json"]
+    assert runs.short_names(["h.json", "runs/h.json"]) == [".", "runs"]
 
 
 # ---- the tables ----
@@ -807,7 +807,7 @@ def test_table_has_one_line_a_run_and_names_what_differs():
     for history in histories[:-1]:
         history["local_complexity"] = {"train": {"0.05": [[2.5, 0.5]] + [[1.5, 0.5]] * 3 + [[3.0, 1.25]] * 3 + [None]}}
     labels = [f"run{k}" for k in range(5)]
-    head, *lines = curves.table(histories, labels).splitlines()
+    head, *lines = report.table(histories, labels).splitlines()
     assert head.split() == ["run", "seed", "weight_decay", "steps", "train", "test", "99%", "at", "ε", "robust", "end",
                             "delay", "adv", "end", "delay", "LC", "min", "max"]
     assert [line.split()[0] for line in lines] == labels and len({len(line) for line in [head, *lines]}) == 1
@@ -827,14 +827,14 @@ def test_markdown_table_has_one_row_a_configuration():
     runs = [chosen(["depth", "seed", "n_steps", "batch_norm", "epsilons"], depth=6, seed=seed, batch_norm=True,
                    epsilons=[0.1, 0.2]) for seed in (1, 2)]
     runs[1]["test_acc"][-1] = 0.92
-    text = curves.markdown_table([chosen([]), *runs], ["mnist", "deep", "deep2"])
+    text = report.markdown_table([chosen([]), *runs], ["mnist", "deep", "deep2"])
     first, second = markdown_rows(text)
     assert list(first.values()) == ["mnist", "-", "100", "90.0%", "90.0%", "0.1", "10.0%", "-", "30.0%",
                                     "10,000 (100.0x)", "10.0%", "80.0%", "10,000 (100.0x)"]
     assert second["0 run"] == "deep (2 seeds)"
     assert second["1 flags"] == "`--depth=6 --n_steps=80000 --batch_norm --epsilons=0.1,0.2`"
     assert second["4 at the end"] == "91.0% (90.0% to 92.0%)" and second["2 training 99% at step"] == "100"
-    other = markdown_rows(curves.markdown_table(runs[:1], ["deep"], epsilon="0.0313725"))[0]
+    other = markdown_rows(report.markdown_table(runs[:1], ["deep"], epsilon="0.0313725"))[0]
     assert other["5 ε"] == "8/255" and other["9 half of the rise by step"] == "-" and "--seed=1" in other["1 flags"]
 
 
@@ -842,22 +842,22 @@ def test_a_dip_comes_after_interpolation():
     n = 12
     robust = {"0.1": [0.05] * 4 + [0.3] * 2 + [0.2] * 4 + [0.4] * 2}
     history = make_history(2 ** np.arange(n), [0.5] * 3 + [1.0] * 9, [0.9] * n, robust)
-    row = markdown_rows(curves.markdown_table([history], ["a"]))[0]
+    row = markdown_rows(report.markdown_table([history], ["a"]))[0]
     assert row["6 `robust_acc` then"] == "5.0%" and row["7 dip"] == "-" and row["8 highest later"] == "20.0%"
     history["robust_acc"]["0.1"][3] = 0.25
-    assert markdown_rows(curves.markdown_table([history], ["a"]))[0]["7 dip"] == "20.0%"
+    assert markdown_rows(report.markdown_table([history], ["a"]))[0]["7 dip"] == "20.0%"
 
 
 def test_a_recovery_stands_in_the_markdown_table_as_one():
     robust = {"0.1": [0.5] * 3 + [0.2] * 6 + [0.45] * 6}
     history = make_history(2 ** np.arange(15), [1.0] * 15, [0.9] * 15, robust)
-    row = markdown_rows(curves.markdown_table([history], ["a"]))[0]
+    row = markdown_rows(report.markdown_table([history], ["a"]))[0]
     assert row["9 half of the rise by step"] == "out of the dip: 512"
 
 
 def test_flags_of_older_histories_are_those_that_are_not_usual():
     runs = [chosen(None, depth=depth, lr=0.001) for depth in (4, 4, 6)]
-    rows = markdown_rows(curves.markdown_table(runs, ["a", "b", "c"]))
+    rows = markdown_rows(report.markdown_table(runs, ["a", "b", "c"]))
     assert [row["1 flags"] for row in rows] == ["-", "`--depth=6`"]
 
 

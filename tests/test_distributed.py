@@ -17,8 +17,8 @@ import torch
 from conftest import ENVIRONMENT, FORKS, PATIENCE, ROOT, SMALL, history_of, run_here, wait_for
 from torch.distributed.launcher.api import LaunchConfig
 
-import parallel
-import runlog
+from runtime import checkpoints, distributed, files
+from runtime.history import read_history
 
 STARTED = []
 # Odd sizes, so that the processes' shares differ.
@@ -55,7 +55,7 @@ def rank_main(rank, folder, environment, flags):
     counted(local_complexity, "local_complexity")
     status = train.main(flags)
     Path("work").write_text(json.dumps(work))
-    parallel.leave(status)
+    distributed.leave(status)
 
 
 def by_torchrun(rank, port):
@@ -109,7 +109,7 @@ def run_two(folder, *flags, launcher=by_torchrun):
 def locked(folder):
     """Whether a run holds the folder."""
     try:
-        runlog.lock_folders(folder)
+        files.lock_folders(folder)
     except ValueError:
         return True
     return False
@@ -118,9 +118,9 @@ def locked(folder):
 def newest(folder):
     """Return the newest checkpoint; fail if any file of the run is not whole."""
     problems = []
-    state, _ = runlog.newest_checkpoint(folder / "checkpoints", problems.append)
+    state, _ = checkpoints.newest_checkpoint(folder / "checkpoints", problems.append)
     assert not problems
-    runlog.read_history(folder / "logs" / runlog.HISTORY_NAME)
+    read_history(folder / "logs" / files.HISTORY_NAME)
     return state
 
 
@@ -218,15 +218,15 @@ def test_a_run_goes_from_one_process_to_two_and_back(tmp_path, alone):
 
 def gather(rank, port, results):
     os.environ.update(by_torchrun(rank, port))
-    parallel.start(torch.device("cpu"))
+    distributed.start(torch.device("cpu"))
     whole = torch.arange(14).view(7, 2)
     for tensor in (whole, whole > 5, whole.double() / 3, whole.to(torch.uint8)):
-        gathered = parallel.gathered(tensor[parallel.share(7)].clone(), 7)
+        gathered = distributed.gather_shards(tensor[distributed.shard(7)].clone(), 7)
         results.put(gathered.dtype == tensor.dtype and torch.equal(gathered, tensor))
-    parallel.wait()
+    distributed.barrier()
     results.close()
     results.join_thread()
-    parallel.leave(0)
+    distributed.leave(0)
 
 
 def test_shares_of_different_length_are_gathered_on_every_process():
@@ -242,7 +242,7 @@ def test_shares_of_different_length_are_gathered_on_every_process():
 
 def test_one_process_gathers_its_own_tensor():
     tensor = torch.tensor([True, False])
-    assert parallel.gathered(tensor, 2) is tensor and parallel.share(2) == slice(0, 2)
+    assert distributed.gather_shards(tensor, 2) is tensor and distributed.shard(2) == slice(0, 2)
 
 
 @pytest.mark.parametrize("gpus, message", [
@@ -253,7 +253,7 @@ def test_every_process_refuses_more_processes_than_gpus(gpus, message):
 
     def said(rank):
         try:
-            parallel.refuse_shared_gpus(store, rank, 3, gpus[rank])
+            distributed.refuse_shared_gpus(store, rank, 3, gpus[rank])
         except ValueError as error:
             return str(error)
 
@@ -272,7 +272,7 @@ def test_neighbouring_jobs_and_their_steps_meet_at_ports_of_their_own(monkeypatc
                            "OMP_NUM_THREADS": "1"}
             del environment["MASTER_PORT"]
             monkeypatch.setattr(os, "environ", environment)
-            parallel.describe_srun_step()
+            distributed.describe_srun_step()
             ports.add(int(environment["MASTER_PORT"]))
     assert len(ports) == 100 * 50 and min(ports) > 1024 and max(ports) < 32_768
 
@@ -360,14 +360,14 @@ def test_a_taken_port_is_named(monkeypatch):
         for name, value in by_torchrun(0, port).items():
             monkeypatch.setenv(name, value)
         with pytest.raises(ValueError, match=f"cannot meet at 127.0.0.1:{port} .*set MASTER_PORT to a free port"):
-            parallel.start(torch.device("cpu"))
+            distributed.start(torch.device("cpu"))
 
 
 def test_what_the_first_process_alone_finds_ends_both(tmp_path):
     folder = run_two(tmp_path, *FLAGS, "--n_steps=5")
     assert statuses(start_two(tmp_path, *FLAGS, "--n_steps=5", "--resume", "--seed=7")) == [2, 2]
     assert "belongs to another experiment: --seed was 42, is 7" in printed(tmp_path)[0]
-    held = runlog.lock_folders(folder / "logs")
+    held = files.lock_folders(folder / "logs")
     assert statuses(start_two(tmp_path, *FLAGS, "--n_steps=5")) == [2, 2]
     assert "another run is writing to" in printed(tmp_path)[0] and printed(tmp_path)[1] == ""
     del held

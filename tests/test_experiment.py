@@ -12,8 +12,8 @@ import attacks
 import data
 import local_complexity
 import models
-import runlog
-from seeding import seed_for
+from runtime import checkpoints
+from runtime.seeds import seed_for
 from training import batch_order
 
 EPSILONS = [0.02, 0.07, 0.15]
@@ -83,7 +83,7 @@ def test_the_steps_are_those_of_a_plain_loop(tmp_path, loss, optimizer, orthogon
 
 
 def last_checkpoint(folder):
-    return runlog.load_checkpoint(runlog.saved_checkpoints(folder / "checkpoints")[0])
+    return checkpoints.load_checkpoint(checkpoints.saved_checkpoints(folder / "checkpoints")[0])
 
 
 def test_an_epoch_takes_each_image_at_most_once_and_the_next_another_order():

@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import ENVIRONMENT, SMALL, command, history_of
 
-import machine
+from runtime import device as devices
 
 TOO_OLD = ("The NVIDIA driver on your system is too old (found version 11040). Please update your GPU driver by "
            "downloading and installing a new version from the URL: http://www.nvidia.com/Download/index.aspx")
@@ -24,28 +24,28 @@ def fails_with(monkeypatch, message):
 def test_a_gpu_whose_driver_is_too_old_is_not_passed_over_in_silence(monkeypatch, name):
     fails_with(monkeypatch, TOO_OLD)
     with pytest.raises(ValueError, match=r"too old \(found version 11040\); install a PyTorch for this driver.*=cpu"):
-        machine.choose_device(name)
-    assert machine.choose_device("cpu") == torch.device("cpu")
+        devices.choose_device(name)
+    assert devices.choose_device("cpu") == torch.device("cpu")
 
 
 @pytest.mark.parametrize("message", ["Found no NVIDIA driver on your system. Please check that you have one",
                                      "No CUDA GPUs are available", "Torch not compiled with CUDA enabled"])
 def test_without_a_gpu_auto_is_the_cpu(monkeypatch, message):
     fails_with(monkeypatch, message)
-    assert machine.choose_device("auto") == torch.device("cpu")
+    assert devices.choose_device("auto") == torch.device("cpu")
     with pytest.raises(ValueError, match=message.split(".")[0]):
-        machine.choose_device("cuda")
+        devices.choose_device("cuda")
 
 
 def test_with_a_gpu_auto_is_the_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "init", lambda: None)
-    assert machine.choose_device("auto") == torch.device("cuda")
+    assert devices.choose_device("auto") == torch.device("cuda")
 
 
 @pytest.mark.parametrize("name", ["foo", "", "cpu:0", "cuda:", "cuda:x", "cuda:-1", "auto:0"])
 def test_an_unknown_device_is_named(name):
     with pytest.raises(ValueError, match="choose auto, cpu, cuda or cuda:N"):
-        machine.choose_device(name)
+        devices.choose_device(name)
 
 
 @pytest.mark.parametrize("allocate", [
@@ -54,11 +54,11 @@ def test_an_unknown_device_is_named(name):
 def test_too_much_memory_is_recognised_whoever_says_so(allocate):
     with pytest.raises(Exception) as caught:
         allocate()
-    assert machine.out_of_memory(caught.value)
+    assert devices.out_of_memory(caught.value)
 
 
 def test_other_errors_are_not_taken_for_a_lack_of_memory():
-    assert not machine.out_of_memory(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
+    assert not devices.out_of_memory(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
 
 
 @pytest.mark.parametrize("redirection", [">&-", "2>&-", ">&- 2>&-", "<&- >&- 2>&-"])

@@ -13,10 +13,9 @@ from torch import nn
 
 import data
 import models
-import panels
-import partition
 import plot
-import runlog
+from analysis import panels, partition
+from runtime import checkpoints
 
 # ---- the plane ------------------------------------------------------------------------------------------------------
 
@@ -89,7 +88,7 @@ def save_checkpoint(path, step=0, in_shape=(1, 8, 8), sizes=None, metrics=None, 
     torch.manual_seed(step)
     model = models.build_model("mlp", in_shape, 10, depth=config["depth"], width=8, batch_norm=True)
     sizes = {"train": 50, "in_shape": list(in_shape), "num_classes": 10} if sizes is None else sizes
-    runlog.save_state(path, {"epoch": 0.0, "step": step, "seconds": 0.0, "logged": 1, "config": config, "sizes": sizes,
+    checkpoints.save_state(path, {"epoch": 0.0, "step": step, "seconds": 0.0, "logged": 1, "config": config, "sizes": sizes,
                              "model_state_dict": model.state_dict(), "optimizer_state_dict": {}, **(metrics or {})})
     return str(path)
 

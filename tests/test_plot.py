@@ -14,12 +14,10 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_hex
 from matplotlib.text import Annotation, Text
 
-import curves
 import flags
-import panels
-import partition
 import plot
-import runlog
+from analysis import panels, partition, phases
+from runtime.history import HISTORY_VERSION, write_history
 
 EPSILONS = ("0.03", "0.1", "0.0313725")
 TWELVE, SIXTEEN = (tuple(f"{k / 255:.6g}" for k in range(1, last + 1)) for last in (12, 16))
@@ -38,7 +36,7 @@ def make_history(steps, train, test, robust=None, complexity=None, radii=("0.05"
     n = len(steps)
     robust = {key: list(values) for key, values in (robust or {}).items()}
     history = {
-        "version": runlog.HISTORY_VERSION, "step": list(map(int, steps)), "epoch": [0.0] * n, "train_loss": [0.0] * n,
+        "version": HISTORY_VERSION, "step": list(map(int, steps)), "epoch": [0.0] * n, "train_loss": [0.0] * n,
         "test_loss": [None] * n, "train_acc": list(train), "test_acc": list(test), "weight_norm": [1.0] * n,
         "seconds": [1.0] * n, "robust_acc": robust,
         "adv_acc": {key: [v and min(1.0, v + 0.1) for v in values] for key, values in robust.items()},
@@ -147,7 +145,7 @@ def test_seeds_are_mean_and_range():
 def test_interpolation_and_outbreaks_are_marked_in_every_panel():
     history = saturating()
     fig = plot.figure([history])
-    broke_out = [history["step"][i] for i in curves.outbreaks(history)]
+    broke_out = [history["step"][i] for i in phases.outbreaks(history)]
     assert broke_out == [10_000, 56_234]
     for ax in fig.axes:
         assert marks(ax, "0.35") == [100] and marks(ax, plot.OUTBREAK) == broke_out
@@ -170,7 +168,7 @@ def test_the_phases_are_named_where_they_are():
     named = [text.get_text() for text in ax.texts if not isinstance(text, Annotation)]
     assert named == ["first descent ↘", "ascent ↗", "second descent ↘"]
     spans = [(patch.get_x(), patch.get_x() + patch.get_width()) for patch in ax.patches]
-    assert spans == [(history["step"][first], history["step"][last]) for _, first, last in curves.phases(total)]
+    assert spans == [(history["step"][first], history["step"][last]) for _, first, last in phases.phases(total)]
 
 
 def test_saturation_is_drawn_only_where_there_is_any():
@@ -319,7 +317,7 @@ def test_command_draws_beside_the_history_and_prints(tmp_path, capsys):
     paths = [tmp_path / name / "logs" / "training_history.json" for name in ("a", "b")]
     for seed, path in enumerate(paths):
         path.parent.mkdir(parents=True)
-        runlog.write_history(path, grokking(seed=seed, cut=25))
+        write_history(path, grokking(seed=seed, cut=25))
     assert plot.main([str(paths[0])]) == 0
     assert_written([path.with_suffix(suffix) for path, suffix in ((paths[0], ".png"), (paths[0], ".svg"))])
     assert plot.main([*map(str, paths)]) == 0
@@ -338,7 +336,7 @@ def test_command_draws_beside_the_history_and_prints(tmp_path, capsys):
 def test_command_needs_no_display_and_no_environment(tmp_path):
     (tmp_path / "logs").mkdir()
     history = {key: value for key, value in grokking(cut=9).items() if key != "environment"}
-    runlog.write_history(tmp_path / "logs" / "training_history.json", history)
+    write_history(tmp_path / "logs" / "training_history.json", history)
     run_command(tmp_path, script="plot.py")
     assert_written([tmp_path / "logs" / f"training_history{suffix}" for suffix in (".png", ".svg")])
 
@@ -385,7 +383,7 @@ def test_bad_history_gives_one_line(bad, tmp_path, capsys):
 def test_text_of_histories_that_say_little(text, tmp_path, capsys):
     paths = [tmp_path / f"{k}.json" for k in range(2)]
     paths[0].write_text(BAD["no log step"])
-    runlog.write_history(paths[1], nothing_known())
+    write_history(paths[1], nothing_known())
     assert plot.main([text, *map(str, paths)]) == 0
     assert capsys.readouterr().out.count("\n") > 2
 
@@ -395,7 +393,7 @@ def test_text_of_histories_that_say_little(text, tmp_path, capsys):
 def test_bad_out_gives_one_line(out, reason, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "sub").mkdir()
-    runlog.write_history(tmp_path / "h.json", one_point())
+    write_history(tmp_path / "h.json", one_point())
     with pytest.raises(SystemExit, match="2"):
         plot.main(["h.json", "--out", out])
     assert reason in assert_one_line(capsys)
@@ -403,21 +401,21 @@ def test_bad_out_gives_one_line(out, reason, tmp_path, capsys, monkeypatch):
 
 
 def test_a_number_at_the_end_of_a_name_is_no_suffix(tmp_path):
-    runlog.write_history(tmp_path / "h.json", one_point())
+    write_history(tmp_path / "h.json", one_point())
     assert plot.main([str(tmp_path / "h.json"), "--out", str(tmp_path / "lr0.1")]) == 0
     assert_written([tmp_path / "lr0.1.png", tmp_path / "lr0.1.svg"])
 
 
 @pytest.mark.parametrize("stdout", [lambda: None, lambda: open("/dev/full", "w")])
 def test_closed_output_gives_one_line(stdout, tmp_path, capsys, monkeypatch):
-    runlog.write_history(tmp_path / "h.json", one_point())
+    write_history(tmp_path / "h.json", one_point())
     monkeypatch.setattr(sys, "stdout", stdout())
     assert plot.main(["--table", str(tmp_path / "h.json")]) == 2
     assert_one_line(capsys)
 
 
 def test_pipe_that_nobody_reads_gives_one_line(tmp_path):
-    runlog.write_history(tmp_path / "h.json", one_point())
+    write_history(tmp_path / "h.json", one_point())
     process = subprocess.Popen(command("--table", "h.json", script="plot.py"), cwd=tmp_path, env=ENVIRONMENT, text=True,
                                stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     process.stdout.close()
@@ -426,7 +424,7 @@ def test_pipe_that_nobody_reads_gives_one_line(tmp_path):
 
 
 def test_output_that_knows_no_epsilon(tmp_path, monkeypatch):
-    runlog.write_history(tmp_path / "h.json", one_point())
+    write_history(tmp_path / "h.json", one_point())
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding="ascii"))
     assert plot.main(["--table", str(tmp_path / "h.json")]) == 0
     assert b"robust" in sys.stdout.buffer.getvalue()

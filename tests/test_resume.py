@@ -28,8 +28,9 @@ import losses
 import measure
 import models
 import run
-import runlog
 import train
+from runtime import checkpoints, files
+from runtime.history import forget_after, read_history, write_history
 
 PATIENCE = 300  # seconds after which a process is taken to hang
 FSYNC = os.fsync
@@ -51,7 +52,7 @@ def bits(value):
 
 
 def checkpoints(folder):
-    return runlog.saved_checkpoints(Path(folder) / "checkpoints")
+    return checkpoints.saved_checkpoints(Path(folder) / "checkpoints")
 
 
 def outcome(folder):
@@ -64,11 +65,11 @@ def outcome(folder):
 
 def assert_sound(folder):
     """Every file under a final name is whole, whatever happened."""
-    if (Path(folder) / "logs" / runlog.HISTORY_NAME).exists():
+    if (Path(folder) / "logs" / files.HISTORY_NAME).exists():
         history_of(folder)
-        runlog.read_history(Path(folder) / "logs" / runlog.HISTORY_NAME)
+        read_history(Path(folder) / "logs" / files.HISTORY_NAME)
     for path in (Path(folder) / "checkpoints").glob("*.pt"):
-        runlog.load_checkpoint(path)
+        checkpoints.load_checkpoint(path)
 
 
 def one_line(text):
@@ -119,14 +120,14 @@ def within_log_step(patch, step, act):
 
 def between_history_and_checkpoint(patch, step, act):
     """Let act() happen after the history with the row of `step` is written and before its checkpoint is."""
-    save_checkpoint = runlog.save_checkpoint
+    save_checkpoint = checkpoints.save_checkpoint
 
     def save(folder, state, keep):
         if state["step"] == step:
             act()
         return save_checkpoint(folder, state, keep)
 
-    patch.setattr(runlog, "save_checkpoint", save)
+    patch.setattr(run.checkpoints, "save_checkpoint", save)
 
 
 def interrupted_run(folder, flags, where, step, act):
@@ -250,8 +251,8 @@ def test_a_run_killed_before_its_first_checkpoint_starts_again(tmp_path, finishe
 def test_the_seconds_of_the_parts_add_up(tmp_path):
     flags = [*TINY, "--n_steps=8"]
     interrupted_run(tmp_path, flags, after_step, 2, terminate)
-    _, before = runlog.newest_checkpoint(tmp_path / "checkpoints", print)
-    spent = runlog.load_checkpoint(before)["seconds"]
+    _, before = checkpoints.newest_checkpoint(tmp_path / "checkpoints", print)
+    spent = checkpoints.load_checkpoint(before)["seconds"]
     run_here(tmp_path, *flags, "--resume")
     seconds = history_of(tmp_path)["seconds"]
     assert seconds == sorted(seconds) and seconds[1] < spent < seconds[2]
@@ -345,7 +346,7 @@ def test_runs_killed_at_20_random_moments_end_as_if_they_had_not_been(tmp_path, 
 
 def train_step(folder):
     """Return the step of the newest checkpoint; every one has to be sound."""
-    state, _ = runlog.newest_checkpoint(folder / "checkpoints", pytest.fail)
+    state, _ = checkpoints.newest_checkpoint(folder / "checkpoints", pytest.fail)
     return state["step"] if state else 0
 
 
@@ -455,7 +456,7 @@ class Faults:
 
     def __init__(self, patch, n, strike):
         self.count, self.n, self.strike, self.log = 0, n, strike, []
-        patch.setattr(runlog, "open", self.open, raising=False)
+        patch.setattr(files, "open", self.open, raising=False)
         for name in ("fsync", "replace", "unlink"):
             patch.setattr(os, name, self.before(name, getattr(os, name)))
 
@@ -526,7 +527,7 @@ def test_a_full_disk_at_any_write_leaves_a_run_that_can_be_resumed(tmp_path, fin
 
 
 def history_of_exists(folder):
-    return (folder / "logs" / runlog.HISTORY_NAME).exists()
+    return (folder / "logs" / files.HISTORY_NAME).exists()
 
 
 def die_at(n):
@@ -669,7 +670,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(tmp_path, fini
     flags = (*TINY, "--n_steps=8")
     copied(finished(*flags), tmp_path)
     newest, before = checkpoints(tmp_path)[:2]
-    rolling = newest.with_name(runlog.ROLLING_NAME)
+    rolling = newest.with_name(files.ROLLING_NAME)
     for path in (newest, rolling):
         path.write_bytes(damage(newest.read_bytes() if path is newest else before.read_bytes(), tmp_path / "proof"))
     run_here(tmp_path, *flags, "--resume")
@@ -707,12 +708,12 @@ def test_every_single_bit_of_damage_is_noticed(tmp_path, finished):
     content = checkpoints(finished(*TINY, "--n_steps=3"))[0].read_bytes()
     path, rng, noticed = tmp_path / "checkpoint.pt", random.Random(0), 0
     path.write_bytes(content)
-    sound = bits(runlog.load_checkpoint(path))
+    sound = bits(checkpoints.load_checkpoint(path))
     for _ in range(200):
         place = rng.randrange(len(content))
         path.write_bytes(content[:place] + bytes([content[place] ^ (1 << rng.randrange(8))]) + content[place + 1:])
         try:
-            assert bits(runlog.load_checkpoint(path)) == sound
+            assert bits(checkpoints.load_checkpoint(path)) == sound
         except ValueError as error:
             noticed += 1
             assert str(path) in str(error)
@@ -796,7 +797,7 @@ def test_flags_that_do_not_change_the_result_may_change(tmp_path, finished):
 
 
 def edit_history(folder, **changes):
-    path = folder / "logs" / runlog.HISTORY_NAME
+    path = folder / "logs" / files.HISTORY_NAME
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
@@ -814,7 +815,7 @@ def edit_history(folder, **changes):
 ], ids=["missing", "empty", "cut", "no text", "deep", "a list", "config", "version", "lengths", "a string"])
 def test_a_missing_or_damaged_history_beside_checkpoints(tmp_path, finished, capsys, damage, said):
     copied(finished(*RUN), tmp_path)
-    path = tmp_path / "logs" / runlog.HISTORY_NAME
+    path = tmp_path / "logs" / files.HISTORY_NAME
     damage(path)
     before = files_in(tmp_path)
     run_here(tmp_path, *RUN, "--resume", status=2)
@@ -825,10 +826,10 @@ def test_a_missing_or_damaged_history_beside_checkpoints(tmp_path, finished, cap
 
 def test_a_history_older_than_the_checkpoints(tmp_path, finished, capsys):
     copied(finished(*RUN), tmp_path)
-    path = tmp_path / "logs" / runlog.HISTORY_NAME
-    history = runlog.read_history(path)
-    runlog.forget_after(history, 2)
-    runlog.write_history(path, history)
+    path = tmp_path / "logs" / files.HISTORY_NAME
+    history = read_history(path)
+    forget_after(history, 2)
+    write_history(path, history)
     run_here(tmp_path, *RUN, "--resume", status=2)
     assert "log points are missing" in one_line(capsys.readouterr().err)
 
@@ -836,9 +837,9 @@ def test_a_history_older_than_the_checkpoints(tmp_path, finished, capsys):
 def test_a_checkpoint_whose_weights_do_not_fit_its_config(tmp_path, finished, capsys):
     copied(finished(*RUN), tmp_path)
     newest = checkpoints(tmp_path)[0]
-    state = runlog.load_checkpoint(newest)
+    state = checkpoints.load_checkpoint(newest)
     state["model_state_dict"] = models.build_model("cnn", (1, 8, 8), 10, width=4).state_dict()
-    runlog.save_state(newest, state)
+    checkpoints.save_state(newest, state)
     before = files_in(tmp_path)
     run_here(tmp_path, *RUN, "--resume", status=2)
     assert str(newest) in one_line(capsys.readouterr().err)
@@ -856,15 +857,15 @@ def test_keep_checkpoints(tmp_path, keep, steps):
     interrupted_run(tmp_path, flags, after_step, 5, terminate)
     mine.write_bytes(b"a file that the user put there")
     run_here(tmp_path, *flags, "--resume")
-    assert sorted(runlog.step_in_name(path) for path in checkpoints(tmp_path)) == steps
-    assert mine.exists() and not (tmp_path / "checkpoints" / runlog.ROLLING_NAME).exists()
+    assert sorted(checkpoints.step_in_name(path) for path in checkpoints(tmp_path)) == steps
+    assert mine.exists() and not (tmp_path / "checkpoints" / files.ROLLING_NAME).exists()
 
 
 def test_the_newest_are_kept_however_long_the_run(tmp_path):
     state = {"epoch": 0.0, "step": 0, "model_state_dict": {}}
     for step in (9 * 10**9, 10**10, 2 * 10**10):
-        runlog.save_checkpoint(tmp_path, {**state, "epoch": step / 2, "step": step}, 2)
-    assert [runlog.step_in_name(path) for path in runlog.saved_checkpoints(tmp_path)] == [2 * 10**10, 10**10]
+        checkpoints.save_checkpoint(tmp_path, {**state, "epoch": step / 2, "step": step}, 2)
+    assert [checkpoints.step_in_name(path) for path in checkpoints.saved_checkpoints(tmp_path)] == [2 * 10**10, 10**10]
 
 
 def test_sixty_checkpoints_of_resnet18_take_less_than_a_gigabyte(tmp_path):
@@ -872,7 +873,7 @@ def test_sixty_checkpoints_of_resnet18_take_less_than_a_gigabyte(tmp_path):
     optimizer = torch.optim.AdamW(model.parameters())
     model(torch.rand(1, 3, 32, 32)).sum().backward()
     optimizer.step()
-    path = runlog.save_checkpoint(tmp_path, {"epoch": 1.0, "step": 5, "model_state_dict": model.state_dict(),
+    path = checkpoints.save_checkpoint(tmp_path, {"epoch": 1.0, "step": 5, "model_state_dict": model.state_dict(),
                                              "optimizer_state_dict": optimizer.state_dict()})
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     assert 3 * weights < path.stat().st_size < 1e9 / 60
@@ -906,11 +907,11 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, monkeypatch, capsys, 
     line = one_line(capsys.readouterr().err)
     rate = f"is not finite (learning rate {train.parse_args(flags).lr:g})"
     assert f"the loss of step {first} {rate}" in line or f"the training loss at step {first - 1} {rate}" in line
-    good = [path for path in checkpoints(tmp_path) if runlog.step_in_name(path) < first - 1]
+    good = [path for path in checkpoints(tmp_path) if checkpoints.step_in_name(path) < first - 1]
     assert (f"the last good checkpoint is {good[0]};" if good else "there is no good checkpoint;") in line
     assert good or first == 1
     if good:
-        state = runlog.load_checkpoint(good[0])
+        state = checkpoints.load_checkpoint(good[0])
         assert all(tensor.isfinite().all() for tensor in state["model_state_dict"].values())
     assert_sound(tmp_path)
     run_here(tmp_path, *flags, "--resume", status=1)
@@ -924,7 +925,7 @@ def test_on_nan_continue_goes_on_and_writes_null(tmp_path, capsys):
     history = history_of(tmp_path)
     assert history["step"] == train.log_schedule(40, 6)
     assert math.isfinite(history["train_loss"][0]) and history["train_loss"][-1] is history["weight_norm"][-1] is None
-    assert b"NaN" not in (tmp_path / "logs" / runlog.HISTORY_NAME).read_bytes()
+    assert b"NaN" not in (tmp_path / "logs" / files.HISTORY_NAME).read_bytes()
     assert (tmp_path / "logs" / "training_history.png").stat().st_size > 10_000
     assert "Traceback" not in "".join(capsys.readouterr())
 
@@ -951,7 +952,7 @@ def test_a_stop_that_brought_nothing_new_touches_no_checkpoint(tmp_path):
 def test_the_largest_loss_since_the_last_log_step_outlives_an_interruption(tmp_path):
     flags = [*TINY, "--n_steps=40", "--lr=0.05"]
     interrupted_run(tmp_path, flags, after_step, 30, terminate)
-    assert runlog.load_checkpoint(tmp_path / "checkpoints" / "rolling.pt")["largest_loss"] > 0
+    assert checkpoints.load_checkpoint(tmp_path / "checkpoints" / "rolling.pt")["largest_loss"] > 0
     run_here(tmp_path, *flags, "--resume")
     run_here(tmp_path / "whole", *flags)
     assert history_of(tmp_path)["max_batch_loss"] == history_of(tmp_path / "whole")["max_batch_loss"]
@@ -975,17 +976,17 @@ def test_a_run_goes_on_with_a_flag_and_a_column_that_it_did_not_know(tmp_path, f
     copied(finished(*RUN), tmp_path)
     for path in checkpoints(tmp_path)[:1]:
         path.unlink()
-    state = runlog.load_checkpoint(checkpoints(tmp_path)[0])
-    path = tmp_path / "logs" / runlog.HISTORY_NAME
-    history = runlog.read_history(path)
+    state = checkpoints.load_checkpoint(checkpoints(tmp_path)[0])
+    path = tmp_path / "logs" / files.HISTORY_NAME
+    history = read_history(path)
     for config in (state["config"], history["config"]):
         del config["adam_eps"], config["orthogonal_gradient"], config["products"]
     for source in (state, history):
         del source["asked"], source["derived"]
     for column in ("outcomes", "max_batch_loss", "train_saturated"):
         del history[column]
-    runlog.save_state(checkpoints(tmp_path)[0], state)
-    runlog.write_history(path, history)
+    checkpoints.save_state(checkpoints(tmp_path)[0], state)
+    write_history(path, history)
     run_here(tmp_path, *RUN, "--resume")
     after, whole = history_of(tmp_path), history_of(finished(*RUN))
     assert after["train_loss"] == whole["train_loss"]
@@ -1000,7 +1001,7 @@ def test_a_log_step_whose_own_loss_is_not_finite_is_refused(tmp_path, capsys):
     flags = [*TINY, "--n_steps=1", "--lr=1e30", "--keep_checkpoints=last"]
     run_here(tmp_path, *flags, status=1)
     assert "training loss at step 1 is not finite" in one_line(capsys.readouterr().err)
-    assert [runlog.step_in_name(path) for path in checkpoints(tmp_path)] == [0]
+    assert [checkpoints.step_in_name(path) for path in checkpoints(tmp_path)] == [0]
     assert history_of(tmp_path)["step"] == [0]
 
 

@@ -14,7 +14,8 @@ import subprocess
 import pytest
 import torch
 
-import runlog
+from runtime import checkpoints, files
+from runtime.history import MAY_CHANGE, append, forget_after, read_history, write_history
 
 CONFIG = {"lr": 0.1, "adv_size": 1000, "n_steps": 100, "optimizer": "adamw", "log_dir": "logs", "momentum": 0.0}
 DEFAULTS = {"lr": 0.001, "adv_size": 1000, "momentum": 0.0, "optimizer": "adamw"}
@@ -31,7 +32,7 @@ def make_history(*steps, **beside):
     history = {"version": 1, "step": [], "config": dict(CONFIG), "sizes": dict(SIZES), "environment": {},
                "warnings": [], **beside}
     for step in steps:
-        runlog.append(history, row(step))
+        append(history, row(step))
     return history
 
 
@@ -65,7 +66,7 @@ def test_content_is_synced_before_it_is_renamed_and_the_folder_after(tmp_path, m
 
     monkeypatch.setattr(os, "fsync", fsync)
     monkeypatch.setattr(os, "replace", replace)
-    runlog.write_atomically(tmp_path / "file", b"12345")
+    files.write_atomically(tmp_path / "file", b"12345")
     part = str(tmp_path / ".file.part")
     assert [call[:2] for call in calls] == [("fsync", part), ("replace", part), ("fsync", str(tmp_path))]
     assert calls[0][2] == 5 and (tmp_path / "file").read_bytes() == b"12345"
@@ -81,7 +82,7 @@ def test_a_full_disk_is_told_with_the_path_and_leaves_the_earlier_file(tmp_path,
     path.write_bytes(b"earlier")
     monkeypatch.setattr(os, fault, full)
     with pytest.raises(OSError) as error:
-        runlog.write_atomically(path, b"new")
+        files.write_atomically(path, b"new")
     assert error.value.errno == errno.ENOSPC and str(path) in one_line(error) and "No space left" in one_line(error)
     assert path.read_bytes() == b"earlier" and list(tmp_path.iterdir()) == [path]
 
@@ -92,7 +93,7 @@ def test_an_interruption_within_a_write_leaves_no_part(tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "fsync", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        runlog.write_atomically(tmp_path / "file", b"new")
+        files.write_atomically(tmp_path / "file", b"new")
     assert not list(tmp_path.iterdir())
 
 
@@ -106,9 +107,9 @@ def test_a_file_system_that_does_not_sync_folders(tmp_path, monkeypatch, code, r
     monkeypatch.setattr(os, "fsync", fsync)
     if raised:
         with pytest.raises(OSError, match=re.escape(str(tmp_path))):
-            runlog.write_atomically(tmp_path / "file", b"new")
+            files.write_atomically(tmp_path / "file", b"new")
     else:
-        runlog.write_atomically(tmp_path / "file", b"new")
+        files.write_atomically(tmp_path / "file", b"new")
     assert (tmp_path / "file").read_bytes() == b"new"
 
 
@@ -118,14 +119,14 @@ def test_writing_where_folders_cannot_be_opened(tmp_path, monkeypatch):
 
     monkeypatch.delattr(os, "O_DIRECTORY")
     monkeypatch.setattr(os, "open", windows)
-    runlog.write_atomically(tmp_path / "file", b"new")
+    files.write_atomically(tmp_path / "file", b"new")
     assert (tmp_path / "file").read_bytes() == b"new"
 
 
 def test_room_is_checked_by_writing_and_nothing_stays(tmp_path, monkeypatch):
     written = []
     monkeypatch.setattr(os, "fsync", lambda descriptor: written.append(os.fstat(descriptor).st_size))
-    runlog.check_room(tmp_path, 12_345)
+    files.check_room(tmp_path, 12_345)
     assert written == [12_345] and not list(tmp_path.iterdir())
 
 
@@ -133,9 +134,9 @@ def test_too_little_room_is_an_error_with_the_folder(tmp_path):
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
     try:
-        runlog.check_room(tmp_path, 1000)
+        files.check_room(tmp_path, 1000)
         with pytest.raises(OSError, match="File too large") as error:
-            runlog.check_room(tmp_path, 1001)
+            files.check_room(tmp_path, 1001)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert error.value.errno == errno.EFBIG and str(tmp_path) in one_line(error)
@@ -145,10 +146,10 @@ def test_too_little_room_is_an_error_with_the_folder(tmp_path):
 
 def test_append_fills_what_is_missing_on_either_side_with_null():
     history = {"version": 1, "step": [], "config": {}, "warnings": []}
-    runlog.append(history, {"step": 0, "loss": 1.0, "acc": {"a": 0.1}})
-    runlog.append(history, {"step": 1, "loss": 2.0, "acc": {"a": 0.2, "b": 0.3}, "new": 5,
+    append(history, {"step": 0, "loss": 1.0, "acc": {"a": 0.1}})
+    append(history, {"step": 1, "loss": 2.0, "acc": {"a": 0.2, "b": 0.3}, "new": 5,
                             "nested": {"x": {"y": "f8"}}})
-    runlog.append(history, {"step": 2, "acc": {"b": 0.4}, "nested": None})
+    append(history, {"step": 2, "acc": {"b": 0.4}, "nested": None})
     assert history == {"version": 1, "config": {}, "warnings": [], "step": [0, 1, 2], "loss": [1.0, 2.0, None],
                        "acc": {"a": [0.1, 0.2, None], "b": [None, 0.3, 0.4]}, "new": [None, 5, None],
                        "nested": {"x": {"y": [None, "f8", None]}}}
@@ -158,16 +159,16 @@ def test_append_leaves_what_is_no_column_alone():
     beside = {"version": 1, "config": {"lr": 1}, "asked": ["lr"], "derived": {"data": "ab"}, "sizes": {"train": 5},
               "environment": {"python": "3"}, "layers": {"names": ["a"], "units": [5]}, "warnings": []}
     history = {**copy.deepcopy(beside), "step": []}
-    runlog.append(history, row(0))
+    append(history, row(0))
     assert {key: history[key] for key in beside} == beside and history["step"] == [0]
 
 
 def test_a_written_history_is_read_as_it_was_with_null_for_what_is_not_finite(tmp_path):
     history = make_history(0, 1)
-    runlog.append(history, row(2, weight_norm=math.inf, outcomes={"test": "f8", "robust": "0;1", "adv": {"0.1": "80"}},
+    append(history, row(2, weight_norm=math.inf, outcomes={"test": "f8", "robust": "0;1", "adv": {"0.1": "80"}},
                                local_complexity={"train": {"0.05": [None, math.nan]}}, max_batch_loss=None))
-    runlog.write_history(tmp_path / "history.json", history)
-    read = runlog.read_history(tmp_path / "history.json")
+    write_history(tmp_path / "history.json", history)
+    read = read_history(tmp_path / "history.json")
     assert read["weight_norm"] == [3.0, 3.0, None] and read["outcomes"]["adv"] == {"0.1": [None, None, "80"]}
     assert read["local_complexity"]["train"]["0.05"] == [[1.5, 2.5], [1.5, 2.5], [None, None]]
     assert read.keys() == history.keys() and read["step"] == [0, 1, 2]
@@ -177,14 +178,14 @@ def test_a_history_of_an_older_program(tmp_path):
     """Neither environment nor the newer columns; a column from a still newer program is none of ours."""
     history = make_history(0, 1)
     del history["environment"]
-    runlog.append(history, row(2, curvature={"train": 1.5}))
-    runlog.write_history(tmp_path / "history.json", history)
-    assert runlog.read_history(tmp_path / "history.json") == {**history, "environment": {}}
+    append(history, row(2, curvature={"train": 1.5}))
+    write_history(tmp_path / "history.json", history)
+    assert read_history(tmp_path / "history.json") == {**history, "environment": {}}
 
 
 def test_a_history_that_has_just_begun(tmp_path):
-    runlog.write_history(tmp_path / "history.json", make_history())
-    assert runlog.read_history(tmp_path / "history.json")["step"] == []
+    write_history(tmp_path / "history.json", make_history())
+    assert read_history(tmp_path / "history.json")["step"] == []
 
 
 @pytest.mark.parametrize("edit, said", [
@@ -233,7 +234,7 @@ def test_an_edited_history_is_refused_in_one_line(tmp_path, edit, said):
     path = tmp_path / "history.json"
     path.write_text(json.dumps({**make_history(0, 1), **edit}))
     with pytest.raises(ValueError) as error:
-        runlog.read_history(path)
+        read_history(path)
     assert said in one_line(error) and str(path) in one_line(error)
 
 
@@ -243,14 +244,14 @@ def test_a_history_without_what_every_program_wrote_is_refused(tmp_path, column)
     del history[column]
     (tmp_path / "history.json").write_text(json.dumps(history))
     with pytest.raises(ValueError, match=f"it has no {column}"):
-        runlog.read_history(tmp_path / "history.json")
+        read_history(tmp_path / "history.json")
 
 
 def test_forgetting_log_points_takes_their_warnings_along():
     history = make_history(0, 1, 2)
-    runlog.append(history, row(3, outcomes={"test": "8"}))
+    append(history, row(3, outcomes={"test": "8"}))
     history["warnings"] = [{"step": 1, "text": "a"}, {"step": 3, "text": "b"}]
-    runlog.forget_after(history, 2)
+    forget_after(history, 2)
     assert history["step"] == [0, 1] and history["outcomes"] == {"test": [None, None]}
     assert history["warnings"] == [{"step": 1, "text": "a"}]
 
@@ -265,11 +266,11 @@ def test_forgetting_log_points_takes_their_warnings_along():
 ], ids=str)
 def test_an_edited_checkpoint_is_refused_in_one_line(tmp_path, edit):
     path = tmp_path / "checkpoint.pt"
-    runlog.save_state(path, make_state(5, derived={"data": "0123"}, largest_loss=-math.inf))
-    runlog.load_checkpoint(path)
-    runlog.save_state(path, {**make_state(5), **edit})
+    checkpoints.save_state(path, make_state(5, derived={"data": "0123"}, largest_loss=-math.inf))
+    checkpoints.load_checkpoint(path)
+    checkpoints.save_state(path, {**make_state(5), **edit})
     with pytest.raises(ValueError, match="is no checkpoint of this program") as error:
-        runlog.load_checkpoint(path)
+        checkpoints.load_checkpoint(path)
     assert str(path) in one_line(error)
 
 
@@ -278,50 +279,50 @@ def test_an_edited_checkpoint_is_refused_in_one_line(tmp_path, edit):
 def test_a_checkpoint_that_lacks_a_part_is_refused(tmp_path, lacking):
     state = make_state(5)
     del state[lacking]
-    runlog.save_state(tmp_path / "checkpoint.pt", state)
+    checkpoints.save_state(tmp_path / "checkpoint.pt", state)
     with pytest.raises(ValueError, match="is no checkpoint of this program"):
-        runlog.load_checkpoint(tmp_path / "checkpoint.pt")
+        checkpoints.load_checkpoint(tmp_path / "checkpoint.pt")
 
 
 def test_a_checkpoint_that_cannot_be_read_says_why(tmp_path):
     with pytest.raises(ValueError, match="cannot be read: No such file"):
-        runlog.load_checkpoint(tmp_path / "checkpoint.pt")
+        checkpoints.load_checkpoint(tmp_path / "checkpoint.pt")
     with pytest.raises(ValueError, match="cannot be read: Is a directory"):
-        runlog.load_checkpoint(tmp_path)
+        checkpoints.load_checkpoint(tmp_path)
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("rolling", [False, True])
 def test_weights_that_are_not_finite_are_passed_over_unless_asked_for(tmp_path, bad, rolling):
-    good = runlog.save_checkpoint(tmp_path, make_state(5))
+    good = checkpoints.save_checkpoint(tmp_path, make_state(5))
     state = make_state(9)
     state["model_state_dict"] |= {"counts": torch.tensor(3), "last": torch.tensor([1.0, bad])}
-    newest = runlog.save_rolling(tmp_path, state) if rolling else runlog.save_checkpoint(tmp_path, state)
+    newest = checkpoints.save_rolling(tmp_path, state) if rolling else checkpoints.save_checkpoint(tmp_path, state)
     notes = []
-    found, path = runlog.newest_checkpoint(tmp_path, notes.append)
+    found, path = checkpoints.newest_checkpoint(tmp_path, notes.append)
     assert (found["step"], path) == (5, good) and notes == [f"{newest}: its weights are not finite; passed over"]
-    found, path = runlog.newest_checkpoint(tmp_path, refuse, finite=False)
+    found, path = checkpoints.newest_checkpoint(tmp_path, refuse, finite=False)
     assert (found["step"], path) == (9, newest)
 
 
 def test_the_newest_checkpoint_before_a_step(tmp_path):
     for step in (0, 5, 9):
-        runlog.save_checkpoint(tmp_path, make_state(step))
-    runlog.save_rolling(tmp_path, make_state(12))
-    found = {before: runlog.newest_checkpoint(tmp_path, refuse, before=before)[0] for before in (0, 1, 9, 10, 12, 13)}
+        checkpoints.save_checkpoint(tmp_path, make_state(step))
+    checkpoints.save_rolling(tmp_path, make_state(12))
+    found = {before: checkpoints.newest_checkpoint(tmp_path, refuse, before=before)[0] for before in (0, 1, 9, 10, 12, 13)}
     assert {before: state and state["step"] for before, state in found.items()} == {
         0: None, 1: 0, 9: 5, 10: 9, 12: 9, 13: 12}
 
 
 def steps_left(folder):
-    return sorted(runlog.step_in_name(path) for path in runlog.saved_checkpoints(folder))
+    return sorted(checkpoints.step_in_name(path) for path in checkpoints.saved_checkpoints(folder))
 
 
 @pytest.mark.parametrize("keep, left", [("all", [1, 2, 3, 4]), ("last", [4]), (1, [4]), (2, [3, 4]), (9, [1, 2, 3, 4])])
 def test_so_many_checkpoints_are_kept(tmp_path, keep, left):
     for step in (1, 2, 3, 4):
-        rolling = runlog.save_rolling(tmp_path, make_state(step))
-        runlog.save_checkpoint(tmp_path, make_state(step), keep)
+        rolling = checkpoints.save_rolling(tmp_path, make_state(step))
+        checkpoints.save_checkpoint(tmp_path, make_state(step), keep)
     assert steps_left(tmp_path) == left and not rolling.exists()
 
 
@@ -330,12 +331,12 @@ def test_so_many_checkpoints_are_kept(tmp_path, keep, left):
 def test_damaged_checkpoints_do_not_count_among_those_kept(tmp_path, keep, left):
     """A run went back from a damaged step 9 to 4 (3 is damaged, too) and now writes 5."""
     for step in (1, 2, 3, 4, 9):
-        path = runlog.save_checkpoint(tmp_path, make_state(step))
+        path = checkpoints.save_checkpoint(tmp_path, make_state(step))
         if step in (3, 9):
             path.write_bytes(path.read_bytes()[:-50])
-    path = runlog.save_checkpoint(tmp_path, make_state(5), keep)
+    path = checkpoints.save_checkpoint(tmp_path, make_state(5), keep)
     assert [step for step in steps_left(tmp_path) if step != 3] == [step for step in left if step != 3]
-    assert runlog.load_checkpoint(path)["step"] == 5
+    assert checkpoints.load_checkpoint(path)["step"] == 5
     sound = [step for step in steps_left(tmp_path) if step not in (3, 9)]
     assert keep == "all" or len(sound) == (1 if keep == "last" else keep)
 
@@ -343,22 +344,22 @@ def test_damaged_checkpoints_do_not_count_among_those_kept(tmp_path, keep, left)
 @pytest.mark.parametrize("keep", ["last", 1, 2])
 def test_the_checkpoint_just_written_stays_whatever_newer_names_lie_there(tmp_path, keep):
     for step in (7, 8, 9):
-        runlog.save_checkpoint(tmp_path, make_state(step))
-    path = runlog.save_checkpoint(tmp_path, make_state(5), keep)
-    assert runlog.load_checkpoint(path)["step"] == 5 and len(steps_left(tmp_path)) == (2 if keep == 2 else 1)
+        checkpoints.save_checkpoint(tmp_path, make_state(step))
+    path = checkpoints.save_checkpoint(tmp_path, make_state(5), keep)
+    assert checkpoints.load_checkpoint(path)["step"] == 5 and len(steps_left(tmp_path)) == (2 if keep == 2 else 1)
 
 
 def test_a_checkpoint_that_cannot_be_read_stays(tmp_path, monkeypatch):
     for step in (3, 4, 5):
-        runlog.save_checkpoint(tmp_path, make_state(step))
+        checkpoints.save_checkpoint(tmp_path, make_state(step))
 
-    def intact(path, intact=runlog.intact):
-        if runlog.step_in_name(path) == 5:
+    def intact(path, intact=checkpoints.intact):
+        if checkpoints.step_in_name(path) == 5:
             raise PermissionError(errno.EACCES, "Permission denied", str(path))
         return intact(path)
 
-    monkeypatch.setattr(runlog, "intact", intact)
-    runlog.save_checkpoint(tmp_path, make_state(6), 2)
+    monkeypatch.setattr(checkpoints, "intact", intact)
+    checkpoints.save_checkpoint(tmp_path, make_state(6), 2)
     assert steps_left(tmp_path) == [4, 5, 6]
 
 
@@ -377,14 +378,14 @@ def test_a_checkpoint_that_cannot_be_read_stays(tmp_path, monkeypatch):
     ({"eval_threads": 2}, {}, []),
 ])
 def test_differences(before, now, lines):
-    assert runlog.differences(before, now, DEFAULTS) == lines
+    assert checkpoints.differences(before, now, DEFAULTS) == lines
 
 
 def test_what_may_change_makes_no_difference():
     flags = ("n_steps n_epochs data_dir log_dir save_dir resume device threads eval_batch_size cuda_graph "
              "deterministic checkpoint_minutes keep_checkpoints plot on_nan quiet products compile").split()
-    assert set(flags) == runlog.MAY_CHANGE
-    assert runlog.differences(dict.fromkeys(flags, 1), dict.fromkeys(flags, 2), {}) == []
+    assert set(flags) == MAY_CHANGE
+    assert checkpoints.differences(dict.fromkeys(flags, 1), dict.fromkeys(flags, 2), {}) == []
 
 
 # ---- continuing -----------------------------------------------------------------------------------------------------
@@ -393,12 +394,12 @@ def run_on_disk(folder, step=5, logged=3, steps=(0, 1, 5), both=(), **checkpoint
     """Write a run's history and its newest checkpoint; both: what stands in either."""
     (folder / "logs").mkdir(exist_ok=True)
     (folder / "checkpoints").mkdir(exist_ok=True)
-    runlog.write_history(folder / "logs" / runlog.HISTORY_NAME, make_history(*steps, **dict(both)))
-    return runlog.save_checkpoint(folder / "checkpoints", make_state(step, logged, **{**dict(both), **checkpoint}))
+    write_history(folder / "logs" / files.HISTORY_NAME, make_history(*steps, **dict(both)))
+    return checkpoints.save_checkpoint(folder / "checkpoints", make_state(step, logged, **{**dict(both), **checkpoint}))
 
 
 def continued(folder, config=None, data="0123", note=lambda line: None, **options):
-    return runlog.continue_from(folder / "logs", folder / "checkpoints", {**CONFIG, **(config or {})}, DEFAULTS, data,
+    return checkpoints.continue_from(folder / "logs", folder / "checkpoints", {**CONFIG, **(config or {})}, DEFAULTS, data,
                                 note, **options)
 
 
@@ -431,10 +432,10 @@ def test_another_experiment_is_refused(tmp_path, config, said):
 def test_a_history_of_another_experiment_is_refused(tmp_path):
     run_on_disk(tmp_path)
     history = make_history(0, 1, 5, config={**CONFIG, "lr": 0.3})
-    runlog.write_history(tmp_path / "logs" / runlog.HISTORY_NAME, history)
+    write_history(tmp_path / "logs" / files.HISTORY_NAME, history)
     with pytest.raises(ValueError) as error:
         continued(tmp_path)
-    assert "--lr was 0.3, is 0.1" in one_line(error) and runlog.HISTORY_NAME in one_line(error)
+    assert "--lr was 0.3, is 0.1" in one_line(error) and files.HISTORY_NAME in one_line(error)
 
 
 def test_a_run_that_is_exactly_at_its_end_is_continued(tmp_path):
@@ -477,7 +478,7 @@ def test_what_followed_is_not_compared_but_the_data_are(tmp_path):
 
 def test_the_data_of_the_history_are_compared_too(tmp_path):
     run_on_disk(tmp_path, both={"derived": {"data": "4567"}}, derived={"data": "0123"})
-    with pytest.raises(ValueError, match=f"{runlog.HISTORY_NAME} belongs to other data.*fingerprint 4567, now 0123"):
+    with pytest.raises(ValueError, match=f"{files.HISTORY_NAME} belongs to other data.*fingerprint 4567, now 0123"):
         continued(tmp_path)
 
 
@@ -497,7 +498,7 @@ def test_a_history_that_is_ahead_of_its_checkpoint_is_refused(tmp_path):
 
 def test_a_missing_history_is_named(tmp_path):
     run_on_disk(tmp_path)
-    (tmp_path / "logs" / runlog.HISTORY_NAME).unlink()
+    (tmp_path / "logs" / files.HISTORY_NAME).unlink()
     with pytest.raises(FileNotFoundError, match="no history at"):
         continued(tmp_path)
 
@@ -560,7 +561,7 @@ def test_a_loaded_state_goes_on_as_if_it_had_not_been_saved(kind, dtype):
     checkpoint = checkpoint_of(model, optimizer)
     train(model, optimizer, range(2, 5))
     again, its_optimizer = trained(kind, 0, dtype)
-    runlog.load_state(again, its_optimizer, checkpoint)
+    checkpoints.load_state(again, its_optimizer, checkpoint)
     train(again, its_optimizer, range(2, 5))
     assert_same(again, model)
 
@@ -576,7 +577,7 @@ def test_the_moments_take_on_the_memory_layout_of_this_runs_weights(kind, first)
     second = {torch.contiguous_format: torch.channels_last, torch.channels_last: torch.contiguous_format}[first]
     again = network().to(memory_format=second)
     its_optimizer = OPTIMIZERS[kind](again.parameters())
-    runlog.load_state(again, its_optimizer, checkpoint)
+    checkpoints.load_state(again, its_optimizer, checkpoint)
     for parameter, state in its_optimizer.state.items():
         assert all(value.stride() == parameter.stride() for value in state.values() if value.ndim)
     train(model, optimizer, [2])
@@ -589,7 +590,7 @@ def test_the_settings_of_the_parameter_groups_stay_this_runs():
     model, optimizer = trained("adamw")
     again = network()
     its_optimizer = torch.optim.AdamW(again.parameters(), lr=0.5, weight_decay=0.25)
-    runlog.load_state(again, its_optimizer, checkpoint_of(model, optimizer))
+    checkpoints.load_state(again, its_optimizer, checkpoint_of(model, optimizer))
     (group,) = its_optimizer.param_groups
     assert group["lr"] == 0.5 and group["weight_decay"] == 0.25 and not group["fused"]
 
@@ -602,7 +603,7 @@ def refused(model, optimizer, checkpoint, said):
     """Loading fails in one line that names the file, and leaves model and optimizer as they were."""
     weights, state = copy.deepcopy(model), copy.deepcopy(optimizer.state_dict()["state"])
     with pytest.raises(ValueError) as error:
-        runlog.load_state(model, optimizer, checkpoint)
+        checkpoints.load_state(model, optimizer, checkpoint)
     assert checkpoint["path"] in one_line(error) and said in one_line(error)
     assert_same(model, weights)
     assert optimizer.state_dict()["state"].keys() == state.keys()
@@ -655,7 +656,7 @@ def test_before_the_first_step_there_is_no_state_yet(kind):
     checkpoint = checkpoint_of(model, optimizer, step=0)
     assert checkpoint["optimizer_state_dict"]["state"] == {}
     again = trained(kind, 1)
-    runlog.load_state(*again, checkpoint)
+    checkpoints.load_state(*again, checkpoint)
     assert_same(again[0], model)
     assert not again[1].state_dict()["state"]
 
@@ -665,7 +666,7 @@ def test_sgd_of_an_older_pytorch_kept_buffers_that_are_none():
     checkpoint = checkpoint_of(model, optimizer)
     checkpoint["optimizer_state_dict"]["state"] = {index: {"momentum_buffer": None} for index in range(5)}
     again, its_optimizer = trained("sgd", 0)
-    runlog.load_state(again, its_optimizer, checkpoint)
+    checkpoints.load_state(again, its_optimizer, checkpoint)
     train(again, its_optimizer, [2])
     train(model, optimizer, [2])
     assert_same(again, model)
@@ -689,7 +690,7 @@ def test_weights_that_do_not_fit_are_refused(edit):
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
-    monkeypatch.setattr(runlog, "SECONDS_TO_SAY_WHO", 0)
+    monkeypatch.setattr(files, "SECONDS_TO_SAY_WHO", 0)
 
 
 def edit_holder(folder, **changes):
@@ -706,31 +707,31 @@ def gone():
 
 def test_a_locked_folder_is_refused_with_its_holder_and_free_afterwards(tmp_path, monkeypatch):
     monkeypatch.setenv("SLURM_JOB_ID", "4711")
-    held = runlog.lock_folders(tmp_path / "a", tmp_path / "b", note=refuse)
+    held = files.lock_folders(tmp_path / "a", tmp_path / "b", note=refuse)
     for other in ([tmp_path / "b"], [tmp_path / "c", tmp_path / "b"]):
         with pytest.raises(ValueError, match=f"another run is writing to {re.escape(str(tmp_path / 'b'))} ") as error:
-            runlog.lock_folders(*other, note=refuse)
+            files.lock_folders(*other, note=refuse)
         assert f"(process {os.getpid()} on " in one_line(error) and "SLURM job 4711)" in one_line(error)
     del held, error
     assert not list(tmp_path.glob("*/.holder.lock"))
-    runlog.lock_folders(tmp_path / "b", tmp_path / "c", note=refuse)
+    files.lock_folders(tmp_path / "b", tmp_path / "c", note=refuse)
 
 
 def test_one_folder_under_two_names_is_locked_once(tmp_path):
     (tmp_path / "link").symlink_to(tmp_path / "a")
     (tmp_path / "a").mkdir()
-    assert len(runlog.lock_folders(tmp_path / "a", tmp_path / "link", tmp_path / "a" / ".." / "a", note=refuse)) == 1
+    assert len(files.lock_folders(tmp_path / "a", tmp_path / "link", tmp_path / "a" / ".." / "a", note=refuse)) == 1
 
 
 def test_the_lock_ends_with_a_process_that_is_killed(tmp_path):
     child = os.fork()
     if child == 0:
-        held = runlog.lock_folders(tmp_path)
+        held = files.lock_folders(tmp_path)
         os.kill(os.getpid(), signal.SIGKILL if held else signal.SIGTERM)
     _, status = os.waitpid(child, 0)
     assert os.WTERMSIG(status) == signal.SIGKILL
     assert json.loads((tmp_path / ".holder.lock").read_text())["pid"] == child
-    runlog.lock_folders(tmp_path, note=refuse)
+    files.lock_folders(tmp_path, note=refuse)
 
 
 @pytest.mark.parametrize("code", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP])
@@ -741,7 +742,7 @@ def test_a_file_system_without_locks_is_a_warning(tmp_path, monkeypatch, recwarn
     monkeypatch.setattr(fcntl, "flock", flock)
     notes = []
     for _ in range(2):  # the second run finds what the first left there
-        held = runlog.lock_folders(tmp_path, note=notes.append)
+        held = files.lock_folders(tmp_path, note=notes.append)
     line = f"the file system of {tmp_path} has no locks: see to it that no second run writes there"
     assert held and notes == [line, line]
     assert not recwarn.list
@@ -751,9 +752,9 @@ def test_an_older_filelock_says_in_another_way_that_there_are_no_locks(tmp_path,
     def acquire(*_args, **_options):
         raise NotImplementedError("FileSystem does not appear to support flock; use SoftFileLock instead")
 
-    monkeypatch.setattr(runlog.filelock.FileLock, "acquire", acquire)
+    monkeypatch.setattr(files.filelock.FileLock, "acquire", acquire)
     notes = []
-    runlog.lock_folders(tmp_path, note=notes.append)
+    files.lock_folders(tmp_path, note=notes.append)
     assert len(notes) == 1 and "has no locks" in notes[0]
 
 
@@ -763,7 +764,7 @@ def test_an_error_that_is_no_lack_of_locks_is_one(tmp_path, monkeypatch):
 
     monkeypatch.setattr(fcntl, "flock", flock)
     with pytest.raises(OSError, match=f"cannot write to {re.escape(str(tmp_path))}: Input/output error; choose"):
-        runlog.lock_folders(tmp_path, note=refuse)
+        files.lock_folders(tmp_path, note=refuse)
 
 
 @pytest.mark.parametrize("holder, me, free", [
@@ -782,31 +783,31 @@ def test_a_lock_left_behind_does_not_block_for_good(tmp_path, monkeypatch, holde
     """The lock stays in force, as on a file server that does not know yet that its client is gone."""
     for name in ("SLURM_JOB_ID", "SLURM_RESTART_COUNT"):
         monkeypatch.delenv(name, raising=False)
-    held = runlog.lock_folders(tmp_path, note=refuse)
+    held = files.lock_folders(tmp_path, note=refuse)
     edit_holder(tmp_path, **{**holder, **({"pid": gone()} if holder.get("pid") == "gone" else {})})
     for name, value in me.items():
         monkeypatch.setenv(name, value)
     notes = []
     if free:
-        kept = runlog.lock_folders(tmp_path, note=notes.append)
+        kept = files.lock_folders(tmp_path, note=notes.append)
         assert len(notes) == 1 and "is still locked by a run that is gone (process" in notes[0]
         with pytest.raises(ValueError, match=f"another run is writing .*process {os.getpid()} "):
-            runlog.lock_folders(tmp_path, note=refuse)
+            files.lock_folders(tmp_path, note=refuse)
         del kept
     else:
         with pytest.raises(ValueError, match="another run is writing to") as error:
-            runlog.lock_folders(tmp_path, note=refuse)
+            files.lock_folders(tmp_path, note=refuse)
         one_line(error)
     del held
 
 
 @pytest.mark.parametrize("content", [None, "", "[]", "{}", '{"pid": 1}', "\x00"])
 def test_a_lock_without_a_readable_holder_is_respected(tmp_path, content):
-    held = runlog.lock_folders(tmp_path, note=refuse)
+    held = files.lock_folders(tmp_path, note=refuse)
     path = tmp_path / ".holder.lock"
     path.unlink() if content is None else path.write_text(content)
     with pytest.raises(ValueError, match=f"another run is writing to {re.escape(str(tmp_path))}: wait for it"):
-        runlog.lock_folders(tmp_path, note=refuse)
+        files.lock_folders(tmp_path, note=refuse)
     del held
 
 
@@ -816,7 +817,7 @@ def test_what_a_killed_run_was_writing_is_removed(tmp_path):
     others = [".mine.part", "rolling.pt.part", "rolling.pt"]
     for name in [*stale, *others]:
         (tmp_path / name).touch()
-    held = runlog.lock_folders(tmp_path, note=refuse)
+    held = files.lock_folders(tmp_path, note=refuse)
     assert {path.name for path in tmp_path.iterdir()} == {*others, ".lock", ".holder.lock"}
     del held
 
@@ -826,7 +827,7 @@ def test_what_a_killed_run_was_writing_is_removed(tmp_path):
 def test_a_folder_that_cannot_be_one(tmp_path, make):
     make(tmp_path / "logs")
     with pytest.raises(OSError, match=f"^cannot write to {re.escape(str(tmp_path / 'logs'))}: ") as error:
-        runlog.lock_folders(tmp_path / "logs", note=refuse)
+        files.lock_folders(tmp_path / "logs", note=refuse)
     one_line(error)
 
 
@@ -836,7 +837,7 @@ def test_a_full_disk_at_the_start_is_told_as_such(tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "mkdir", mkdir)
     with pytest.raises(OSError, match="No space left on device: ") as error:
-        runlog.lock_folders(tmp_path / "logs", note=refuse)
+        files.lock_folders(tmp_path / "logs", note=refuse)
     assert error.value.errno == errno.ENOSPC and str(tmp_path / "logs") in one_line(error)
 
 
@@ -844,22 +845,22 @@ def test_a_full_disk_at_the_start_is_told_as_such(tmp_path, monkeypatch):
 
 def test_an_earlier_run_is_moved_aside_whole_and_nothing_else(tmp_path):
     path = run_on_disk(tmp_path)
-    runlog.save_rolling(path.parent, make_state(7))
+    checkpoints.save_rolling(path.parent, make_state(7))
     (path.parent / "mine.pt").touch()
     (tmp_path / "logs" / "training_history.png").touch()
-    history = (tmp_path / "logs" / runlog.HISTORY_NAME).read_bytes()
-    aside, its_logs = runlog.move_aside(tmp_path / "logs", tmp_path / "checkpoints")
-    assert {entry.name for entry in aside.iterdir()} == {path.name, runlog.ROLLING_NAME}
-    assert {entry.name for entry in its_logs.iterdir()} == {runlog.HISTORY_NAME, "training_history.png"}
-    assert (its_logs / runlog.HISTORY_NAME).read_bytes() == history
+    history = (tmp_path / "logs" / files.HISTORY_NAME).read_bytes()
+    aside, its_logs = files.move_aside(tmp_path / "logs", tmp_path / "checkpoints")
+    assert {entry.name for entry in aside.iterdir()} == {path.name, files.ROLLING_NAME}
+    assert {entry.name for entry in its_logs.iterdir()} == {files.HISTORY_NAME, "training_history.png"}
+    assert (its_logs / files.HISTORY_NAME).read_bytes() == history
     assert {entry.name for entry in path.parent.iterdir()} == {"mine.pt", aside.name}
-    assert runlog.move_aside(tmp_path / "logs", tmp_path / "checkpoints") == []
+    assert files.move_aside(tmp_path / "logs", tmp_path / "checkpoints") == []
 
 
 def test_runs_moved_aside_in_the_same_second_get_folders_of_their_own(tmp_path):
     folders = set()
     for _ in range(3):
-        runlog.save_checkpoint(tmp_path, make_state(1))
-        runlog.write_history(tmp_path / runlog.HISTORY_NAME, make_history(0))
-        folders.update(runlog.move_aside(tmp_path, tmp_path))
+        checkpoints.save_checkpoint(tmp_path, make_state(1))
+        write_history(tmp_path / files.HISTORY_NAME, make_history(0))
+        folders.update(files.move_aside(tmp_path, tmp_path))
     assert len(folders) == 6 and all(len(list(folder.iterdir())) == 1 for folder in folders)

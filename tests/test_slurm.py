@@ -13,9 +13,9 @@ import pytest
 import torch
 from conftest import ENVIRONMENT, PATIENCE, ROOT, SMALL, columns, run_here, wait_for
 
-import runlog
 import sweep
 import train
+from runtime import checkpoints
 
 SCRIPT = ROOT / "run_mnist_mlp.sh"
 FLAGS = [*SMALL, "--n_steps=3000"]
@@ -34,7 +34,7 @@ def same_python(folder):
 
 
 def final_weights(folder):
-    state, path = runlog.newest_checkpoint(folder / "checkpoints", pytest.fail)
+    state, path = checkpoints.newest_checkpoint(folder / "checkpoints", pytest.fail)
     assert path.name.startswith("checkpoint_epoch_")
     return state["model_state_dict"]
 

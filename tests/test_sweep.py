@@ -10,9 +10,9 @@ import pytest
 import torch
 from conftest import ENVIRONMENT, PATIENCE, SMALL, command, handlers_kept, history_of, run_command, wait_for
 
-import runlog
 import sweep
 import train
+from runtime import checkpoints, files
 
 LONG = "--n_steps=300000"  # and not for ever: where a test fails, nobody ends the runs
 FLAGS = [flag for flag in SMALL if flag not in ("--no_plot", "--threads=1")]
@@ -180,9 +180,9 @@ def test_ctrl_c_stops_all_runs_each_saved_and_the_same_command_continues(tmp_pat
     assert len(started) == at_once == said.count(": stopped\n")
     steps = []
     for path in started:
-        steps.append(runlog.newest_checkpoint(path / "checkpoints", pytest.fail)[0]["step"])
+        steps.append(checkpoints.newest_checkpoint(path / "checkpoints", pytest.fail)[0]["step"])
         assert f"stopped by SIGINT at step {steps[-1]};" in (path / "output.txt").read_text()
-        runlog.lock_folders(path / "checkpoints")  # ValueError if a run still held it
+        files.lock_folders(path / "checkpoints")  # ValueError if a run still held it
     done = run_command(tmp_path, *flags, f"--n_steps={max(steps) + 100}", script="sweep.py", timeout=2 * PATIENCE)
     assert done.stdout.count(": complete\n") == 3
     for path, step in zip(started, steps, strict=True):
@@ -198,7 +198,7 @@ def test_a_run_that_was_killed_is_named(tmp_path):
         wait_for(lambda: first.poll() is not None or list(tmp_path.glob("runs/*/checkpoints/.holder.lock")))
         (holder,) = tmp_path.glob("runs/*/checkpoints/.holder.lock")
         wait_for(holder.read_text)
-        run = runlog.read_holder(holder)["pid"]
+        run = files.read_holder(holder)["pid"]
         assert os.getsid(run) == run  # Ctrl-C in a terminal does not reach it beside the sweep's own signal
         os.kill(run, signal.SIGKILL)
         said, error = first.communicate(timeout=PATIENCE)

@@ -13,12 +13,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-import machine
 import models
-import runlog
 from flags import parse_epsilon
 from measure import remarks
-from seeding import seed_for
+from runtime import checkpoints
+from runtime import device as devices
+from runtime.seeds import seed_for
 from train import log_schedule, parse_args
 from training import batch_order
 
@@ -77,7 +77,7 @@ def test_robust_accuracy_is_monotone_and_below_the_other_measures(digits_run):
 def test_checkpoints_hold_the_step_and_rebuild_the_network(digits_run):
     history = history_of(digits_run[0])
     paths = sorted((digits_run[0] / "checkpoints").glob("checkpoint_epoch_*.pt"))
-    assert [runlog.step_in_name(path) for path in paths] == history["step"]
+    assert [checkpoints.step_in_name(path) for path in paths] == history["step"]
     state = torch.load(paths[-1], weights_only=True)
     assert state["step"] == 1500 and state["epoch"] == 300
     assert state["test_acc"] == history["test_acc"][-1]
@@ -274,7 +274,7 @@ def test_the_fastest_number_of_threads_is_taken_and_of_equals_the_smallest(monke
     def work():
         now["time"] += seconds[now["threads"]]
 
-    assert machine.fastest_thread_count(work) == best
+    assert devices.fastest_thread_count(work) == best
 
 
 def test_the_threads_are_measured_stored_and_kept_unless_they_are_given(tmp_path, monkeypatch, capsys):

@@ -12,9 +12,10 @@ import numpy as np
 from matplotlib.markers import TICKDOWN
 from matplotlib.textpath import TextPath
 
-import runlog
-from curves import as_array, column_of, interpolation_index, together
+from analysis.runs import together
+from analysis.statistics import as_array, column_of, interpolation_index
 from flags import epsilon_label
+from runtime import files
 
 TRAIN, TEST, RANDOM = "black", "#D55E00", "#0072B2"  # Okabe and Ito's colours: told apart by colour-blind readers
 SMALL = 7.5  # points; the smallest text
@@ -217,5 +218,5 @@ def save(fig, path):
             buffer = io.BytesIO()
             fig.savefig(buffer, format=suffix[1:], dpi=DPI, **options)
             written.append(stem.with_name(stem.name + suffix))
-            runlog.write_atomically(written[-1], buffer.getvalue())
+            files.write_atomically(written[-1], buffer.getvalue())
     return written

@@ -16,11 +16,11 @@ import torch
 
 import attacks
 import data
-import flags
-import machine
 import models
-import runlog
-from bench import print_markdown, synchronize
+from benchmarks.speed import print_markdown, synchronize
+import flags
+from runtime import checkpoints
+from runtime import device as devices
 
 
 def main(argv=None):
@@ -39,7 +39,7 @@ def main(argv=None):
     parser.add_argument("--threads", type=flags.number(int, low=1), default=1, help="default 1")
     args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
-    machine.set_precision()  # as in training
+    devices.set_precision()  # as in training
     try:
         import torchattacks  # noqa: F401
     except ImportError:
@@ -47,7 +47,7 @@ def main(argv=None):
         args.autoattack_steps = []
     for path in args.checkpoints:
         try:
-            checkpoint = runlog.load_checkpoint(path)
+            checkpoint = checkpoints.load_checkpoint(path)
             model, x, y = load(checkpoint, args)
         except (ValueError, OSError) as error:
             parser.error(str(error) if path in str(error) else f"{path}: {error}")
@@ -62,7 +62,7 @@ def main(argv=None):
 
 def load(checkpoint, args):
     """Return the network of a checkpoint and the images to attack."""
-    device, config = machine.choose_device(args.device), checkpoint["config"]
+    device, config = devices.choose_device(args.device), checkpoint["config"]
     options = ("train_size", "seed", "image_size", "label_noise")
     dataset = data.load_dataset(config["dataset"], args.data_dir or config["data_dir"],
                                 **{name: config[name] for name in options if name in config})

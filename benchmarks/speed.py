@@ -29,10 +29,8 @@ from torch.utils.data import DataLoader
 from torchvision import transforms
 
 import attacks
-import cuda_graph
 import data
 import local_complexity
-import machine
 import measure
 import models
 import products
@@ -41,6 +39,8 @@ import train
 import training
 import tuning
 from flags import OneLineParser
+from runtime import cuda_graph
+from runtime import device as devices
 
 MNIST = ["--model=mlp", "--dataset=mnist", "--batch_size=200"]
 CNN = ["--model=cnn", "--dataset=cifar10", "--batch_size=64", "--weight_decay=0"]
@@ -242,7 +242,7 @@ def fastest_threads(config, dataset, device):
     """Set, and write into config, the number of threads with which a step is fastest now."""
     if device.type == "cpu":
         steps = program_steps(config, dataset, device)
-        config.threads = machine.fastest_thread_count(lambda: steps(1))
+        config.threads = devices.fastest_thread_count(lambda: steps(1))
         torch.set_num_threads(config.threads)
     return torch.get_num_threads()
 
@@ -329,7 +329,7 @@ def instrument_rows(device, repeats, seconds):
     for p in model.parameters():
         p.requires_grad_(False)
     if device.type == "cpu":
-        torch.set_num_threads(machine.fastest_thread_count(passes_to_the_input))
+        torch.set_num_threads(devices.fastest_thread_count(passes_to_the_input))
     times = take_turns({
         "pgd": lambda n: [attacks.pgd(model, x, y, 0.1, steps=10) for _ in range(n)],
         "passes": repeated(passes_to_the_input, device),
@@ -417,7 +417,7 @@ def experiment(data_dir, device):
         subprocess.run([sys.executable, str(Path(__file__).with_name("train.py")), *MNIST, f"--data_dir={data_dir}",
                         "--n_steps=100000", "--adv_size=all", f"--device={device}", f"--log_dir={folder}",
                         f"--save_dir={folder}"], check=True)
-    print(f"the whole experiment took {time.perf_counter() - start:.1f} s on {machine.describe(device)['device']}")
+    print(f"the whole experiment took {time.perf_counter() - start:.1f} s on {devices.describe(device)['device']}")
 
 
 WORK = """
@@ -513,14 +513,14 @@ def main():
     parser.add_argument("--against", metavar="DIR", help="this program against another checkout, in place of the table")
     args = parser.parse_args()
     try:
-        device = machine.choose_device(args.device)
+        device = devices.choose_device(args.device)
     except ValueError as error:
         parser.error(str(error))
     if args.against and not (Path(args.against) / "train.py").is_file():
         parser.error(f"--against={args.against}: there is no train.py")
-    machine.set_precision()
+    devices.set_precision()
     repeats, seconds = (3, 0.3) if args.quick else (7, 1.0)
-    description = machine.describe(device)
+    description = devices.describe(device)
     print(f"{description['device']}, torch {description['torch']}, {repeats} turns\n", file=sys.stderr)
     if args.scaling:
         scaling(device, repeats, seconds)

@@ -117,28 +117,28 @@ def wrap(model, device):
     return network
 
 
-def share(n):
+def shard(n):
     """Return this process's slice of n items; the slices are contiguous and differ by at most one in length."""
     return slice(n * rank() // size(), n * (rank() + 1) // size())
 
 
-def total(tensor):
+def all_reduce_sum(tensor):
     """Return the sum of tensor over the processes."""
     if size() > 1:
         dist.all_reduce(tensor)
     return tensor
 
 
-def gathered(part, n):
-    """Return the tensor of n entries, on every process, of which each process has part, its share(n)."""
+def gather_shards(part, n):
+    """Return the tensor of n entries, on every process, of which each process has part, its shard(n)."""
     if size() == 1:
         return part
     whole = part.new_zeros(n, *part.shape[1:], dtype=torch.uint8 if part.dtype == torch.bool else part.dtype)
-    whole[share(n)] = part  # gloo adds up no bools
-    return total(whole).to(part.dtype)
+    whole[shard(n)] = part  # gloo adds up no bools
+    return all_reduce_sum(whole).to(part.dtype)
 
 
-def largest(number, device):
+def all_reduce_max(number, device):
     """Return the largest of the processes' numbers (or whether any is True)."""
     if size() == 1:
         return number
@@ -149,7 +149,7 @@ def largest(number, device):
 
 # ---- files: what one process does or sees and the others have to know -----------------------------------------------
 
-def on_first(function):
+def run_on_rank0(function):
     """Let the first process alone call function(); return its value (any picklable object) on every process.
 
     Its ValueError or OSError is raised on every process, so that none waits for one that has given up.
@@ -164,7 +164,7 @@ def on_first(function):
     return box[0]
 
 
-def first_then_others(function):
+def rank0_first(function):
     """Return function() of each process; the first has done before the others begin, as with a download.
 
     A ValueError or OSError of any process is raised on every process.
@@ -196,7 +196,7 @@ def raise_everywhere(error):
             raise error
 
 
-def wait():
+def barrier():
     """Wait until every process is here."""
     if size() > 1:
         dist.barrier()

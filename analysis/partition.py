@@ -23,13 +23,12 @@ from matplotlib.figure import Figure
 from torch import nn
 from tqdm import tqdm
 
-import curves
 import data
 import local_complexity
 import models
-import panels
-import runlog
-from panels import SMALL
+from analysis import panels, runs, statistics
+from analysis.panels import SMALL
+from runtime import checkpoints, files
 
 RASTER = 600  # pixels along each side of a panel
 MARGIN = 0.35  # how far the picture reaches beyond the three images, relative to their distance from its centre
@@ -45,7 +44,7 @@ FRAME_SECONDS, LAST_FRAME_SECONDS = 0.15, 2.0
 
 def load(path):
     """Return (checkpoint, network); ValueError names the file that is none of ours or does not fit its own config."""
-    checkpoint = runlog.load_checkpoint(path)
+    checkpoint = checkpoints.load_checkpoint(path)
     try:
         return checkpoint, models.load_network(checkpoint)
     except ValueError as error:
@@ -203,14 +202,14 @@ def figure(paths):
     """
     checkpoints, dataset = load_all(paths)
     x, y, centre, axes, places, reach = plane_of(dataset)
-    flags = curves.differing_flags(checkpoints)
-    titles = ["\n".join(filter(None, [f"step {checkpoint['step']:,}", curves.group_title([checkpoint], flags)]))
+    flags = runs.differing_flags(checkpoints)
+    titles = ["\n".join(filter(None, [f"step {checkpoint['step']:,}", runs.group_title([checkpoint], flags)]))
               for checkpoint in checkpoints]
     columns = min(len(paths), 3)
     rows = -(-len(paths) // columns)
     panel, thumb, gap = RASTER / panels.DPI, 0.72, 0.25
     head = 0.2 + 0.15 * max(title.count("\n") + 1 for title in titles)
-    title = f"{curves.run_title(checkpoints[0], flags)}: the plane through three test images"
+    title = f"{runs.run_title(checkpoints[0], flags)}: the plane through three test images"
     width = thumb + 2 * gap + columns * (panel + gap)
     above = panels.title_inches(title, width)
     fig = Figure((width, above + rows * (head + panel) + 0.75))
@@ -273,7 +272,7 @@ def film(paths, out):
     if out.suffix == ".mp4" and shutil.which("ffmpeg") is None:
         raise ValueError(f"{out}: an MP4 is written by ffmpeg, which is not installed; a GIF needs nothing more")
     checkpoints, dataset = load_all(paths)
-    flags = curves.differing_flags(checkpoints)
+    flags = runs.differing_flags(checkpoints)
     if flags:
         raise ValueError(f"a film shows one run, and these checkpoints differ in --{flags[0]}: write a PNG")
     order = sorted(range(len(paths)), key=lambda i: checkpoints[i]["step"])
@@ -299,7 +298,7 @@ def film_figure(checkpoints, plane, raster, n_layers):
     x, y, _, _, places, reach = plane
     history = history_of(checkpoints)
     right, least = panels.room_for(panels.accuracy_names([history]))
-    title = curves.run_title(checkpoints[0])
+    title = runs.run_title(checkpoints[0])
     side, left, thumb, height = raster / FILM_DPI, raster / FILM_DPI + 0.9, 0.8, max(2.2, least)
     width = 3 * thumb + 0.3
     top = panels.title_inches(title, left + width + right) + 0.25
@@ -312,7 +311,7 @@ def film_figure(checkpoints, plane, raster, n_layers):
     panels.step_axis(beside, *panels.span([history]))
     beside.set_ylabel("accuracy", fontsize=SMALL + 1)
     panels.accuracy_panel(beside, [history])
-    if curves.interpolation_index(history["train_acc"]):  # of later checkpoints alone, the first says nothing
+    if statistics.interpolation_index(history["train_acc"]):  # of later checkpoints alone, the first says nothing
         panels.mark_interpolation([beside], [history])
     mark = beside.axvline(0, color="black", lw=1.5, marker="^", markevery=[0], clip_on=False, animated=True)
     for k in range(3):
@@ -349,7 +348,7 @@ def write_gif(frames, path):
     milliseconds = [round(1000 * FRAME_SECONDS)] * (len(frames) - 1) + [round(1000 * LAST_FRAME_SECONDS)]
     buffer = io.BytesIO()
     images[0].save(buffer, "GIF", save_all=True, append_images=images[1:], duration=milliseconds, loop=0)
-    runlog.write_atomically(path, buffer.getvalue())
+    files.write_atomically(path, buffer.getvalue())
 
 
 def write_mp4(frames, path):
@@ -362,4 +361,4 @@ def write_mp4(frames, path):
             input=b"".join(frame.tobytes() for frame in frames), capture_output=True)
         if done.returncode != 0:
             raise OSError(f"ffmpeg could not write {path}: {done.stderr.decode(errors='replace').strip()[-200:]!r}")
-        runlog.write_atomically(path, written.read_bytes())
+        files.write_atomically(path, written.read_bytes())

@@ -1,0 +1,104 @@
+"""The phases of local complexity, and the outbreaks of the training loss."""
+
+import numpy as np
+from numpy.lib.stride_tricks import sliding_window_view
+
+from analysis.statistics import HOLD, column_of, interpolation_index
+
+OUTBREAK = 100  # factor by which the training loss rises in an outbreak
+ROUNDING = 1e-9  # of a training loss: what lies below is no level to rise from
+
+
+def held(values):
+    """The largest curve below `values` whose every level lasts for HOLD points; the first point has always lasted."""
+    padded = np.pad(np.asarray(values, dtype=float), (HOLD - 1, 0), mode="edge")
+    lows = np.pad(sliding_window_view(padded, HOLD).min(axis=1), HOLD - 1, constant_values=-np.inf)
+    return sliding_window_view(lows, HOLD).max(axis=1)[HOLD - 1:]
+
+
+def smoothed(values):
+    """values without the peaks and dips shorter than HOLD points: first those within, then one at the end."""
+    within = -held(-held(np.pad(values, (0, HOLD - 1), mode="edge")))[:len(values)]
+    return -held(-held(within))
+
+
+def turning_points(log, least, most=4):
+    """Indices between which a curve rises and falls in turn, by at least `least` each time and at most `most` times.
+
+    The smallest move is dropped until this is so. The first that is large enough stays: what follows a rise is not a
+    first descent.
+    """
+    slopes = np.sign(np.diff(log))
+    moving = np.flatnonzero(slopes)
+    turns = moving[1:][slopes[moving][1:] != slopes[moving][:-1]]
+    points = [0, *turns.tolist(), len(log) - 1]
+    while len(points) > 1:
+        moves = np.abs(np.diff(log[points]))
+        enough = moves.min() >= least
+        if enough and len(moves) <= most:
+            return points
+        weakest = int(np.argmin(moves[1:])) + 1 if enough else int(np.argmin(moves))
+        if weakest == 0:
+            del points[0]
+        elif weakest == len(moves) - 1:
+            del points[-1]
+        else:
+            del points[weakest:weakest + 2]  # the moves before and after become one
+    return []
+
+
+def without_plateaus(log, first, last):
+    """The part of a descent or ascent from index first to last in which the curve moves."""
+    near = min(0.15 * abs(log[last] - log[first]), np.log(1.1))
+    part = log[first:last + 1]
+    leaves = int(np.flatnonzero(abs(part - log[first]) <= near)[-1])
+    arrives = leaves + int(np.flatnonzero(abs(part[leaves:] - log[last]) <= near)[0])
+    return first + leaves, first + arrives
+
+
+def phases(complexity):
+    """[(name, first index, last index)] of the descents and ascents that a curve of local complexity goes through.
+
+    complexity: one value a log point, finite, >= 0. Each phase is a change by a tenth and by five times the noise of
+    the curve (from the second differences of its logarithm) whose level is held for HOLD log points; plateaus between
+    phases belong to none. The paper's are "first descent", "ascent", "second descent", and a rise after them is a
+    "second ascent"; where the curve rises first, they are "ascent", "descent", "second ascent", "second descent". The
+    names speak of local complexity alone: whether anything else rises with it is another question.
+    """
+    complexity = np.asarray(complexity, dtype=float)
+    if len(complexity) <= HOLD or complexity.max() <= 0:
+        return []
+    log = np.log(np.maximum(complexity, 0.02 * complexity.max()))
+    noise = 1.4826 * np.median(np.abs(np.diff(log, 2))) / np.sqrt(6)
+    log = smoothed(log)
+    points = turning_points(log, max(np.log(1.1), 5 * noise))
+    if not points:
+        return []
+    names = (("first descent", "ascent", "second descent", "second ascent") if log[points[1]] < log[points[0]] else
+             ("ascent", "descent", "second ascent", "second descent"))
+    return [(name, *without_plateaus(log, first, last))
+            for name, first, last in zip(names, points, points[1:], strict=False)]
+
+
+def outbreaks(history):
+    """Indices i such that the training loss breaks out between the log points i - 1 and i, after interpolation.
+
+    That is, it rises to OUTBREAK times the lowest value that it had at a log point since the last outbreak. Its peak
+    between two log points is known from max_batch_loss: with a batch that makes up a share s of the training set, the
+    loss of the whole set was at least s times that. Histories without that column show what is left of an outbreak at
+    the next log point.
+    """
+    start = interpolation_index(history.get("train_acc", []))
+    if start is None:
+        return []
+    loss = column_of(history, "train_loss")
+    batch, images = history["config"].get("batch_size"), history["sizes"].get("train")
+    share = min(1.0, batch / images) if batch and images else 1.0
+    peak = np.fmax(loss, share * column_of(history, "max_batch_loss"))
+    found, lowest = [], loss[start]
+    for i in range(start + 1, len(loss)):
+        if peak[i] >= OUTBREAK * max(lowest, ROUNDING):
+            found.append(i)
+            lowest = peak[i]
+        lowest = np.fmin(lowest, loss[i])
+    return found
