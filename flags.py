@@ -163,8 +163,8 @@ class Config:
     label_smoothing: float = flag(0.0, EXPERIMENT, "share of the target spread over all classes, for ce and exact_ce",
                                   type=number(float, low=0, high=0.999), metavar="X")
     lr: float = flag(0.001, EXPERIMENT, "learning rate, the highest one of a schedule", **POSITIVE)
-    lr_schedule: str = flag("constant", EXPERIMENT, "after the warm-up: constant, or down to 0 at the last step along a "
-                            "line (triangle) or half a cosine", choices=["constant", "triangle", "cosine"])
+    lr_schedule: str = flag("constant", EXPERIMENT, "after the warm-up: constant, or down to 0 at the last step, along "
+                            "a line (triangle) or half a cosine", choices=["constant", "triangle", "cosine"])
     warmup_steps: int = flag(0, EXPERIMENT, "steps in which the learning rate rises from 0 to --lr along a line",
                              type=number(int, low=0), metavar="N")
     momentum: float = flag(0.0, EXPERIMENT, "momentum of sgd", type=number(float, low=0, high=0.9999), metavar="X")
@@ -189,12 +189,12 @@ class Config:
                      type=number(int, low=0, high=2**32 - 1), metavar="N")
 
     log_points: int = flag(60, MEASUREMENT, "log steps, spaced evenly in log(step), with the first and the last step "
-                           "among them", type=number(int, low=3), metavar="N")
+                           "among them", type=number(int, low=3, high=1_000_000), metavar="N")
     log_from: int = flag(1, MEASUREMENT, "the first log step after step 0; the even spacing begins there", **WHOLE)
     log_interval: int = flag(None, MEASUREMENT, "log every N epochs, in place of --log_points", **WHOLE)
     epsilons: list[float] = flag(None, MEASUREMENT, "radii of the attack in pixel units of [0, 1], such as 0.1 or "
-                                 "8/255 (default: 0.03 0.06 0.10 0.13 0.16 0.20 for grey images, 1/255 2/255 4/255 8/255 for "
-                                 "colour)", type=parse_epsilons, nargs="+", metavar="EPS")
+                                 "8/255 (default: 0.03 0.06 0.10 0.13 0.16 0.20 for grey images, 1/255 2/255 4/255 "
+                                 "8/255 for colour)", type=parse_epsilons, nargs="+", metavar="EPS")
     pgd_steps: int = flag(10, MEASUREMENT, "steps of the attack behind adv_acc; the most toward one class behind "
                           "robust_acc", **WHOLE)
     pgd_step_size: float = flag(None, MEASUREMENT, "step size of the attack behind adv_acc in pixel units, such as "
