@@ -226,6 +226,8 @@ class Config:
                                        type=count_or("all", "last"), metavar="all|last|N")
     on_nan: str = flag("stop", EXECUTION, "what to do when the loss is not finite", choices=["stop", "continue"])
     plot: bool = flag(True, EXECUTION, "draw no figure", option="--no_plot")
+    tracker: list[str] = flag(None, EXECUTION, "send each log step to these trackers, too", nargs="+",
+                              choices=["tensorboard", "wandb"])
     quiet: bool = flag(False, EXECUTION, "print errors only")
 
     device: str = flag("auto", EXECUTION, "auto is a CUDA GPU if there is one, otherwise the CPU",

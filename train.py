@@ -42,7 +42,7 @@ import local_complexity
 import losses
 import measure
 import models
-from runtime import cuda_graph, distributed, history, signals
+from runtime import cuda_graph, distributed, history, signals, trackers
 from runtime import device as devices
 from runtime.run import Figure, Run, RunFailed, parent_of
 from runtime.seeds import seed_for
@@ -382,6 +382,7 @@ def start(args: Config) -> tuple[Run, data.Dataset, measure.Probes]:
     Raises ValueError, OSError, MemoryError or RuntimeError if it cannot be; an earlier run's files are moved aside, or
     continued from, only when all else is in order.
     """
+    trackers.check(args.tracker or [])
     device = distributed.start(devices.choose_device(args.device))
     devices.set_precision(args.deterministic)
     dataset = distributed.rank0_first(lambda: data.load_dataset(
@@ -421,6 +422,8 @@ def finish(run: Run, stopped_by: int, figure: Figure | None) -> None:
         figure.redraw()
         if not figure.failed:
             run.console.note(f"\nfigure: {run.history_file.path.with_suffix('.png')} and .svg")
+    if run.trackers:
+        run.trackers.end(run.history_file.path.with_suffix(".png"), run.step)
 
 
 def main(argv: list[str] | None = None) -> int:

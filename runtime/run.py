@@ -11,6 +11,7 @@ import torch
 from flags import Config
 from runtime import checkpoints, distributed, files, history
 from runtime.console import Console
+from runtime.trackers import Trackers
 
 
 class RunFailed(Exception):
@@ -54,6 +55,7 @@ class Run:
 
     model: torch.nn.Module
     trainer: Any  # train.Trainer
+    trackers: Trackers | None = None
 
     def __init__(self, config: Config, record: dict, fingerprint: str, device: torch.device):
         self.config, self.history, self.device = config, record, device
@@ -111,6 +113,9 @@ class Run:
             for folder in files.move_aside(self.config.log_dir, self.config.save_dir):
                 self.console.note(f"an earlier run's files are now in {folder}")
         self.history_file.begin(self.history)
+        if self.config.tracker:
+            self.trackers = Trackers(self.config.tracker, Path(self.config.log_dir), self.history["config"], self.step,
+                                     self.console.note)
 
     # ---- saving
 
@@ -135,6 +140,8 @@ class Run:
         metrics = {name: value for name, value in row.items() if name != "outcomes"}
         checkpoints.save_checkpoint(self.config.save_dir, self.state(**metrics), self.config.keep_checkpoints)
         self.console.row(row, [*remarks.values()])
+        if self.trackers:
+            self.trackers.log(row)
 
     def save_rolling(self) -> None:
         """Write the state between two log steps, if it is not saved yet."""
