@@ -191,7 +191,8 @@ def continue_from(config: Config, fingerprint: str, note: Callable[[str], None])
     if config.n_steps > planned:
         note(f"--n_steps was {planned}, is {config.n_steps}: later log points, and a learning rate schedule, are those "
              "of the longer run")
-    found = differences(checkpoint["config"], config, ROUNDING)
+    used = {**checkpoint["config"], "threads": checkpoint.get("derived", {}).get("threads")}
+    found = differences(used, config, [name for name in ROUNDING if name != "threads" or config.threads])
     if found:
         note(f"{'; '.join(found)}: the last bits of the results may differ from those of an uninterrupted run")
     return {**checkpoint, "history": history, "path": path}
