@@ -1,23 +1,46 @@
-"""Types for argparse: what a flag's value may be, so that a wrong one ends in one clear line."""
+"""Every flag of train.py: its type, its default, its help, and what kind of flag it is.
+
+Resuming, grouping, titles and folder names all follow from the kind. This file imports no PyTorch, so that --help, a
+typing error and a folder's name take no time.
+"""
 
 import argparse
+import dataclasses
+import hashlib
 import math
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
+# EXPERIMENT: what is trained. LENGTH: for how long; a resumed run may be longer. MEASUREMENT: what a log step records.
+# EXECUTION: where and how it is computed; it may differ when a run is resumed, and runs are not compared by it.
+EXPERIMENT, LENGTH, MEASUREMENT, EXECUTION = "experiment", "length", "measurement", "execution"
+LONGEST_NAME = 150  # characters of a run's folder; file systems take 255
+# What these flags stand for when they are left out, by model and by data set: folder names leave them out, too.
+IMPLIED: dict[str, dict[str, Any]] = {
+    "width": {"mlp": 200, "cnn": 32, "resnet18": 16}, "depth": {"mlp": 4},
+    "train_size": {"mnist": 1000, "digits": 1000, "fashion_mnist": 1000, "kmnist": 1000}}
+
+
+# ---- values ---------------------------------------------------------------------------------------------------------
 
 class OneLineParser(argparse.ArgumentParser):
-    def error(self, message):
+    """A parser whose errors are one line, without the usage."""
+
+    def error(self, message: str):
         self.exit(2, f"{self.prog}: error: {message}\n")
 
 
-def number(kind, low=None, above=None, high=None):
-    """Return an argparse type: a finite int or float with low <= value <= high, above < value."""
-    high = 2**63 - 1 if kind is int and high is None else high  # what PyTorch can count to
+def number(kind: type, low: float | None = None, above: float | None = None, high: float | None = None) -> Callable:
+    """Return an argparse type: a finite int or float with low <= value <= high and above < value."""
+    high = 2**63 - 1 if kind is int and high is None else high  # PyTorch counts in int64
 
-    def parse(text):
+    def parse(text: str):
         try:
             value = kind(text)
         except ValueError:
-            raise argparse.ArgumentTypeError(f"'{text}' is no {'whole ' if kind is int else ''}number") from None
+            raise argparse.ArgumentTypeError(f"'{text}' is not a {'whole ' if kind is int else ''}number") from None
         if kind is float and not math.isfinite(value):
             raise argparse.ArgumentTypeError(f"{text} is not finite")
         if low is not None and value < low:
@@ -30,32 +53,57 @@ def number(kind, low=None, above=None, high=None):
     return parse
 
 
-def parse_epsilon(text):
-    """Return the float that "0.1" or "8/255" says; argparse.ArgumentTypeError unless it lies in [0, 1]."""
+def parse_epsilon(text: str) -> float:
+    """Return the float in [0, 1] that "0.1" or "8/255" stands for; otherwise raise argparse.ArgumentTypeError."""
     numerator, slash, denominator = text.partition("/")
     try:
         value = float(numerator) / (float(denominator) if slash else 1.0)
     except (ValueError, ZeroDivisionError):
-        raise argparse.ArgumentTypeError(f"'{text}' is no number such as 0.1 or 8/255") from None
+        raise argparse.ArgumentTypeError(f"'{text}' is not a number such as 0.1 or 8/255") from None
     if not 0 <= value <= 1:
-        raise argparse.ArgumentTypeError(f"{text} does not lie in [0, 1], the range of a pixel")
+        raise argparse.ArgumentTypeError(f"{text} is not in [0, 1], the range of a pixel")
     return value
 
 
-def step_size(text):
-    """Return the float above 0 that "0.01" or "0.8/255" says."""
+def parse_epsilons(text: str) -> list[float]:
+    """Return the epsilons that a word lists; refuse 0,1, which is more likely a decimal comma than 0 and 1."""
+    if re.fullmatch(r"0,\d+", text):
+        raise argparse.ArgumentTypeError(f"'{text}' lists two values: write {text.replace(',', '.')} or "
+                                         f"{text.replace(',', ' ')}")
+    return [parse_epsilon(part) for part in text.split(",")]
+
+
+def parse_step_size(text: str) -> float:
+    """Return the float in (0, 1] that "0.01" or "0.8/255" stands for; otherwise raise argparse.ArgumentTypeError."""
     value = parse_epsilon(text)
     if value == 0:
-        raise argparse.ArgumentTypeError("a step of 0 does not move")
+        raise argparse.ArgumentTypeError("a step size of 0 does not move the image")
     return value
 
 
-def history_key(value):
+def listed(parse: Callable) -> Callable:
+    """Return an argparse type for one word that holds several values separated by commas."""
+    return lambda text: [parse(part) for part in text.split(",")]
+
+
+def count_or(*words: str) -> Callable:
+    """Return an argparse type: one of the words, or a whole number above 0."""
+    return lambda text: text if text in words else number(int, low=1)(text)
+
+
+def parse_folder(text: str) -> str:
+    """Return a path with ~ expanded; an empty one (an unset shell variable) raises argparse.ArgumentTypeError."""
+    if not text:
+        raise argparse.ArgumentTypeError("the path is empty")
+    return str(Path(text).expanduser())
+
+
+def history_key(value: float) -> str:
     """Return the name of an epsilon or a radius in the history: six digits."""
     return f"{value:.6g}"
 
 
-def epsilon_label(key):
+def epsilon_label(key: str) -> str:
     """Return how an epsilon of the history is shown: "0.03" as it is, "0.0313725" as "8/255", halves as "0.5/255"."""
     levels = float(key) * 255
     halves = round(2 * levels)
@@ -63,11 +111,222 @@ def epsilon_label(key):
     return f"{halves / 2:g}/255" if is_long and abs(2 * levels - halves) < 2e-3 else key
 
 
-def listed(parse):
-    """Return an argparse type for one word that holds several values with commas between them."""
-    return lambda text: [parse(part) for part in text.split(",")]
+# ---- the flags ------------------------------------------------------------------------------------------------------
+
+def flag(default: Any, kind: str, help: str, **options: Any) -> Any:
+    """Return a field of Config. options: argparse's (type, choices, metavar, nargs, const), or option="--no_plot"."""
+    return dataclasses.field(default=default, metadata={"kind": kind, "help": help, **options})
 
 
-def count_or(*words):
-    """Return an argparse type: one of the words, or a whole number above 0."""
-    return lambda text: text if text in words else number(int, low=1)(text)
+WHOLE = {"type": number(int, low=1), "metavar": "N"}
+POSITIVE = {"type": number(float, above=0), "metavar": "X"}
+NOT_NEGATIVE = {"type": number(float, low=0), "metavar": "X"}
+FRACTION = {"type": number(float, low=0, high=1), "metavar": "FRACTION"}
+FOLDER = {"type": parse_folder, "metavar": "DIR"}
+GROUPS = {"model": "the network", "dataset": "the data", "optimizer": "training", "log_points": "the log steps",
+          "log_dir": "files and interruptions", "device": "the machine"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """The flags of a run. The types are those of a complete config (train.complete); None means: not decided yet."""
+
+    model: str = flag("mlp", EXPERIMENT, "the architecture", choices=["mlp", "cnn", "resnet18"])
+    depth: int = flag(None, EXPERIMENT, "linear layers of the MLP (default 4)", type=number(int, low=2), metavar="N")
+    width: int = flag(None, EXPERIMENT, "hidden units, or channels of the first stage (default: mlp 200, cnn 32, "
+                      "resnet18 16)", **WHOLE)
+    activation: str = flag("relu", EXPERIMENT, "with relu and leaky_relu the network is piecewise linear, and local "
+                           "complexity counts the boundaries of its regions",
+                           choices=["relu", "gelu", "leaky_relu", "tanh"])
+    batch_norm: bool = flag(False, EXPERIMENT, "add batch norm before each activation; in the paper it prevents "
+                            "grokking")
+    init_scale: float = flag(1.0, EXPERIMENT, "factor on the initial weights; 8 with --loss=mse delays generalisation "
+                             "by thousands of steps", **POSITIVE)
+
+    dataset: str = flag("mnist", EXPERIMENT, "digits and modular_* need no download; imagefolder reads DATA_DIR/train "
+                        "and DATA_DIR/test (or val), npz the arrays in the file DATA_DIR", choices=[
+                            "mnist", "cifar10", "cifar100", "imagenette", "digits", "imagefolder"])
+    data_dir: str = flag("data", EXECUTION, "where the data sets are kept", **FOLDER)
+    train_size: int = flag(None, EXPERIMENT, "training images, drawn at random by seed (default: 1000 for digits and "
+                           "the sets like MNIST, otherwise all)", type=count_or("all"), metavar="N|all")
+    label_noise: float = flag(0.0, EXPERIMENT, "share of the training labels replaced by random ones; 1 is the "
+                              "random-label experiment", **FRACTION)
+    image_size: int = flag(None, EXPERIMENT, "side of the images, for imagenette and imagefolder (default: imagenette "
+                           "128, imagefolder as they are, or 128 if they differ)", type=number(int, low=1),
+                           metavar="PX")
+
+    optimizer: str = flag("adamw", EXPERIMENT, "adam adds the weight decay to the gradient and does not grok",
+                          choices=["adamw", "adam", "sgd"])
+    loss: str = flag("ce", EXPERIMENT, "ce: cross-entropy as PyTorch computes it; exact_ce: the same function without "
+                     "its rounding; mse: squared error on one-hot targets; stablemax: cross-entropy of a softmax that "
+                     "does not saturate", choices=["ce", "exact_ce", "mse", "stablemax"])
+    label_smoothing: float = flag(0.0, EXPERIMENT, "share of the target spread over all classes, for ce and exact_ce",
+                                  type=number(float, low=0, high=0.999), metavar="X")
+    lr: float = flag(0.001, EXPERIMENT, "learning rate, the highest one of a schedule", **POSITIVE)
+    lr_schedule: str = flag("constant", EXPERIMENT, "after the warm-up: constant, or down to 0 at the last step, along "
+                            "a line (triangle) or half a cosine", choices=["constant", "triangle", "cosine"])
+    warmup_steps: int = flag(0, EXPERIMENT, "steps in which the learning rate rises from 0 to --lr along a line",
+                             type=number(int, low=0), metavar="N")
+    momentum: float = flag(0.0, EXPERIMENT, "momentum of sgd", type=number(float, low=0, high=0.9999), metavar="X")
+    weight_decay: float = flag(0.01, EXPERIMENT, "drives the late phase of an MLP; the paper uses 0 for CNN and ResNet",
+                               **NOT_NEGATIVE)
+    adam_eps: float = flag(1e-8, EXPERIMENT, "epsilon of Adam and AdamW; it slows training once the gradients are "
+                           "smaller", **NOT_NEGATIVE)
+    orthogonal_gradient: bool = flag(False, EXPERIMENT, "remove from each tensor's gradient the component along its "
+                                     "weights")
+    augment: bool = flag(False, EXPERIMENT, "shift each training image at random by up to an eighth of its side, and "
+                         "mirror half of the colour images")
+    branch_from: str = flag(None, EXPERIMENT, "start a new run from this checkpoint of another run: its weights, "
+                            "optimizer state and step, with the flags given here", type=parse_folder,
+                            metavar="CHECKPOINT")
+    batch_size: int = flag(200, EXPERIMENT, "images a step, over all processes", **WHOLE)
+    n_epochs: int = flag(100_000, LENGTH, "length of the run in passes over the training images", **WHOLE)
+    n_steps: int = flag(None, LENGTH, "length of the run in steps, in place of --n_epochs; grokking takes 10^5 and "
+                        "more", **WHOLE)
+    dtype: str = flag("float32", EXPERIMENT, "precision of everything; float64 shows what is rounding",
+                      choices=["float32", "float64"])
+    seed: int = flag(42, EXPERIMENT, "seed of everything random: weights, batches, subset, attack starts",
+                     type=number(int, low=0, high=2**32 - 1), metavar="N")
+
+    log_points: int = flag(60, MEASUREMENT, "log steps, spaced evenly in log(step), with the first and the last step "
+                           "among them", type=number(int, low=3, high=1_000_000), metavar="N")
+    log_from: int = flag(1, MEASUREMENT, "the first log step after step 0; the even spacing begins there", **WHOLE)
+    log_interval: int = flag(None, MEASUREMENT, "log every N epochs, in place of --log_points", **WHOLE)
+    epsilons: list[float] = flag(None, MEASUREMENT, "radii of the attack in pixel units of [0, 1], such as 0.1 or "
+                                 "8/255 (default: 0.03 0.06 0.10 0.13 0.16 0.20 for grey images, 1/255 2/255 4/255 "
+                                 "8/255 for colour)", type=parse_epsilons, nargs="+", metavar="EPS")
+    pgd_steps: int = flag(10, MEASUREMENT, "steps of the attack behind adv_acc; the most toward one class behind "
+                          "robust_acc", **WHOLE)
+    pgd_step_size: float = flag(None, MEASUREMENT, "step size of the attack behind adv_acc in pixel units, such as "
+                                "0.01 or 0.8/255 (default: 2.5 epsilon / steps)", type=parse_step_size, metavar="X")
+    pgd_start: str = flag("random", MEASUREMENT, "where the attack behind adv_acc starts: at a random point of the "
+                          "ball, or at the image, as in the authors' code; from the image it never moves if the "
+                          "gradient there is exactly zero", choices=["random", "image"])
+    pgd_restarts: int = flag(1, MEASUREMENT, "random starts of the attack behind adv_acc; the worst counts", **WHOLE)
+    adv_size: int = flag(1000, MEASUREMENT, "test images to attack, the same at every log step", type=count_or("all"),
+                         metavar="N|all")
+    robust_budget: str = flag("default", MEASUREMENT, "effort of the attack behind robust_acc",
+                              choices=["low", "default", "high"])
+    lc_samples: int = flag(1024, MEASUREMENT, "train, test and random points at which local complexity is measured; 0 "
+                           "turns it off", type=number(int, low=0), metavar="N")
+    lc_directions: int = flag(25, MEASUREMENT, "directions of the cross-polytope around each point, which has 2P "
+                              "vertices",
+                              type=number(int, low=1), metavar="P")
+    lc_radius: list[float] = flag(None, MEASUREMENT, "distance of the vertices in pixel units, one or several "
+                                  "(default: 0.05 for grey images, 0.005 for colour)",
+                                  type=listed(number(float, above=0, high=1e6)), nargs="+", metavar="R")
+
+    log_dir: str = flag("logs", EXECUTION, "folder of the history and the figure", **FOLDER)
+    save_dir: str = flag("checkpoints", EXECUTION, "folder of the checkpoints", **FOLDER)
+    resume: bool = flag(False, EXECUTION, "continue from the newest sound checkpoint in SAVE_DIR; start if there is "
+                        "none")
+    checkpoint_minutes: float = flag(10.0, EXECUTION, "save the state this often between log steps, into one file",
+                                     **NOT_NEGATIVE)
+    keep_checkpoints: int | str = flag("all", EXECUTION, "how many log steps' checkpoints to keep",
+                                       type=count_or("all", "last"), metavar="all|last|N")
+    on_nan: str = flag("stop", EXECUTION, "what to do when the loss is not finite", choices=["stop", "continue"])
+    plot: bool = flag(True, EXECUTION, "draw no figure", option="--no_plot")
+    tracker: list[str] = flag(None, EXECUTION, "send each log step to these trackers, too", nargs="+",
+                              choices=["tensorboard", "wandb"])
+    quiet: bool = flag(False, EXECUTION, "print errors only")
+
+    device: str = flag("auto", EXECUTION, "auto is a CUDA GPU if there is one, otherwise the CPU",
+                       metavar="auto|cpu|cuda|cuda:N|mps|xpu")
+    threads: int = flag(None, EXECUTION, "CPU threads (default: measured at the start)",
+                        type=number(int, low=1, high=1024), metavar="N")
+    products: str = flag("auto", EXECUTION, "which library multiplies the matrices of linear layers on a CPU; auto: "
+                         "oneDNN where the CPU has AVX-512 and the layer is at least 64 wide, otherwise MKL",
+                         choices=["auto", "mkl", "onednn"])
+    compile: str = flag("off", EXECUTION, "compile the network of the training steps with torch.compile",
+                        nargs="?", const="on", choices=["on", "off"])
+    cuda_graph: bool = flag(True, EXECUTION, "launch the kernels of each step one by one: slower, for comparison",
+                            option="--no_cuda_graph")
+    deterministic: bool = flag(False, EXECUTION, "use only deterministic GPU kernels, so that a resumed run repeats "
+                               "bit for bit")
+    eval_batch_size: int = flag(None, EXECUTION, "network inputs at once in a log step; bounds its memory (default: "
+                                "by the network's size)", **WHOLE)
+
+
+FIELDS = {field.name: field for field in dataclasses.fields(Config)}
+
+
+def flags_of(*kinds: str) -> frozenset[str]:
+    """Return the names of the flags of these kinds."""
+    return frozenset(name for name, field in FIELDS.items() if field.metadata["kind"] in kinds)
+
+
+def add_flags(parser: argparse.ArgumentParser, names: frozenset[str] = frozenset(FIELDS)) -> None:
+    """Add these flags to a parser, under their groups' titles."""
+    group: Any = parser
+    length = None
+    for name, field in FIELDS.items():
+        if name in GROUPS:
+            group = parser.add_argument_group(GROUPS[name])
+        if name not in names:
+            continue
+        options = {key: value for key, value in field.metadata.items() if key not in ("kind", "option")}
+        if isinstance(field.default, bool):
+            options["action"] = "store_false" if field.default else "store_true"
+        elif field.default is not None:
+            options["help"] += f" (default {field.default})"
+        target = group
+        if field.metadata["kind"] == LENGTH:
+            target = length = length or group.add_mutually_exclusive_group()
+        target.add_argument(field.metadata.get("option", f"--{name}"), dest=name, default=field.default, **options)
+
+
+def flattened(parser: argparse.ArgumentParser, values: dict) -> dict:
+    """Return values with the lists of --epsilons and --lc_radius made flat; a value given twice is an error."""
+    for name in {"epsilons", "lc_radius"} & values.keys():
+        if values[name] is not None:
+            values[name] = [value for word in values[name] for value in word]
+            if len({*map(history_key, values[name])}) < len(values[name]):
+                parser.error(f"argument --{name}: two values agree in six digits")
+    return values
+
+
+def parse_args(argv: list[str] | None = None) -> Config:
+    """Return the flags of a command line, by default this process's. A wrong one ends the process with one line."""
+    parser = OneLineParser(
+        prog="train.py", allow_abbrev=False, epilog="More in README.md.",
+        description="Train a network far past interpolation and record at each log step clean accuracy, accuracy under "
+                    "l-infinity PGD attack and local complexity.")
+    add_flags(parser)
+    return Config(**flattened(parser, vars(parser.parse_args(argv))))
+
+
+def asked(config: Config) -> list[str]:
+    """Return the names of the flags that have another value than the default."""
+    return sorted(name for name, field in FIELDS.items() if getattr(config, name) != field.default)
+
+
+# ---- names of folders -----------------------------------------------------------------------------------------------
+
+def folder_name(config: Config) -> Path:
+    """Return the folder under runs/ of the experiment that these flags (as parsed) describe.
+
+    It is named by the flags that say what is trained and measured and are not at their default, and by the seed. So
+    the flags' order does not change it, nor do, say, --n_steps or --threads.
+    """
+    told = {name: getattr(config, name) for name in asked(config) if name in flags_of(EXPERIMENT, MEASUREMENT)}
+    told.pop("seed", None)
+    for name, by_choice in IMPLIED.items():
+        if name in told and told[name] == by_choice.get(config.dataset if name == "train_size" else config.model):
+            del told[name]
+    if "epsilons" in told:
+        told["epsilons"] = sorted(told["epsilons"])
+    words = [name if value is True else f"{name}_{flag_text(value)}" for name, value in told.items()]
+    if config.dataset in ("imagefolder", "npz"):  # here the path is the data
+        path = Path(config.data_dir).resolve()
+        words.append(f"data_dir_{path.name}_{hashlib.sha256(str(path).encode()).hexdigest()[:6]}")
+    name = re.sub(r"[^\w.,+-]", "_", "_".join(sorted(words)))
+    if len(name.encode()) > LONGEST_NAME:
+        name = f"{name[:LONGEST_NAME // 2]}_{hashlib.sha256(name.encode()).hexdigest()[:8]}"
+    return Path("runs") / "_".join([*filter(None, [name]), f"seed_{config.seed}"])
+
+
+def flag_text(value: Any) -> str:
+    """Return a flag's value as one writes it on a command line."""
+    if isinstance(value, list):
+        return ",".join(map(flag_text, value))
+    return f"{value:g}" if isinstance(value, float) and float(f"{value:g}") == value else str(value)

@@ -9,245 +9,226 @@ Why" (arXiv:2402.15555).
     torchrun --nproc_per_node=2 train.py --model=resnet18 --dataset=cifar10 --batch_size=64 --weight_decay=0
     sbatch run_mnist_mlp.sh --width=1000                            # on a SLURM cluster
 
-Read main() and train(), at the end, first. A run leaves logs/training_history.json, a figure beside it, and
-checkpoints/checkpoint_epoch_*.pt. Exit status: 0 the run is complete; 1 it failed on the way (no room on the disk, a
-loss that is not finite); 2 the command or its input is wrong; 128 + n it was stopped by signal n and can be resumed.
+The flags are in flags.py, one entry each. This file is the experiment: the training step, the log step, the loop. A run
+leaves logs/training_history.json, a figure next to it, and checkpoints/checkpoint_epoch_*.pt. Exit status: 0 the run is
+complete; 1 it failed on the way (full disk, a loss that is not finite); 2 the command or its input is wrong; 128 + n it
+was stopped by signal n and can be resumed.
 """
+# ruff: noqa: E402
 
-import argparse
-import contextlib
+import copy
+import dataclasses
 import errno
+import itertools
 import math
 import os
+import shutil
 import signal
 import sys
-import time
+from bisect import bisect_left, bisect_right
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 
-from analysis import report
-from runtime import device as devices
-from runtime import distributed, signals
+from flags import Config, asked, parse_args
 
-if __name__ == "__main__":  # the imports take seconds, and Ctrl-C may come meanwhile
-    signal.signal(signal.SIGINT, lambda number, _: (print("train.py: interrupted", file=sys.stderr), os._exit(130)))
+if __name__ == "__main__":  # importing PyTorch takes seconds: answer Ctrl-C, --help and a wrong flag before
+    signal.signal(signal.SIGINT, lambda *_: (print("train.py: interrupted", file=sys.stderr), os._exit(130)))
+    parse_args()
 
 import torch
 
-import attacks
 import data
-import flags
+import local_complexity
 import losses
 import measure
 import models
-import training
-from run import Run, RunFailed
+from runtime import cuda_graph, distributed, history, signals, trackers
+from runtime import device as devices
+from runtime.run import Figure, Run, RunFailed, parent_of
+from runtime.seeds import seed_for
 
 GREY_EPSILONS = [0.03, 0.06, 0.10, 0.13, 0.16, 0.20]
 COLOUR_EPSILONS = [1 / 255, 2 / 255, 4 / 255, 8 / 255]
 
 
-# ---- the command line -----------------------------------------------------------------------------------------------
+# ---- the training step ----------------------------------------------------------------------------------------------
 
-def build_parser():
-    parser = flags.OneLineParser(prog="train.py", description=__doc__.split("\n\n")[1], allow_abbrev=False,
-                                    epilog="More in README.md.")
-
-    group = parser.add_argument_group("the network")
-    group.add_argument("--model", default="mlp", choices=list(models.MODELS), help="(default mlp)")
-    group.add_argument("--depth", type=flags.number(int, low=2), metavar="N",
-                       help="linear layers of the MLP (default 4); deeper ones grok more sharply in the paper")
-    group.add_argument("--width", type=flags.number(int, low=1), metavar="N",
-                       help="hidden units, or channels of the first stage (default: mlp 200, cnn 32, resnet18 16)")
-    group.add_argument("--activation", default="relu", choices=list(models.ACTIVATIONS),
-                       help="with relu and leaky_relu the network is a spline and local complexity counts its regions' "
-                            "boundaries (default relu)")
-    group.add_argument("--batch_norm", action="store_true",
-                       help="add batch norm before each activation; in the paper it prevents grokking")
-    group.add_argument("--init_scale", type=flags.number(float, above=0), default=1.0, metavar="X",
-                       help="factor on the initial weights; 8 with --loss=mse delays generalisation by thousands of "
-                            "steps (default 1)")
-
-    group = parser.add_argument_group("the data")
-    group.add_argument("--dataset", default="mnist", choices=list(data.DATASETS),
-                       help="digits needs no download; imagefolder reads DATA_DIR/train and DATA_DIR/test or val "
-                            "(default mnist)")
-    group.add_argument("--data_dir", default="data", metavar="DIR", help="where the data sets lie (default data)")
-    group.add_argument("--train_size", type=flags.count_or("all"), metavar="N|all",
-                       help="training images, drawn at random by seed (default: 1000 for mnist and digits, else all)")
-    group.add_argument("--label_noise", type=flags.number(float, low=0, high=1), default=0.0, metavar="FRACTION",
-                       help="share of training labels replaced by random ones; 1 is the random-label experiment "
-                            "(default 0)")
-    group.add_argument("--image_size", type=flags.number(int, low=1), metavar="PX",
-                       help="side of the images for imagenette and imagefolder (default: imagenette 128, imagefolder "
-                            "as they are, or 128 if they differ)")
-
-    group = parser.add_argument_group("training")
-    group.add_argument("--optimizer", default="adamw", choices=list(training.OPTIMIZERS),
-                       help="adam couples the weight decay to the gradient and does not grok (default adamw)")
-    group.add_argument("--loss", default="ce", choices=list(losses.LOSSES),
-                       help="ce: cross-entropy as PyTorch computes it; exact_ce: the same function without its "
-                            "rounding; mse: squared error on one-hot targets; stablemax: cross-entropy of a softmax "
-                            "that does not saturate (default ce)")
-    group.add_argument("--lr", type=flags.number(float, above=0), default=0.001, metavar="X",
-                       help="learning rate, constant (default 0.001)")
-    group.add_argument("--weight_decay", type=flags.number(float, low=0), default=0.01, metavar="X",
-                       help="drives the late phase of an MLP; the paper uses 0 for CNN and ResNet (default 0.01)")
-    group.add_argument("--adam_eps", type=flags.number(float, low=0), default=1e-8, metavar="X",
-                       help="epsilon of Adam and AdamW; once gradients are smaller it is what slows the run (default "
-                            "1e-8)")
-    group.add_argument("--orthogonal_gradient", action="store_true",
-                       help="take from each tensor's gradient what only scales its weights")
-    group.add_argument("--batch_size", type=flags.number(int, low=1), default=200, metavar="N",
-                       help="images a step, over all processes (default 200)")
-    length = group.add_mutually_exclusive_group()
-    length.add_argument("--n_epochs", type=flags.number(int, low=1), default=100_000, metavar="N",
-                        help="length of the run in passes over the training images (default 100000)")
-    length.add_argument("--n_steps", type=flags.number(int, low=1), metavar="N",
-                        help="length of the run in steps, in place of --n_epochs; grokking takes 10^5 and more")
-    group.add_argument("--dtype", default="float32", choices=["float32", "float64"],
-                       help="precision of everything; float64 shows what is rounding (default float32)")
-    group.add_argument("--seed", type=flags.number(int, low=0, high=2**32 - 1), default=42, metavar="N",
-                       help="of the weights, the batches, the subset, the attack's starts: of all that is random "
-                            "(default 42)")
-
-    group = parser.add_argument_group("the log steps")
-    group.add_argument("--log_points", type=flags.number(int, low=3), default=60, metavar="N",
-                       help="log steps, spaced evenly in log(step), the first and the last among them (default 60)")
-    group.add_argument("--log_from", type=flags.number(int, low=1), default=1, metavar="N",
-                       help="first log step after step 0; the log points are spaced evenly in log(step) from there "
-                            "(default 1)")
-    group.add_argument("--log_interval", type=flags.number(int, low=1), metavar="N",
-                       help="log every N epochs, in place of --log_points")
-    group.add_argument("--epsilons", type=flags.listed(flags.parse_epsilon), nargs="+", metavar="EPS",
-                       help="radii of the attack in pixel units of [0, 1], such as 0.1 or 8/255 (default: 0.03 0.06 "
-                            "0.10 0.13 0.16 0.20 for grey images, 1/255 2/255 4/255 8/255 for colour)")
-    group.add_argument("--pgd_steps", type=flags.number(int, low=1), default=10, metavar="N",
-                       help="iterations of the attack behind adv_acc; the most toward one class behind robust_acc "
-                            "(default 10)")
-    group.add_argument("--pgd_step_size", type=flags.step_size, metavar="X",
-                       help="step of the attack behind adv_acc in pixel units, such as 0.01 or 0.8/255 (default "
-                            "2.5 epsilon / steps)")
-    group.add_argument("--pgd_start", default="random", choices=["random", "image"],
-                       help="where the attack behind adv_acc starts: at a random point of the ball, or at the image "
-                            "itself, as in the authors' code; there it never moves if the gradient is exactly zero "
-                            "(default random)")
-    group.add_argument("--pgd_restarts", type=flags.number(int, low=1), default=1, metavar="N",
-                       help="random starts of the attack behind adv_acc; the worst counts (default 1)")
-    group.add_argument("--adv_size", type=flags.count_or("all"), default=1000, metavar="N|all",
-                       help="test images to attack, the same at every log step (default 1000)")
-    group.add_argument("--robust_budget", default=attacks.DEFAULT_BUDGET, choices=list(attacks.BUDGETS),
-                       help=f"effort of the attack behind robust_acc (default {attacks.DEFAULT_BUDGET})")
-    group.add_argument("--lc_samples", type=flags.number(int, low=0), default=1024, metavar="N",
-                       help="train, test and random points at which local complexity is taken; 0 leaves it out "
-                            "(default 1024)")
-    group.add_argument("--lc_directions", type=flags.number(int, low=1), default=25, metavar="P",
-                       help="directions of the cross-polytope around each point; it has 2P vertices (default 25)")
-    group.add_argument("--lc_radius", type=flags.listed(flags.number(float, above=0, high=1e6)), nargs="+",
-                       metavar="R",
-                       help="distance of the vertices in pixel units, one or several (default: 0.05 for grey images, "
-                            "0.005 for colour)")
-    group.add_argument("--eval_batch_size", type=flags.number(int, low=1), metavar="N",
-                       help="network inputs at once in a log step: bounds its memory (default: by the network's size)")
-
-    group = parser.add_argument_group("files and interruptions")
-    group.add_argument("--log_dir", default="logs", metavar="DIR", help="of the history and the figure (default logs)")
-    group.add_argument("--save_dir", default="checkpoints", metavar="DIR",
-                       help="of the checkpoints (default checkpoints)")
-    group.add_argument("--resume", action="store_true",
-                       help="continue from the newest sound checkpoint in SAVE_DIR; start if there is none")
-    group.add_argument("--checkpoint_minutes", type=flags.number(float, low=0), default=10.0, metavar="X",
-                       help="save the state this often between log steps, into one file (default 10)")
-    group.add_argument("--keep_checkpoints", type=flags.count_or("all", "last"), default="all", metavar="all|last|N",
-                       help="how many log steps' checkpoints to keep (default all)")
-    group.add_argument("--on_nan", default="stop", choices=["stop", "continue"],
-                       help="what to do when the loss is not finite (default stop)")
-    group.add_argument("--no_plot", dest="plot", action="store_false", help="draw no figure")
-    group.add_argument("--quiet", action="store_true", help="print errors only")
-
-    group = parser.add_argument_group("the machine")
-    group.add_argument("--device", default="auto", metavar="auto|cpu|cuda|cuda:N", help="(default auto)")
-    group.add_argument("--threads", type=flags.number(int, low=1, high=1024), metavar="N",
-                       help="CPU threads (default: measured at the start)")
-    group.add_argument("--products", default="auto", choices=["auto", "mkl", "onednn"],
-                       help="which of the two libraries in PyTorch multiplies the matrices of linear layers on a CPU; "
-                            "auto: the faster one in training, layer by layer, measured at the start (default auto)")
-    group.add_argument("--compile", default="auto", choices=["auto", "on", "off"],
-                       help="compile the training step's network; auto: on a CPU, if the run is long enough to gain by "
-                            "it (default auto)")
-    group.add_argument("--no_cuda_graph", dest="cuda_graph", action="store_false",
-                       help="launch the kernels of each step one by one: slower, for comparison")
-    group.add_argument("--deterministic", action="store_true",
-                       help="use only deterministic GPU kernels, so that a resumed run repeats bit for bit")
-
-    return parser
+def adam(kind: type) -> Callable:
+    return lambda parameters, config, lr, captured: kind(
+        parameters, lr=lr, weight_decay=config.weight_decay, eps=config.adam_eps, fused=True, capturable=captured)
 
 
-def parse_args(argv=None):
-    """Return what the user asks for; nothing changes it afterwards."""
-    parser = build_parser()
-    args = parser.parse_args(argv)
-    for name in ("epsilons", "lc_radius"):
-        if getattr(args, name) is not None:
-            setattr(args, name, [value for word in getattr(args, name) for value in word])
-            if len({*map(flags.history_key, getattr(args, name))}) < len(getattr(args, name)):
-                parser.error(f"argument --{name}: two values agree in six digits")
-    return args
+def sgd(parameters, config: Config, lr, captured: bool) -> torch.optim.Optimizer:
+    return torch.optim.SGD(parameters, lr=lr, weight_decay=config.weight_decay, momentum=config.momentum, fused=True)
 
 
-def defaults():
-    return vars(build_parser().parse_args([]))
+# name: optimizer(parameters, config, learning rate, whether its steps are going to be captured in a CUDA graph)
+OPTIMIZERS = {"adamw": adam(torch.optim.AdamW), "adam": adam(torch.optim.Adam), "sgd": sgd}
 
 
-def asked(args):
-    """Return the names of the flags that the user gave another value than the default."""
-    return sorted(name for name, default in defaults().items() if getattr(args, name) != default)
+def batch_order(seed: int, block: int, epochs: int, n_images: int, batch_size: int) -> torch.Tensor:
+    """Return the rows (epochs * steps per epoch * batch_size,) of the batches of `epochs` epochs, on the CPU.
+
+    Each epoch is a fresh permutation of the n_images without its incomplete last batch. A function of its arguments
+    alone: a resumed run draws the batches of the uninterrupted one. Seeding a generator takes longer than a step of a
+    small network, so a block of epochs shares one.
+    """
+    generator = torch.Generator().manual_seed(seed_for(seed, "batches", block))
+    used = n_images // batch_size * batch_size
+    return torch.cat([torch.randperm(n_images, generator=generator)[:used] for _ in range(epochs)])
 
 
-def complete(args, dataset, device):
-    """Return the config: every flag as it is used with this data set. ValueError for a flag that does not fit it."""
-    config = argparse.Namespace(**vars(args))
-    n_train, n_test, features = len(dataset.x_train), len(dataset.x_test), dataset.x_test[0].numel()
-    grey, size = dataset.x_test.shape[1] == 1, distributed.size()
-    config.device = str(device)
-    config.train_size = n_train
-    config.adv_size = n_test if args.adv_size == "all" else args.adv_size
-    config.epsilons = sorted(args.epsilons or (GREY_EPSILONS if grey else COLOUR_EPSILONS))
-    config.lc_radius = args.lc_radius or [0.05 if grey else 0.005]
-    config.width = args.width or models.MODELS[args.model].width
-    config.depth = args.depth or models.MODELS[args.model].depth
-    steps_in_epoch = n_train // args.batch_size
-    config.n_steps = args.n_steps or args.n_epochs * steps_in_epoch
-    config.n_epochs = None if args.n_steps else args.n_epochs
-
-    if args.batch_size > n_train:
-        raise ValueError(f"--batch_size={args.batch_size} is larger than the training set of {n_train} images")
-    if args.batch_size % size:
-        raise ValueError(f"--batch_size={args.batch_size} does not divide by the {size} processes")
-    if args.batch_norm and args.batch_size == 1:
-        raise ValueError("--batch_norm needs batches of two images or more: raise --batch_size")
-    for flag in ("adv_size", "lc_samples"):
-        if 0 < getattr(config, flag) < size:
-            raise ValueError(f"--{flag}={getattr(config, flag)} is less than one for each of {size} processes")
-    if args.pgd_start == "image" and args.pgd_restarts > 1:
-        raise ValueError("--pgd_restarts needs random starts: from the image itself every attack is the same")
-    if args.lc_samples and args.lc_directions > features:
-        raise ValueError(f"--lc_directions={args.lc_directions}: images of {features} values have no more directions")
-    images_of = {"lc_samples": args.lc_samples, "pgd_restarts": args.pgd_restarts * measure.attacked(config, dataset)}
-    for flag, images in images_of.items():
-        if 8 * images * features > devices.total_memory():
-            raise ValueError(f"--{flag}={getattr(args, flag)} needs {8e-9 * images * features:,.0f} GB, more than this "
-                             "machine's memory: lower it")
-    return config
+def draw_shifts(seed: int, block: int, n: int, image_shape: Sequence[int]) -> torch.Tensor:
+    """Return (n, 3): for each image of a block its shift down and right in pixels, and whether it is mirrored."""
+    generator = torch.Generator().manual_seed(seed_for(seed, "augmentation", block))
+    channels, height, width = image_shape
+    columns = [torch.randint(-(size // 8), size // 8 + 1, (n,), generator=generator) for size in (height, width)]
+    mirrored = torch.randint(2, (n,), generator=generator) if channels == 3 else torch.zeros(n, dtype=torch.int64)
+    return torch.stack([*columns, mirrored], dim=1)
 
 
-def load_data(args):
-    """Return the data set, on the CPU. One process downloads, the others find the files."""
-    return distributed.rank0_first(lambda: data.load_dataset(
-        args.dataset, args.data_dir, args.train_size, args.seed, args.image_size, args.label_noise))
+def augmented(images: torch.Tensor, shifts: torch.Tensor) -> torch.Tensor:
+    """Return uint8 images (N, C, H, W) shifted and mirrored by `shifts` (N, 3); what moves in is black."""
+    height, width = images.shape[2:]
+    down, right, mirrored = shifts.unbind(1)
+    rows = torch.arange(height, device=images.device) - down[:, None]
+    columns = torch.arange(width, device=images.device) - right[:, None]
+    inside = ((rows >= 0) & (rows < height))[:, :, None] & ((columns >= 0) & (columns < width))[:, None, :]
+    columns = torch.where(mirrored[:, None] > 0, width - 1 - columns, columns).clamp(0, width - 1)
+    n = torch.arange(len(images), device=images.device)[:, None, None]
+    moved = images[n, :, rows.clamp(0, height - 1)[:, :, None], columns[:, None, :]]  # (N, H, W, C)
+    return moved.movedim(3, 1) * inside[:, None]
 
 
-# ---- the loop -------------------------------------------------------------------------------------------------------
+def learning_rate(config: Config, step: torch.Tensor) -> torch.Tensor:
+    """Return the learning rate of the step that follows `step` steps: the warm-up's line, then the schedule's."""
+    warmup, n_steps = config.warmup_steps, config.n_steps
+    left = ((n_steps - step) / (n_steps - warmup)).clamp(max=1)  # from 1 at the end of the warm-up to 0
+    factor = {"constant": torch.ones_like(left), "triangle": left, "cosine": (1 - (math.pi * left).cos()) / 2}
+    rise = ((step + 1) / warmup).clamp(max=1) if warmup else 1
+    return config.lr * rise * factor[config.lr_schedule]
 
-def log_schedule(n_steps, log_points, log_from=1):
+
+@torch.no_grad()
+def orthogonalise(parameters: list[torch.nn.Parameter]) -> None:
+    """Remove from each tensor's gradient its component along the weights and scale it back to its norm, in place.
+
+    Prieto et al. 2025, "Grokking at the edge of numerical stability" (arXiv:2501.04697). Otherwise cross-entropy can
+    always fall by scaling the logits up, which ends in a saturated softmax.
+    """
+    tiny = torch.finfo(parameters[0].dtype).tiny
+    for weight in parameters:
+        if (gradient := weight.grad) is not None:
+            along = (weight * gradient).sum() / (weight.square().sum() + tiny)
+            before = torch.linalg.vector_norm(gradient)
+            gradient.sub_(along * weight)
+            gradient.mul_(before / (torch.linalg.vector_norm(gradient) + tiny))
+
+
+class Trainer:
+    """Makes the training steps of a run.
+
+    model: trained in place. dataset: on the training device. report: called with one line if a CUDA graph cannot be
+    captured. optimizer: saved in a checkpoint. finite_steps: tensor, the number of steps before the first whose loss
+    was not finite. largest_loss: tensor, the largest batch loss since it was last set to -inf.
+    """
+
+    def __init__(self, model: torch.nn.Module, config: Config, dataset: data.Dataset, report: Callable = print):
+        where, self.dtype = dataset.x_train.device, getattr(torch, config.dtype)
+        self.config, self.dataset, self.parameters = config, dataset, list(model.parameters())
+        self.network = distributed.wrap(torch.compile(model) if config.compile == "on" else model, where)
+        self.loss_function = losses.build_loss(config.loss, config.label_smoothing)
+        # Several processes exchange gradients in a step, which a graph does not capture here.
+        captured = where.type == "cuda" and config.cuda_graph and distributed.size() == 1
+        self.scheduled = config.lr_schedule != "constant" or config.warmup_steps > 0
+        lr = torch.tensor(config.lr, device=where) if self.scheduled else config.lr
+        self.optimizer = OPTIMIZERS[config.optimizer](self.parameters, config, lr, captured)
+        self.epochs_in_block = max(1, 65_536 // config.train_size)
+        self.block_steps = self.epochs_in_block * (config.train_size // config.batch_size)
+        self.block: int | None = None
+        # Tensors that keep their place, so that a captured step finds them.
+        n = self.block_steps * config.batch_size
+        self.order = torch.empty(n, dtype=torch.int64, device=where)
+        self.shifts = torch.empty(n if config.augment else 0, 3, dtype=torch.int64, device=where)
+        self.first_batch = torch.arange(config.batch_size, device=where)[distributed.shard(config.batch_size)]
+        self.positions = self.first_batch.clone()
+        self.step_number = torch.zeros((), dtype=torch.int64, device=where)
+        self.finite_steps = torch.zeros((), dtype=torch.int64, device=where)
+        self.all_finite = torch.ones((), dtype=torch.bool, device=where)
+        self.largest_loss = torch.full((), -math.inf, dtype=self.dtype, device=where)
+        self.repeat = cuda_graph.repeater(self.step, report) if captured else self.repeat_step
+
+    def advance(self, step: int, n: int) -> None:
+        """Make the n training steps that follow `step`."""
+        while n > 0:
+            block, offset = divmod(step, self.block_steps)
+            if block != self.block:
+                self.load_block(block)
+            torch.add(self.first_batch, offset * self.config.batch_size, out=self.positions)
+            self.step_number.fill_(step)
+            length = min(n, self.block_steps - offset)
+            self.repeat(length)
+            step, n = step + length, n - length
+
+    def load_block(self, block: int) -> None:
+        config, self.block = self.config, block
+        drawn = [(self.order, batch_order(config.seed, block, self.epochs_in_block, config.train_size,
+                                          config.batch_size))]
+        if config.augment:
+            drawn.append((self.shifts, draw_shifts(config.seed, block, len(self.order),
+                                                   self.dataset.x_train.shape[1:])))
+        for place, values in drawn:
+            # From pinned memory the copy waits its turn on the GPU, and the host does not wait for it.
+            place.copy_(values.pin_memory() if place.is_cuda else values, non_blocking=True)
+
+    def repeat_step(self, n: int) -> None:
+        for _ in range(n):
+            self.step()
+
+    def step(self) -> None:
+        """Make the step on the batch at self.positions; reads nothing back from the device."""
+        config = self.config
+        rows = self.order.index_select(0, self.positions)
+        images = self.dataset.x_train.index_select(0, rows)
+        if config.augment:
+            images = augmented(images, self.shifts.index_select(0, self.positions))
+        self.positions.add_(config.batch_size)
+        if self.scheduled:
+            self.optimizer.param_groups[0]["lr"].copy_(learning_rate(config, self.step_number))
+            self.step_number.add_(1)
+        self.optimizer.zero_grad(set_to_none=True)
+        logits = self.network(data.pixels(images, self.dtype))
+        loss = self.loss_function(logits, self.dataset.y_train.index_select(0, rows))
+        loss.backward()
+        if config.orthogonal_gradient:
+            orthogonalise(self.parameters)
+        self.optimizer.step()
+        loss = loss.detach()
+        self.finite_steps.add_(self.all_finite.logical_and_(loss < math.inf))  # false for NaN, too
+        torch.maximum(self.largest_loss, loss, out=self.largest_loss)
+
+
+# ---- the log step ---------------------------------------------------------------------------------------------------
+
+def log_step(run: Run, dataset: data.Dataset, probes: measure.Probes, stop: signals.Stop) -> None:
+    """Measure the network and record a row of the history and of the table, and a checkpoint."""
+    config, derived = run.config, run.history["derived"]
+    run.check_finite()
+    torch.set_num_threads(derived["eval_threads"])
+    with stop.while_measuring():
+        row = measure.measure(run.model, dataset, probes, config, run.console.measuring)
+    torch.set_num_threads(derived["threads"])
+    if not math.isfinite(row["train_loss"]):
+        run.refuse_nan(f"the training loss at step {run.step}", before=run.step)
+    largest_loss = distributed.all_reduce_max(run.trainer.largest_loss.item(), run.device)
+    row = {"epoch": run.epoch, "step": run.step, **row,
+           "max_batch_loss": largest_loss if run.step > 0 else math.nan, "seconds": run.seconds}
+    run.trainer.largest_loss.fill_(-math.inf)
+    said = {warning.get("kind") for warning in run.history["warnings"]}
+    run.record(row, {kind: text for kind, text in measure.remarks(row, config).items() if kind not in said})
+
+
+def log_schedule(n_steps: int, log_points: int, log_from: int = 1) -> list[int]:
     """Return the log steps: log_points whole numbers from 0 to n_steps, evenly spaced in log(step) from log_from on.
 
     Where even spacing would be closer than one step, neighbours are one step apart and the rest is spaced anew, so
@@ -261,30 +242,43 @@ def log_schedule(n_steps, log_points, log_from=1):
     return steps
 
 
-def schedule_for(config):
+def schedule_for(config: Config) -> Sequence[int]:
+    """Return the log steps before the last step, in order."""
     if config.log_interval is None:
-        return log_schedule(config.n_steps, config.log_points, config.log_from)
-    interval = config.log_interval * (config.train_size // config.batch_size)
-    return sorted({*range(0, config.n_steps, interval), config.n_steps})
+        return log_schedule(config.n_steps, config.log_points, config.log_from)[:-1]
+    return range(0, config.n_steps, config.log_interval * (config.train_size // config.batch_size))
 
 
-def train(run):
+# ---- the loop -------------------------------------------------------------------------------------------------------
+
+def train(run: Run, dataset: data.Dataset, probes: measure.Probes, stop: signals.Stop, figure: Figure | None) -> int:
     """Train to n_steps with a log step at each step of the schedule; return the number of the signal that stopped the
     run, or 0 if it is complete."""
-    config = run.config
-    schedule = schedule_for(config)
-    run.console.start(run.step, config.n_steps, sum(step not in run.history["step"] for step in schedule))
+    config, schedule = run.config, schedule_for(run.config)
+    stretch = 100 if run.device.type == "cuda" and distributed.size() == 1 else 10  # steps between two looks at signals
+    run.console.start(run.step, config.n_steps, len(schedule) + 1 - bisect_left(schedule, run.step))
     stopped_by = 0
     while not stopped_by:
-        if run.step in schedule and run.step not in run.history["step"]:
-            with contextlib.suppress(signals.Interrupted):
-                log_step(run)
-        stopped_by = distributed.all_reduce_max(run.stop.signal or distributed.orphaned(), run.device)
+        following = bisect_right(schedule, run.step)  # the first log step after this one
+        due = run.step == config.n_steps or (following > 0 and schedule[following - 1] == run.step)
+        if due and run.history["step"][-1:] != [run.step]:
+            with suppress(signals.Interrupted):
+                log_step(run, dataset, probes, stop)
+                if figure and figure.due():
+                    distributed.run_on_rank0(figure.redraw)
+        stopped_by = distributed.all_reduce_max(stop.signal or distributed.orphaned(), run.device)
         if stopped_by or run.step == config.n_steps:
             break
-        train_until(run, min(step for step in schedule if step > run.step))
-        # The processes' clocks differ, and all of them have to take part in saving.
-        if distributed.all_reduce_max(time.perf_counter() - run.saved_at > 60 * config.checkpoint_minutes, run.device):
+        target = schedule[following] if following < len(schedule) else config.n_steps
+        n = min(stretch, target - run.step)
+        run.trainer.advance(run.step, n)
+        run.step += n
+        if run.device.type == "cpu":
+            run.check_finite()
+        elif run.device.type == "cuda":  # looking at the loss would wait for the device: only the log steps do
+            run.stay_close()
+        run.console.progress(run.step)
+        if run.save_due():
             run.save_rolling()
     if stopped_by:
         run.save_rolling()
@@ -292,49 +286,152 @@ def train(run):
     return stopped_by
 
 
-def train_until(run, log_step):
-    """Make the steps up to the next log step, or about half a second of them."""
-    length = min(distributed.all_reduce_max(run.steps_at_once, run.device), log_step - run.step)
-    began = time.perf_counter()
-    run.trainer.advance(run.step, length)
-    run.step += length
-    if run.device.type == "cpu":
-        run.check_finite()
-    else:  # looking at the loss would wait for the device; that is left to the log steps
-        run.stay_close()
-    pace = 0.5 / max(time.perf_counter() - began, 1e-6)
-    # The root: the time taken on a GPU is that of the steps before these, and without it the lengths would swing.
-    run.steps_at_once = max(1, int(length * min(pace**0.5, 2.0)))
-    run.console.progress(run.step)
+# ---- a run's beginning and end --------------------------------------------------------------------------------------
+
+def complete(args: Config, dataset: data.Dataset, device: torch.device) -> Config:
+    """Return every flag as it is used with this data set. ValueError for a flag that does not fit it."""
+    n_train, n_test, features = len(dataset.x_train), len(dataset.x_test), dataset.x_test[0].numel()
+    grey, size, steps_in_epoch = dataset.x_test.shape[1] != 3, distributed.size(), n_train // args.batch_size
+    default = models.MODELS[args.model]
+    config = dataclasses.replace(
+        args, device=str(device), train_size=n_train, adv_size=n_test if args.adv_size == "all" else args.adv_size,
+        epsilons=sorted(args.epsilons or (GREY_EPSILONS if grey else COLOUR_EPSILONS)),
+        lc_radius=args.lc_radius or [0.05 if grey else 0.005], width=args.width or default.width,
+        depth=args.depth or default.depth, n_steps=args.n_steps or args.n_epochs * steps_in_epoch,
+        n_epochs=None if args.n_steps else args.n_epochs)
+    checks = [
+        (args.batch_size > n_train,
+         f"--batch_size={args.batch_size} is larger than the training set of {n_train} images"),
+        (args.batch_size % size, f"--batch_size={args.batch_size} is not divisible by the {size} processes"),
+        (args.batch_norm and args.batch_size == 1, "--batch_norm needs batches of two images or more"),
+        (args.pgd_start == "image" and args.pgd_restarts > 1,
+         "--pgd_restarts needs random starts: from the image every attack is the same"),
+        (args.momentum and args.optimizer != "sgd", "--momentum is for --optimizer=sgd; adamw and adam have their own"),
+        (args.lr_schedule != "constant" and not {"n_steps", "n_epochs"} & {*asked(args)},
+         f"--lr_schedule={args.lr_schedule} spans the whole run: give its length, --n_steps or --n_epochs"),
+        (0 < config.n_steps <= args.warmup_steps,
+         f"--warmup_steps={args.warmup_steps} does not end before the run of {config.n_steps} steps does"),
+        (args.augment and min(dataset.x_test.shape[2:]) < 16,
+         f"--augment shifts images by pixels: those of {args.dataset} are too small for it"),
+        (args.lc_samples and args.lc_directions > features,
+         f"--lc_directions={args.lc_directions}: images of {features} values have no more directions"),
+        (args.compile == "on" and device.type == "cpu" and not any(map(shutil.which, ["g++", "clang++", "c++"])),
+         "--compile needs a C++ compiler, such as g++, on a CPU"),
+        *((0 < getattr(config, flag) < size, f"--{flag}={getattr(config, flag)} is less than one for each of {size} "
+           "processes") for flag in ("adv_size", "lc_samples"))]
+    images_of = {"lc_samples": args.lc_samples, "pgd_restarts": args.pgd_restarts * measure.attacked(config, dataset)}
+    checks += [(8 * images * features > devices.total_memory(), f"--{flag}={getattr(args, flag)} needs "
+                f"{8e-9 * images * features:,.0f} GB, more than this machine's memory: lower it")
+               for flag, images in images_of.items()]
+    for wrong, message in checks:
+        if wrong:
+            raise ValueError(message)
+    return config
 
 
-def log_step(run):
-    """Measure, and record: a row of the history and of the table, a checkpoint."""
-    config = run.config
-    run.check_finite()
-    torch.set_num_threads(run.tuned["eval_threads"])
-    with run.stop.while_measuring():
-        row = measure.measure(run.model, run.dataset, run.probes, config, run.console.measuring)
-    torch.set_num_threads(run.tuned["threads"])
-    if not math.isfinite(row["train_loss"]):
-        run.refuse_nan(f"the training loss at step {run.step}", before=run.step)
-    largest_loss = distributed.all_reduce_max(run.trainer.largest_loss.item(), run.device)
-    row = {"epoch": run.epoch, "step": run.step, **row,
-           "max_batch_loss": largest_loss if run.step > 0 else math.nan, "seconds": run.seconds}
-    run.trainer.largest_loss.fill_(-math.inf)
-    said = {warning.get("kind") for warning in run.history["warnings"]}
-    run.record(row, {kind: text for kind, text in measure.remarks(row, config).items() if kind not in said})
+def resident(dataset: data.Dataset, device: torch.device) -> data.Dataset:
+    """Return dataset with its tensors on device."""
+    splits = ("x_train", "y_train", "x_test", "y_test")
+    return dataclasses.replace(dataset, **{split: getattr(dataset, split).to(device) for split in splits})
 
 
-def main(argv=None):
+def build_model(config: Config, dataset: data.Dataset) -> torch.nn.Module:
+    """Return the network of a run as it is before the first step, on the data set's device."""
+    torch.manual_seed(seed_for(config.seed, "weights"))
+    model = models.from_config(dataclasses.asdict(config), dataset.x_test.shape[1:], dataset.num_classes, dataset.mean,
+                               dataset.std).to(dataset.x_train.device)
+    # On a CPU a convolution is faster so. But PyTorch (2.14) writes beyond its memory in the backward pass of a 1x1
+    # convolution of stride 2 with fewer than 8 channels.
+    if dataset.x_train.device.type == "cpu" and config.width >= 16:
+        model = model.to(memory_format=torch.channels_last)
+    return model
+
+
+def empty_history(config: Config, args: Config, dataset: data.Dataset, model: torch.nn.Module, print_: str) -> dict:
+    """Return the history of a run before its first log step. print_: the fingerprint of the data."""
+    in_shape = tuple(dataset.x_test.shape[1:])
+    layers = local_complexity.layer_units(model, in_shape)
+    n = measure.attacked(config, dataset)
+    return {
+        "version": history.HISTORY_VERSION, "step": [], "config": dataclasses.asdict(config), "asked": asked(args),
+        "derived": {"attacked": n, "data": print_},
+        "environment": {**devices.describe(dataset.x_train.device), "processes": distributed.size()},
+        "sizes": {"train": config.train_size, "test": len(dataset.x_test), "attacked": n,
+                  "parameters": sum(p.numel() for p in model.parameters()),
+                  "num_classes": dataset.num_classes, "in_shape": list(in_shape)},
+        "layers": {"names": list(layers), "units": list(layers.values())}, "warnings": []}
+
+
+def choose_threads(config: Config, model: torch.nn.Module, dataset: data.Dataset, earlier: dict | None) -> dict:
+    """Return {"threads": in training, "eval_threads": in log steps}: as given, as before a resume, or as is fastest."""
+    if config.threads is None and earlier and {"threads", "eval_threads"} <= earlier["derived"].keys():
+        return {name: earlier["derived"][name] for name in ("threads", "eval_threads")}
+    if config.threads or distributed.size() > 1 or dataset.x_train.device.type != "cpu":
+        return dict.fromkeys(("threads", "eval_threads"), config.threads or torch.get_num_threads())
+    twin = copy.deepcopy(model)
+    trainer, steps = Trainer(twin, dataclasses.replace(config, compile="off"), dataset), itertools.count()
+    threads = devices.fastest_thread_count(lambda: trainer.advance(next(steps), 1))
+    images = data.pixels(dataset.x_test[:1000], trainer.dtype).requires_grad_()
+    return {"threads": threads, "eval_threads": devices.fastest_thread_count(
+        lambda: torch.autograd.grad(twin(images).sum(), images))}
+
+
+def start(args: Config) -> tuple[Run, data.Dataset, measure.Probes]:
+    """Return the run that the flags ask for, with its data on the device, ready for the first step.
+
+    Raises ValueError, OSError, MemoryError or RuntimeError if it cannot be; an earlier run's files are moved aside, or
+    continued from, only when all else is in order.
+    """
+    trackers.check(args.tracker or [])
+    device = distributed.start(devices.choose_device(args.device))
+    devices.set_precision(args.deterministic)
+    dataset = distributed.rank0_first(lambda: data.load_dataset(
+        args.dataset, args.data_dir, args.train_size, args.seed, args.image_size, args.label_noise))
+    config = complete(args, dataset, device)
+    fingerprint = data.fingerprint(dataset)
+    dataset = resident(dataset, device)
+    model = build_model(config, dataset)
+    run = Run(config, empty_history(config, args, dataset, model, fingerprint), fingerprint, device)
+    parent = parent_of(config, fingerprint) if config.branch_from and not run.earlier else None
+    if parent:
+        run.history["branch"] = {"of": str(parent["path"]), "step": parent["step"]}
+    run.history["derived"] |= choose_threads(config, model, dataset, run.earlier)
+    trainer = Trainer(model, config, dataset, run.console.note)
+    probes = measure.draw_probes(config, dataset)
+    run.begin(model, trainer, parent)
+    torch.set_num_threads(run.history["derived"]["threads"])
+    return run, dataset, probes
+
+
+def draw(run: Run) -> None:
+    from analysis import figure  # it brings matplotlib, which takes a second
+
+    figure.draw([run.history], run.history_file.path.with_suffix(""))
+
+
+def finish(run: Run, stopped_by: int, figure: Figure | None) -> None:
+    from analysis import report
+
+    run.history_file.flush(run.history)
+    if stopped_by:
+        run.console.note(f"stopped by {signal.Signals(stopped_by).name} at step {run.step}; continue with the same "
+                         "command and --resume")
+    else:
+        run.console.note("\n" + report.summary(run.history))
+    if figure and run.history["step"]:
+        figure.redraw()
+        if not figure.failed:
+            run.console.note(f"\nfigure: {run.history_file.path.with_suffix('.png')} and .svg")
+    if run.trackers:
+        run.trackers.end(run.history_file.path.with_suffix(".png"), run.step)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a command line of train.py; return the exit status."""
     signals.open_streams()
     args = parse_args(argv)
     try:
-        device = distributed.start(devices.choose_device(args.device))
-        devices.set_precision(args.deterministic)
-        dataset = load_data(args)
-        config = complete(args, dataset, device)
-        run = Run(config, asked(args), defaults(), dataset, device)
+        run, dataset, probes = start(args)
     except (ValueError, OSError, MemoryError, RuntimeError) as error:
         if devices.out_of_memory(error):
             return fail("not enough memory: lower --width, --train_size, --adv_size or --lc_samples", 2)
@@ -344,10 +441,13 @@ def main(argv=None):
         return fail_together(error, 1 if full_disk else 2)
     except KeyboardInterrupt:
         return fail("interrupted before the first step", 128 + signal.SIGINT)
+    figure = Figure(lambda: draw(run), run.console.note) if run.config.plot else None
     try:
         run.console.header()
-        stopped_by = train(run)
-        distributed.run_on_rank0(lambda: finish(run, stopped_by))
+        # A distributed run drops a measurement on all processes or on none.
+        with signals.Stop(can_interrupt=distributed.size() == 1) as stop:
+            stopped_by = train(run, dataset, probes, stop, figure)
+            distributed.run_on_rank0(lambda: finish(run, stopped_by, figure))
     except RunFailed as error:
         return fail_together(error, 1)
     except OSError as error:
@@ -359,29 +459,18 @@ def main(argv=None):
         if not distributed.lost_another(error):
             raise
         return fail("another process of this run has ended, so this one ends too: run again with --resume", 1)
-    distributed.barrier()  # none leaves while another is still listening to it
+    distributed.barrier()  # none leaves while another still listens to it
     return 128 + stopped_by if stopped_by else 0
 
 
-def finish(run, stopped_by):
-    if run.config.plot and run.history["step"]:
-        run.draw()
-    if stopped_by:
-        run.console.note(f"stopped by {signal.Signals(stopped_by).name} at step {run.step}; continue with the same "
-                         "command and --resume")
-    else:
-        run.console.note("\n" + report.summary(run.history))
-
-
-def fail(error, status):
+def fail(error: object, status: int) -> int:
     """Print error in one line; return status."""
-    message = " ".join(str(error).split())
-    print(f"train.py: error: {message}", file=sys.stderr)
+    print(f"train.py: error: {' '.join(str(error).split())}", file=sys.stderr)
     return status
 
 
-def fail_together(error, status):
-    """fail() for an error that every process of the run has met: the first prints it."""
+def fail_together(error: object, status: int) -> int:
+    """fail() for an error that every process of the run has met: rank 0 prints it."""
     if distributed.rank() == 0:
         fail(error, status)
     distributed.barrier()  # torchrun ends all processes when one has ended: not before the line is out

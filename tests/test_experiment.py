@@ -1,5 +1,6 @@
 """What a run means: its steps against plain PyTorch, its columns against direct calls, with flags of its own."""
 
+import functools
 import math
 
 import numpy as np
@@ -14,7 +15,7 @@ import local_complexity
 import models
 from runtime import checkpoints
 from runtime.seeds import seed_for
-from training import batch_order
+from train import Trainer, augmented, batch_order, build_model, complete, draw_shifts, parse_args
 
 EPSILONS = [0.02, 0.07, 0.15]
 FLAGS = ["--dataset=digits", "--width=12", "--depth=3", "--train_size=120", "--batch_size=40", "--n_steps=60",
@@ -39,41 +40,53 @@ PLAIN_LOSSES = {
 PLAIN_OPTIMIZERS = {
     "adamw": lambda p: torch.optim.AdamW(p, lr=0.004, weight_decay=0.3, eps=1e-4),
     "adam": lambda p: torch.optim.Adam(p, lr=0.004, weight_decay=0.3, eps=1e-4),
-    "sgd": lambda p: torch.optim.SGD(p, lr=0.004, weight_decay=0.3),
+    "sgd": lambda p: torch.optim.SGD(p, lr=0.004, weight_decay=0.3, momentum=0.9),
+}
+PLAIN_SCHEDULES = {
+    "constant": lambda step: 1.0,
+    "triangle": lambda step: min((step + 1) / 20, 1) * min((60 - step) / 40, 1),
+    "cosine": lambda step: min((step + 1) / 20, 1) * 0.5 * (1 + math.cos(math.pi * max(step - 20, 0) / 40)),
 }
 
 
-def plain_training(dataset, loss, optimizer, steps, orthogonal=False):
+def plain_training(dataset, loss, optimizer, steps, orthogonal=False, schedule="constant", smoothing=0.0):
     """Train as one would without this program; return (network, the losses of the steps)."""
     torch.manual_seed(seed_for(7, "weights"))
     model = models.build_model("mlp", (1, 8, 8), 10, depth=3, width=12, mean=dataset.mean, std=dataset.std).double()
     optimizer = PLAIN_OPTIMIZERS[optimizer](model.parameters())
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, PLAIN_SCHEDULES[schedule])
+    loss_of = functools.partial(F.cross_entropy, label_smoothing=smoothing) if smoothing else PLAIN_LOSSES[loss]
     rows = batch_order(7, 0, steps // 3 + 1, 120, 40).view(-1, 40)
     seen = []
     for step in range(steps):
         optimizer.zero_grad()
-        value = PLAIN_LOSSES[loss](model(dataset.x_train[rows[step]].double() / 255), dataset.y_train[rows[step]])
+        value = loss_of(model(dataset.x_train[rows[step]].double() / 255), dataset.y_train[rows[step]])
         value.backward()
         for p in model.parameters() if orthogonal else ():
             w, g = p.detach().flatten(), p.grad.flatten()
             rest = g - (w @ g) / (w @ w) * w
             p.grad = (rest * g.norm() / rest.norm()).view_as(p)
         optimizer.step()
+        scheduler.step()
         seen.append(value.item())
     return model, seen
 
 
-@pytest.mark.parametrize("loss, optimizer, orthogonal", [
-    ("ce", "adamw", False), ("ce", "adam", False), ("ce", "sgd", False), ("exact_ce", "adamw", False),
-    ("mse", "adamw", False), ("stablemax", "adamw", False), ("ce", "adamw", True)])
-def test_the_steps_are_those_of_a_plain_loop(tmp_path, loss, optimizer, orthogonal):
+@pytest.mark.parametrize("loss, optimizer, orthogonal, schedule, smoothing", [
+    ("ce", "adamw", False, "constant", 0), ("ce", "adam", False, "triangle", 0), ("ce", "sgd", False, "constant", 0),
+    ("exact_ce", "adamw", False, "cosine", 0.1), ("mse", "adamw", False, "constant", 0),
+    ("stablemax", "adamw", False, "constant", 0), ("ce", "adamw", True, "constant", 0),
+    ("ce", "sgd", False, "cosine", 0.2)])
+def test_the_steps_are_those_of_a_plain_loop(tmp_path, loss, optimizer, orthogonal, schedule, smoothing):
     run_here(tmp_path, *FLAGS, "--dtype=float64", f"--loss={loss}", f"--optimizer={optimizer}", "--adam_eps=1e-4",
-             *["--orthogonal_gradient"] * orthogonal)
+             *["--orthogonal_gradient"] * orthogonal, *["--momentum=0.9"] * (optimizer == "sgd"),
+             *([f"--lr_schedule={schedule}", "--warmup_steps=20"] if schedule != "constant" else []),
+             f"--label_smoothing={smoothing}")
     dataset = data.load_dataset("digits", train_size=120, seed=7, label_noise=0.2)
-    model, losses = plain_training(dataset, loss, optimizer, 60, orthogonal)
+    model, losses = plain_training(dataset, loss, optimizer, 60, orthogonal, schedule, smoothing)
     history, state = history_of(tmp_path), last_checkpoint(tmp_path)
     for name, value in model.state_dict().items():
-        torch.testing.assert_close(state["model_state_dict"][name], value, rtol=1e-6, atol=1e-9)
+        torch.testing.assert_close(state["model_state_dict"][name], value, rtol=1e-5, atol=1e-8)
     steps = history["step"]
     expected = [max(losses[a:b]) for a, b in zip(steps, steps[1:], strict=False)]
     assert history["max_batch_loss"][0] is None and history["max_batch_loss"][1:] == pytest.approx(expected, rel=1e-6)
@@ -86,23 +99,50 @@ def last_checkpoint(folder):
     return checkpoints.load_checkpoint(checkpoints.saved_checkpoints(folder / "checkpoints")[0])
 
 
+def test_augmentation_shifts_in_black_and_mirrors_colour_images():
+    images = torch.randint(1, 256, (200, 3, 16, 24), dtype=torch.uint8)
+    shifts = draw_shifts(7, 0, 200, (3, 16, 24))
+    assert shifts[:, 0].unique().tolist() == [-2, -1, 0, 1, 2] and shifts[:, 1].unique().tolist() == [*range(-3, 4)]
+    assert shifts[:, 2].unique().tolist() == [0, 1] and draw_shifts(7, 0, 50, (1, 16, 16))[:, 2].sum() == 0
+    for image, (down, right, mirrored), moved in zip(images, shifts.tolist(), augmented(images, shifts), strict=True):
+        expected = torch.zeros_like(image)
+        image = image.flip(2) if mirrored else image
+        for y in range(max(down, 0), min(16, 16 + down)):
+            for x in range(max(right, 0), min(24, 24 + right)):
+                expected[:, y, x] = image[:, y - down, x - right]
+        assert torch.equal(moved, expected)
+
+
+def test_an_augmented_run_trains_on_the_images_drawn_for_its_steps(tmp_path):
+    args = parse_args(["--dataset=mnist", "--train_size=40", "--batch_size=20", "--augment", "--n_steps=9", "--seed=7"])
+    rng = np.random.default_rng(0)
+    images, labels = (torch.from_numpy(rng.integers(0, high, shape)) for high, shape in (
+        (256, (40, 1, 16, 16)), (10, 40)))
+    dataset = data.Dataset("random", images.byte(), labels, images[:5].byte(), labels[:5], 10, [0.0], [1.0])
+    config = complete(args, dataset, torch.device("cpu"))
+    seen = []
+    model = build_model(config, dataset)
+    model.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    Trainer(model, config, dataset).advance(5, 1)
+    block = 65_536 // 40
+    rows = batch_order(7, 0, block, 40, 20)[100:120]
+    shifts = draw_shifts(7, 0, block * 40, (1, 16, 16))[100:120]
+    torch.testing.assert_close(seen[0], augmented(dataset.x_train[rows], shifts) / 255)
+
+
 def test_an_epoch_takes_each_image_at_most_once_and_the_next_another_order():
     order = batch_order(7, 0, 5, 50, 15).view(5, 45)
     assert all(len(set(epoch.tolist())) == 45 for epoch in order) and len({*map(tuple, order.tolist())}) == 5
 
 
 def test_a_step_does_not_depend_on_how_the_steps_are_dealt_out(tmp_path):
-    import run
-    import train
-    import training
-
-    args = train.parse_args([*FLAGS, "--n_steps=7000", "--train_size=100", "--batch_size=50"])
-    dataset = train.load_data(args)
-    config = train.complete(args, dataset, torch.device("cpu"))
+    args = parse_args([*FLAGS, "--n_steps=7000", "--train_size=100", "--batch_size=50"])
+    dataset = data.load_dataset("digits", train_size=100, seed=7, label_noise=0.2)
+    config = complete(args, dataset, torch.device("cpu"))
 
     def weights(*calls):
-        model = run.build_model(config, dataset)
-        trainer = training.Trainer(model, config, dataset)
+        model = build_model(config, dataset)
+        trainer = Trainer(model, config, dataset)
         for step, n in calls:
             trainer.advance(step, n)
         return torch.cat([p.detach().flatten() for p in model.parameters()])

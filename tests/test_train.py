@@ -1,26 +1,34 @@
 """The program as a whole, through its command line and its files."""
 
 import argparse
+import contextlib
+import importlib.util
+import io
 import math
 import os
+import subprocess
 import time
 
 import numpy as np
 import pytest
 import torch
-from conftest import SMALL, columns, history_of, run_command, run_here
+from conftest import ENVIRONMENT, SMALL, columns, command, history_of, run_here
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+import attacks
+import data
+import flags
+import losses
 import models
+import train
 from flags import parse_epsilon
 from measure import remarks
-from runtime import checkpoints
+from runtime import checkpoints, trackers
 from runtime import device as devices
 from runtime.seeds import seed_for
 from train import log_schedule, parse_args
-from training import batch_order
 
 COLUMNS = ["epoch", "step", "train_loss", "train_acc", "train_saturated", "test_loss", "test_acc", "weight_norm",
            "saturated", "zero_gradient", "max_batch_loss", "seconds"]
@@ -28,24 +36,26 @@ COLUMNS = ["epoch", "step", "train_loss", "train_acc", "train_saturated", "test_
 
 @pytest.fixture(scope="module")
 def digits_run(tmp_path_factory):
-    """The README's first command with fewer steps."""
+    """A run of the default network, with what it prints."""
     folder = tmp_path_factory.mktemp("digits")
-    done = run_command(folder, "--dataset=digits", "--n_steps=1500", "--log_points=8", "--adv_size=200",
-                       "--lc_samples=64", "--device=cpu")
-    return folder, done.stdout
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.chdir(folder):
+        run_here(".", "--dataset=digits", "--n_steps=600", "--log_points=8", "--adv_size=200", "--lc_samples=64",
+                 "--device=cpu", "--threads=1")
+    return folder, out.getvalue()
 
 
 def test_a_short_digits_run_learns(digits_run):
     history = history_of(digits_run[0])
     assert history["test_acc"][0] < 0.4
-    assert history["test_acc"][-1] > 0.93
+    assert history["test_acc"][-1] > 0.9
     assert history["train_acc"][-1] > 0.99
-    assert history["train_loss"][-1] < 0.01
+    assert history["train_loss"][-1] < 0.05
 
 
 def test_history_has_equal_columns_and_says_how_it_was_made(digits_run):
     history = history_of(digits_run[0])
-    assert history["step"] == log_schedule(1500, 8) and len(history["step"]) == 8
+    assert history["step"] == log_schedule(600, 8) and len(history["step"]) == 8
     for name in COLUMNS:
         assert len(history[name]) == 8, name
     grid = ["0.03", "0.06", "0.1", "0.13", "0.16", "0.2"]
@@ -59,7 +69,7 @@ def test_history_has_equal_columns_and_says_how_it_was_made(digits_run):
     assert history["layers"]["units"] == [200, 200, 200]
     assert history["epoch"] == [step / 5 for step in history["step"]]
     assert history["config"]["train_size"] == 1000 and history["config"]["optimizer"] == "adamw"
-    assert history["config"]["n_steps"] == 1500 and history["config"]["epsilons"] == [float(eps) for eps in grid]
+    assert history["config"]["n_steps"] == 600 and history["config"]["epsilons"] == [float(eps) for eps in grid]
     assert history["sizes"] == {"train": 1000, "test": 797, "attacked": 200, "parameters": 95410, "num_classes": 10,
                                 "in_shape": [1, 8, 8]}
     assert history["environment"]["torch"] == torch.__version__
@@ -79,10 +89,10 @@ def test_checkpoints_hold_the_step_and_rebuild_the_network(digits_run):
     paths = sorted((digits_run[0] / "checkpoints").glob("checkpoint_epoch_*.pt"))
     assert [checkpoints.step_in_name(path) for path in paths] == history["step"]
     state = torch.load(paths[-1], weights_only=True)
-    assert state["step"] == 1500 and state["epoch"] == 300
+    assert state["step"] == 600 and state["epoch"] == 120
     assert state["test_acc"] == history["test_acc"][-1]
     assert state["robust_acc"]["0.1"] == history["robust_acc"]["0.1"][-1]
-    assert state["optimizer_state_dict"]["state"][0]["step"] == 1500
+    assert state["optimizer_state_dict"]["state"][0]["step"] == 600
     config = state["config"]
     model = models.build_model(config["model"], (1, 8, 8), 10, depth=config["depth"], width=config["width"])
     model.load_state_dict(state["model_state_dict"])
@@ -94,9 +104,10 @@ def test_the_output_is_a_table_that_fits_100_columns_and_ends_with_the_summary(d
     folder, out = digits_run
     lines = out.splitlines()
     assert max(map(len, lines)) <= 100
-    rows = [line for line in lines if line.split()[:1] == ["1500"]]
+    rows = [line for line in lines if line.split()[:1] == ["600"]]
     assert len(rows) == 1
-    for said in ("95,410 parameters", "1,000 train, 797 test", "logs/training_history.json", "cpu"):
+    for said in ("95,410 parameters", "1,000 train, 797 test", "logs/training_history.json", "training_history.png",
+                 "cpu"):
         assert said in out
     assert "train accuracy reaches 99%" in out
     assert (folder / "logs" / "training_history.png").stat().st_size > 10_000
@@ -112,7 +123,7 @@ def test_the_seed_decides_everything(tmp_path):
 
 
 @pytest.mark.parametrize("model, width", [("mlp", 16), ("cnn", 4), ("resnet18", 4)])
-@pytest.mark.parametrize("side, colour", [(8, False), (28, True), (32, True), (128, True)])
+@pytest.mark.parametrize("side, colour", [(8, False), (33, True)])
 def test_every_model_trains_on_every_shape(tmp_path, model, width, side, colour):
     flags = [*SMALL, f"--model={model}", f"--width={width}", "--n_steps=3", "--batch_size=8", "--lc_samples=2"]
     if colour:
@@ -201,15 +212,6 @@ def test_no_text_passes_as_an_epsilon_outside_the_pixels_range(text):
         assert "\n" not in str(error) or "\n" in text
 
 
-def test_batches_are_fresh_permutations_in_full_batches():
-    order = batch_order(3, 0, 4, 50, 15).view(4, 45)
-    assert all(len(set(epoch.tolist())) == 45 for epoch in order)
-    assert len({tuple(epoch.tolist()) for epoch in order}) == 4
-    assert not torch.equal(batch_order(3, 1, 4, 50, 15), order.flatten())
-    assert not torch.equal(batch_order(4, 0, 4, 50, 15), order.flatten())
-    assert torch.equal(batch_order(3, 0, 4, 50, 15), order.flatten())
-
-
 def test_seeds_differ_by_purpose_and_number():
     seeds = {seed_for(seed, purpose, number) for seed in range(5) for purpose in ("a", "b") for number in range(5)}
     assert len(seeds) == 50 and all(0 <= seed < 2**63 for seed in seeds)
@@ -285,7 +287,7 @@ def test_the_threads_are_measured_stored_and_kept_unless_they_are_given(tmp_path
         work()
         return next(counts)
 
-    monkeypatch.setattr(machine, "fastest_thread_count", measured)
+    monkeypatch.setattr(devices, "fastest_thread_count", measured)
     try:
         run_here(tmp_path, *flags, "--n_steps=2")
         assert "threads  1 in training, 2 in log steps" in capsys.readouterr().out
@@ -298,7 +300,137 @@ def test_the_threads_are_measured_stored_and_kept_unless_they_are_given(tmp_path
         torch.set_num_threads(1)
 
 
-def test_help_names_every_flag_with_its_default():
-    parser_help = run_command(".", "--help").stdout
-    flags = [flag for flag in vars(parse_args([])) if flag not in ("cuda_graph", "plot")]
-    assert all(f"--{flag} " in parser_help or f"--{flag}\n" in parser_help for flag in flags)
+# ---- branches -------------------------------------------------------------------------------------------------------
+
+def test_a_branch_begins_with_its_parents_columns_and_goes_its_own_way(tmp_path, capsys):
+    parent, branch, plain = tmp_path / "parent", tmp_path / "branch", tmp_path / "plain"
+    run_here(parent, *SMALL, "--n_steps=20")
+    source = sorted((parent / "checkpoints").glob("*.pt"))[3]
+    step = checkpoints.step_in_name(source)
+    run_here(branch, *SMALL, "--n_steps=40", "--loss=exact_ce", f"--branch_from={source}")
+    run_here(plain, *SMALL, "--n_steps=40", f"--branch_from={source}")
+    before, after = columns(parent), columns(branch)
+    assert after["branch"] == {"of": str(source), "step": step}
+    i = before["step"].index(step) + 1
+    assert after["step"][:i] == before["step"][:i] and after["train_loss"][:i] == before["train_loss"][:i]
+    assert after["step"][-1] == 40 and after["train_loss"][i] != before["train_loss"][i]
+    # the same flags take the parent's way
+    run_here(parent, *SMALL, "--n_steps=40", "--resume")
+    ends = [columns(folder)["weight_norm"][-1] for folder in (parent, plain)]
+    assert ends[0] == ends[1]
+    # a branch resumes like any run, and refuses what is not its parent's network
+    run_here(branch, *SMALL, "--n_steps=60", "--loss=exact_ce", f"--branch_from={source}", "--resume")
+    assert columns(branch)["step"][-1] == 60
+    capsys.readouterr()
+    run_here(tmp_path / "wide", *SMALL, "--width=8", f"--branch_from={source}", status=2)
+    assert "--width" in capsys.readouterr().err
+
+
+def test_other_moments_than_the_parents_start_anew(tmp_path, capsys):
+    run_here(tmp_path / "parent", *SMALL, "--n_steps=5")
+    source = sorted((tmp_path / "parent" / "checkpoints").glob("*.pt"))[-1]
+    run_here(tmp_path / "branch", *SMALL, "--n_steps=9", "--optimizer=sgd", f"--branch_from={source}")
+    assert "the optimizer starts anew" in capsys.readouterr().out
+    assert columns(tmp_path / "branch")["step"][-1] == 9
+
+
+# ---- figures and trackers never end a run ---------------------------------------------------------------------------
+
+def test_a_figure_that_cannot_be_drawn_is_one_note(tmp_path, monkeypatch, capsys):
+    from analysis import figure
+
+    def fail(*_args):
+        raise ModuleNotFoundError("No module named 'matplotlib'")
+
+    monkeypatch.setattr(figure, "draw", fail)
+    run_here(tmp_path, *[flag for flag in SMALL if flag != "--no_plot"], "--n_steps=3")
+    out = capsys.readouterr().out
+    assert out.count("the figure cannot be drawn") == 1 and "No module named 'matplotlib'" in out
+    assert out.index("Interpolation:") < out.index("the figure cannot")
+    assert history_of(tmp_path)["step"][-1] == 3
+
+
+class Tracker:
+    """A stand-in for a tracker that fails at its third log step."""
+
+    rows = []
+
+    def __init__(self, log_dir, config, step):
+        self.rows.clear()
+
+    def log(self, values, step):
+        if len(self.rows) == 2:
+            raise OSError("no network")
+        self.rows.append((step, values))
+
+    def end(self, figure, step):
+        raise AssertionError("a tracker that failed is left alone")
+
+
+def test_a_tracker_gets_every_column_and_its_failure_is_one_note(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(trackers.TRACKERS, "wandb", Tracker)
+    monkeypatch.setattr(trackers, "check", lambda names: None)
+    run_here(tmp_path, *SMALL, "--n_steps=6", "--tracker", "wandb")
+    assert capsys.readouterr().out.count("wandb failed (OSError: no network)") == 1
+    history = history_of(tmp_path)
+    assert [step for step, _ in Tracker.rows] == history["step"][:2] and history["step"][-1] == 6
+    values = Tracker.rows[1][1]
+    assert values["accuracy/test"] == history["test_acc"][1]
+    assert values["robust_acc/0.1"] == history["robust_acc"]["0.1"][1]
+    assert values["local_complexity/train/0.05/layer2"] == history["local_complexity"]["train"]["0.05"][1][1]
+
+
+def test_tensorboard_reads_back_what_was_logged_and_a_resumed_run_writes_no_step_twice(tmp_path):
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    for n_steps in (4, 9):
+        run_here(tmp_path, *SMALL, f"--n_steps={n_steps}", "--tracker", "tensorboard", "--resume")
+    events = accumulator.EventAccumulator(str(tmp_path / "logs" / "tensorboard")).Reload()
+    history = history_of(tmp_path)
+    for name, column in (("accuracy/test", history["test_acc"]), ("robust_acc/0.1", history["robust_acc"]["0.1"])):
+        assert [event.step for event in events.Scalars(name)] == history["step"]
+        assert [event.value for event in events.Scalars(name)] == pytest.approx(column)
+
+
+def test_a_tracker_that_is_not_installed_is_named(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    run_here(tmp_path, *SMALL, "--n_steps=3", "--tracker", "tensorboard", status=2)
+    assert "pip install tensorboard" in capsys.readouterr().err
+
+
+# ---- the flags ------------------------------------------------------------------------------------------------------
+
+def test_help_and_errors_come_without_pytorch(tmp_path):
+    (tmp_path / "torch.py").write_text("raise SystemExit('PyTorch was imported')")
+    environment = {**ENVIRONMENT, "PYTHONPATH": str(tmp_path)}
+    done = subprocess.run(command("--help"), capture_output=True, text=True, env=environment)
+    assert done.returncode == 0
+    for name, field in flags.FIELDS.items():
+        assert field.metadata.get("option", f"--{name}") in done.stdout
+    done = subprocess.run(command("--learning_rate=1"), capture_output=True, text=True, env=environment)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "--learning_rate" in done.stderr
+
+
+def test_choices_and_implied_values_are_those_of_the_registries():
+    choices = {name: field.metadata.get("choices") for name, field in flags.FIELDS.items()}
+    assert choices["model"] == list(models.MODELS) and choices["dataset"] == list(data.DATASETS)
+    assert choices["activation"] == list(models.ACTIVATIONS) and choices["optimizer"] == list(train.OPTIMIZERS)
+    assert choices["loss"] == list(losses.LOSSES) and choices["robust_budget"] == list(attacks.BUDGETS)
+    assert choices["tracker"] == list(trackers.TRACKERS)
+    assert flags.IMPLIED["width"] == {name: kind.width for name, kind in models.MODELS.items()}
+    assert flags.IMPLIED["depth"] == {name: kind.depth for name, kind in models.MODELS.items() if kind.depth}
+    assert flags.IMPLIED["train_size"] == {
+        name: source.train_size for name, source in data.DATASETS.items() if source.train_size}
+
+
+@pytest.mark.parametrize("words, name", [
+    ([], "seed_42"), (["--width=1000", "--n_steps=5", "--threads=2"], "width_1000_seed_42"),
+    (["--model=mlp", "--train_size=1000", "--width=200", "--seed=3"], "seed_3"),
+    (["--epsilons", "0.2", "0.1", "--batch_norm"], "batch_norm_epsilons_0.1,0.2_seed_42")], ids=str)
+def test_a_folder_is_named_by_what_is_trained_and_measured(words, name):
+    assert flags.folder_name(parse_args(words)).as_posix() == f"runs/{name}"
+
+
+def test_image_folders_of_one_name_have_folders_of_their_own():
+    names = [flags.folder_name(parse_args(["--dataset=imagefolder", f"--data_dir={path}"])) for path in (
+        "/x/pets", "/y/pets", "/x/кошки", "/x/собаки")]
+    assert len(set(names)) == 4 and "кошки" in str(names[2])

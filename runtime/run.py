@@ -1,0 +1,212 @@
+"""A run: how far it has come, and its way to the disk and back."""
+
+import math
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from flags import Config
+from runtime import checkpoints, distributed, files, history
+from runtime.console import Console
+from runtime.trackers import Trackers
+
+
+class RunFailed(Exception):
+    """The run cannot go on; the message is the one line to print."""
+
+
+def parent_of(config: Config, fingerprint: str) -> dict:
+    """Return the checkpoint that --branch_from names, with its "path" and, as "history", its run's up to there.
+
+    Raises ValueError or OSError, with one line, if it is of another network or other data, or has no history.
+    """
+    path = Path(config.branch_from)
+    checkpoint = checkpoints.load_checkpoint(path)
+    before = checkpoint["config"]
+    log_dir = Path(before.get("log_dir", "logs"))
+    places = [path.parent.parent / log_dir.name, log_dir, path.parent]
+    found = next((place / history.HISTORY_NAME for place in places if (place / history.HISTORY_NAME).is_file()), None)
+    if found is None:
+        raise ValueError(f"--branch_from={path}: there is no {history.HISTORY_NAME} of its run in "
+                         f"{' or '.join(map(str, places))}")
+    differing = [name for name in ("model", "depth", "width", "activation", "batch_norm", "train_size")
+                 if before.get(name) != getattr(config, name)]
+    if differing or checkpoint.get("derived", {}).get("data", fingerprint) != fingerprint:
+        raise ValueError(f"--branch_from={path} is of another network or other data "
+                         f"({', '.join(f'--{name}' for name in differing) or 'the images differ'}): give its flags")
+    if config.n_steps <= checkpoint["step"]:
+        raise ValueError(f"--branch_from={path} is at step {checkpoint['step']}: raise --n_steps={config.n_steps}")
+    record = history.read_history(found)
+    history.forget_after(record, checkpoint["logged"])
+    return {**checkpoint, "path": path, "history": record}
+
+
+class Run:
+    """What a run has recorded, and where it keeps it.
+
+    config: the complete flags. record: the history of a run before its first log step. fingerprint: of the data.
+
+    Making one locks the run's folders and looks for a checkpoint to continue from (self.earlier, None if the run
+    starts); begin() then touches the files. Raises ValueError or OSError, with one line for the user.
+    """
+
+    model: torch.nn.Module
+    trainer: Any  # train.Trainer
+    trackers: Trackers | None = None
+
+    def __init__(self, config: Config, record: dict, fingerprint: str, device: torch.device):
+        self.config, self.history, self.device = config, record, device
+        self.console = Console(record, quiet=config.quiet or distributed.rank() > 0)
+        self.locks = distributed.run_on_rank0(self.lock_folders)
+        self.history_file = history.HistoryFile(Path(config.log_dir) / history.HISTORY_NAME)
+        self.earlier = distributed.run_on_rank0(
+            lambda: checkpoints.continue_from(config, fingerprint, self.console.note) if config.resume else None)
+        self.step, self.began = 0, time.perf_counter()
+        self.saved_step, self.saved_at = 0, self.began
+        self.last_enqueued: torch.cuda.Event | None = None
+
+    @property
+    def epoch(self) -> float:
+        return self.step / (self.config.train_size // self.config.batch_size)
+
+    @property
+    def seconds(self) -> float:
+        return time.perf_counter() - self.began
+
+    def lock_folders(self) -> None:
+        # Kept by rank 0 alone: a lock ends with what holds it.
+        self.held = files.lock_folders(self.config.log_dir, self.config.save_dir)
+
+    def begin(self, model: torch.nn.Module, trainer: Any, parent: dict | None = None) -> None:
+        """Load the checkpoint to continue from, or that of the run to branch from; then prepare the files.
+
+        parent: the checkpoint (with its "history" and "path") of which this run is a branch.
+        """
+        self.model, self.trainer = model, trainer
+        source = self.earlier or parent
+        if source:
+            try:
+                checkpoints.load_state(model, trainer.optimizer, source)
+            except ValueError:
+                if self.earlier:
+                    raise
+                model.load_state_dict(source["model_state_dict"])
+                self.console.note("the optimizer starts anew: its state does not fit that of the run it branches from")
+            self.step = self.saved_step = source["step"]
+            self.began -= source["seconds"]
+            own = {"config", "asked", "derived", "environment"} if self.earlier else {
+                "config", "asked", "derived", "environment", "sizes", "layers", "branch"}
+            self.history.update({key: value for key, value in source["history"].items() if key not in own})
+            if self.history["step"][-1:] != [self.step]:
+                trainer.largest_loss.fill_(source.get("largest_loss", -math.inf))
+        trainer.finite_steps.fill_(self.step)
+        distributed.run_on_rank0(self.begin_files)
+        self.saved_at = time.perf_counter()
+
+    def begin_files(self) -> None:
+        if not self.earlier:
+            weights = sum(p.numel() * p.element_size() for p in self.model.parameters())
+            files.check_room(self.config.save_dir, 3 * weights)  # a checkpoint: the weights and two moments
+            for folder in files.move_aside(self.config.log_dir, self.config.save_dir):
+                self.console.note(f"an earlier run's files are now in {folder}")
+        self.history_file.begin(self.history)
+        if self.config.tracker:
+            self.trackers = Trackers(self.config.tracker, Path(self.config.log_dir), self.history["config"], self.step,
+                                     self.console.note)
+
+    # ---- saving
+
+    def state(self, **metrics: Any) -> dict:
+        """Return what a checkpoint holds."""
+        return {"epoch": self.epoch, "step": self.step, "seconds": self.seconds, **metrics,
+                "logged": len(self.history["step"]), "largest_loss": self.trainer.largest_loss.item(),
+                **{key: self.history[key] for key in ("config", "asked", "derived", "sizes")},
+                "model_state_dict": self.model.state_dict(),
+                "optimizer_state_dict": self.trainer.optimizer.state_dict()}
+
+    def record(self, row: dict, remarks: dict[str, str]) -> None:
+        """Append a log step's row to the history; write the history, a checkpoint and the row of the table."""
+        self.history["warnings"] += [{"step": self.step, "kind": kind, "text": text} for kind, text in remarks.items()]
+        history.append(self.history, row)
+        distributed.run_on_rank0(lambda: self.write_log_step(row, remarks))
+        self.saved_at, self.saved_step = time.perf_counter(), self.step
+
+    def write_log_step(self, row: dict, remarks: dict[str, str]) -> None:
+        self.held.check()
+        self.history_file.log(self.history, row)
+        metrics = {name: value for name, value in row.items() if name != "outcomes"}
+        checkpoints.save_checkpoint(self.config.save_dir, self.state(**metrics), self.config.keep_checkpoints)
+        self.console.row(row, [*remarks.values()])
+        if self.trackers:
+            self.trackers.log(row)
+
+    def save_rolling(self) -> None:
+        """Write the state between two log steps, if it is not saved yet."""
+        self.check_finite()
+        if self.step > self.saved_step:
+            distributed.run_on_rank0(self.write_rolling)
+            self.saved_step = self.step
+        self.saved_at = time.perf_counter()
+
+    def write_rolling(self) -> None:
+        self.held.check()
+        checkpoints.save_rolling(self.config.save_dir, self.state())
+
+    def save_due(self) -> bool:
+        """Whether the last save is --checkpoint_minutes ago; the same on every process, since all of them save."""
+        due = time.perf_counter() - self.saved_at > 60 * self.config.checkpoint_minutes
+        return bool(distributed.all_reduce_max(due, self.device))
+
+    # ---- on the way
+
+    def stay_close(self) -> None:
+        """Let the host run ahead of the GPU by one stretch of steps: the GPU never idles, a signal is obeyed soon."""
+        enqueued = torch.cuda.Event()
+        enqueued.record()
+        if self.last_enqueued is not None:
+            self.last_enqueued.synchronize()
+        self.last_enqueued = enqueued
+
+    def check_finite(self) -> None:
+        """Raise RunFailed if a step's loss was not finite, unless --on_nan=continue."""
+        bad = distributed.all_reduce_max(self.step - self.trainer.finite_steps.item(), self.device)
+        if bad:
+            step = self.step - bad + 1
+            # The loss of step n is that of the weights after n - 1 steps: they are already bad.
+            self.refuse_nan(f"the loss of step {step}", before=step - 1)
+
+    def refuse_nan(self, what: str, before: int) -> None:
+        """Raise RunFailed, naming the last checkpoint with fewer than `before` steps, unless --on_nan=continue."""
+        if self.config.on_nan == "continue":
+            return
+        _, path = checkpoints.newest_checkpoint(self.config.save_dir, self.console.note, before=before)
+        good = f"the last good checkpoint is {path}" if path else "there is no good checkpoint"
+        raise RunFailed(f"{what} is not finite (learning rate {self.config.lr:g}); {good}; lower --lr, or go on with "
+                        "--resume --on_nan=continue")
+
+
+class Figure:
+    """The figure of a run, redrawn now and then. A figure that cannot be drawn is one note, and the run goes on."""
+
+    def __init__(self, draw: Callable[[], object], note: Callable[[str], None]):
+        self.draw, self.note, self.failed = draw, note, False
+        self.drawn_at, self.took = time.perf_counter(), 0.0
+
+    def due(self) -> bool:
+        """Whether to redraw: drawing takes at most a hundredth of the run's time."""
+        return not self.failed and time.perf_counter() - self.drawn_at > max(30, 100 * self.took)
+
+    def redraw(self) -> None:
+        began = time.perf_counter()
+        try:
+            self.draw()
+        except Exception as error:  # whatever matplotlib, its fonts or a full disk raise
+            reason = (str(error).strip().splitlines() or [""])[0]
+            if not self.failed:
+                self.note(f"the figure cannot be drawn ({type(error).__name__}: {reason}); the run goes on without it")
+            self.failed = True
+        self.drawn_at = time.perf_counter()
+        self.took = self.drawn_at - began

@@ -1,0 +1,128 @@
+"""Trackers that users already have: each log step as scalars in TensorBoard or Weights & Biases.
+
+A tracker that fails is one note, and the run goes on without it. Another tracker is one more entry in TRACKERS.
+"""
+
+import importlib.util
+import math
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+GROUPS = {"train_acc": "accuracy/train", "test_acc": "accuracy/test", "train_loss": "loss/train",
+          "test_loss": "loss/test", "max_batch_loss": "loss/max_batch", "saturated": "saturation/attacked_images",
+          "train_saturated": "saturation/training_images", "zero_gradient": "saturation/zero_gradient"}
+
+
+def scalars(row: dict) -> dict[str, float]:
+    """Return {name: value} of a log step's numbers, such as robust_acc/0.1 and local_complexity/train/0.05/layer1."""
+    found: dict[str, float] = {}
+
+    def add(name: str, value: Any) -> None:
+        if isinstance(value, dict):
+            for key, entry in value.items():
+                add(f"{name}/{key}", entry)
+        elif isinstance(value, list):
+            for i, entry in enumerate(value, 1):
+                add(f"{name}/layer{i}", entry)
+        elif isinstance(value, (int, float)) and math.isfinite(value):
+            found[GROUPS.get(name, name)] = float(value)
+
+    for name, value in row.items():
+        if name not in ("step", "outcomes"):
+            add(name, value)
+    return found
+
+
+class TensorBoard:
+    """Event files in LOG_DIR/tensorboard."""
+
+    def __init__(self, log_dir: Path, config: dict, step: int):
+        from torch.utils.tensorboard import SummaryWriter
+        from torch.utils.tensorboard.summary import hparams
+
+        # What an interrupted run wrote beyond its last checkpoint is purged.
+        self.writer = SummaryWriter(str(log_dir / "tensorboard"), purge_step=step + 1 if step else None)
+        flat = {name: value if isinstance(value, (bool, int, float)) else str(value) for name, value in config.items()}
+        for summary in hparams(flat, {}):
+            self.writer._get_file_writer().add_summary(summary)
+
+    def log(self, values: dict[str, float], step: int) -> None:
+        for name, value in values.items():
+            self.writer.add_scalar(name, value, step)
+        self.writer.flush()
+
+    def end(self, figure: Path, step: int) -> None:
+        if figure.is_file():
+            import numpy as np
+            from PIL import Image
+
+            self.writer.add_image("figure", np.asarray(Image.open(figure).convert("RGB")), step, dataformats="HWC")
+        self.writer.close()
+
+
+class WandB:
+    """A run of Weights & Biases; its id is kept in LOG_DIR/wandb_id, so that a resumed run continues it."""
+
+    def __init__(self, log_dir: Path, config: dict, step: int):
+        import wandb
+
+        id_file = log_dir / "wandb_id"
+        if step == 0 or not id_file.is_file():
+            id_file.write_text(uuid.uuid4().hex[:8])
+        self.wandb = wandb
+        self.run = wandb.init(project="grok", dir=str(log_dir), id=id_file.read_text().strip(), resume="allow",
+                              config=config, settings=wandb.Settings(console="off", silent=True))
+        self.next_step = step + 1 if step else 0
+
+    def log(self, values: dict[str, float], step: int) -> None:
+        if step >= self.next_step:
+            self.run.log(values, step=step)
+
+    def end(self, figure: Path, step: int) -> None:
+        if figure.is_file():
+            self.run.log({"figure": self.wandb.Image(str(figure))}, step=step)
+        self.run.finish()
+
+
+TRACKERS: dict[str, Callable] = {"tensorboard": TensorBoard, "wandb": WandB}
+
+
+def check(names: list[str]) -> None:
+    """Raise ValueError, with the command that installs it, for a tracker whose package is not there."""
+    for name in names:
+        if importlib.util.find_spec(name) is None:
+            raise ValueError(f"--tracker={name} needs the package {name}: pip install {name}")
+
+
+class Trackers:
+    """The trackers of a run. step: where the run starts or continues. note: called with one line if one fails."""
+
+    def __init__(self, names: list[str], log_dir: Path, config: dict, step: int, note: Callable[[str], None]):
+        self.note = note
+        self.active: dict[str, Any] = {}
+        for name in names:
+            self.attempt(name, self.start, name, log_dir, config, step)
+
+    def start(self, name: str, log_dir: Path, config: dict, step: int) -> None:
+        self.active[name] = TRACKERS[name](log_dir, config, step)
+
+    def attempt(self, name: str, work: Callable, *arguments: Any) -> None:
+        try:
+            work(*arguments)
+        except Exception as error:  # no network, a full disk, whatever the package raises
+            self.active.pop(name, None)
+            reason = (str(error).strip().splitlines() or [""])[0]
+            self.note(f"{name} failed ({type(error).__name__}: {reason}); the run goes on without it")
+
+    def log(self, row: dict) -> None:
+        """Send a log step's row to each tracker."""
+        values = scalars(row)
+        for name, tracker in list(self.active.items()):
+            self.attempt(name, tracker.log, values, row["step"])
+
+    def end(self, figure: Path, step: int) -> None:
+        """Send the figure and close each tracker."""
+        for name, tracker in list(self.active.items()):
+            self.attempt(name, tracker.end, figure, step)
