@@ -25,33 +25,28 @@ def choose_device(name: str) -> torch.device:
     kind, _, index = name.partition(":")
     if kind not in ("auto", "cpu", "cuda", "mps", "xpu") or (":" in name and not (kind == "cuda" and index.isdigit())):
         raise ValueError(f"--device={name}: choose auto, cpu, cuda, cuda:N, mps or xpu")
-    if kind in ("auto", "cuda"):
-        problem = failure(torch.cuda.init)
-        if problem and kind == "auto" and "driver on your system is too old" not in problem:
-            return torch.device("cpu")
-        if problem:
-            raise ValueError(unusable(name, problem))
-        if index and int(index) >= torch.cuda.device_count():
-            raise ValueError(f"--device={name}: there are {torch.cuda.device_count()} CUDA devices, counted from 0")
-        if index:
-            torch.cuda.set_device(int(index))  # streams, events and graphs belong to the current device
+    problem = failure(torch.cuda.init) if kind in ("auto", "cuda") else ""
+    if problem and kind == "auto" and "driver on your system is too old" not in problem:
+        return torch.device("cpu")
     device = torch.device("cuda" if name == "auto" else name)
     # One of several processes tries the GPU that it is given, in distributed.start().
-    alone = os.environ.get("WORLD_SIZE", os.environ.get("SLURM_STEP_NUM_TASKS", "1")) == "1"
-    problem = problem_with(device) if alone else ""
+    if not problem and os.environ.get("WORLD_SIZE", os.environ.get("SLURM_STEP_NUM_TASKS", "1")) == "1":
+        problem = problem_with(device)
     if problem:
-        raise ValueError(problem)
+        raise ValueError(f"--device={name}: PyTorch {torch.__version__} cannot use this device: {problem}; free it, "
+                         "install a PyTorch made for it and its driver (see README), or use --device=cpu")
+    if index:
+        torch.cuda.set_device(device)  # streams, events and graphs belong to the current device
     return device
 
 
 def problem_with(device: torch.device) -> str:
     """Return why PyTorch cannot compute on the device (no kernels for it, busy, full), or "" if it can."""
-    problem = failure(lambda: torch.ones(8, 8, device=device).mm(torch.ones(8, 8, device=device)).sum().item())
-    return problem and unusable(device, problem)
+    return failure(lambda: torch.ones(8, 8, device=device).mm(torch.ones(8, 8, device=device)).sum().item())
 
 
 def failure(function: Callable[[], Any]) -> str:
-    """Return the first sentence of the error that function() raises, or ""."""
+    """Return the first sentence of the error that function() raises, or "" if it raises none."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # they say at length what the error says
@@ -59,11 +54,6 @@ def failure(function: Callable[[], Any]) -> str:
     except (RuntimeError, AssertionError) as error:
         return str(error).split("\n")[0].split(". ")[0].strip()
     return ""
-
-
-def unusable(device: str | torch.device, problem: str) -> str:
-    return (f"--device={device}: PyTorch {torch.__version__} cannot use this device: {problem}; free it, install a "
-            "PyTorch made for it and its driver (see README), or use --device=cpu")
 
 
 def check_dtype(device: torch.device, dtype: str) -> None:

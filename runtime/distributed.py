@@ -30,9 +30,8 @@ torchrun: int | None = None  # its process id, where it started this process
 def start(device: torch.device) -> torch.device:
     """Join the process group that the environment describes (RANK, WORLD_SIZE, LOCAL_RANK, as torchrun sets them).
 
-    Returns the device of this process: the GPU numbered LOCAL_RANK if device is "cuda". Without WORLD_SIZE > 1 there is
-    no group, and device is returned. Raises ValueError for an environment that does not fit, and, on every process, if
-    they cannot meet or one of them has no working GPU of its own.
+    Returns the device of this process: the GPU numbered LOCAL_RANK if device is "cuda". Raises ValueError if the
+    variables do not fit, the processes cannot meet, or one of them has no working GPU of its own.
     """
     global torchrun
     if "TORCHELASTIC_RUN_ID" in os.environ:
@@ -74,22 +73,20 @@ def variable(name: str, low: int, high: int | None = None, default: str = "") ->
 
 
 def gpu_of(device: torch.device) -> str:
-    """Return what identifies a GPU, "none" if it does not exist, or the line that says why it cannot be used."""
+    """Return what identifies a GPU: its uuid, "none" if it does not exist, "error: ..." if it cannot be used."""
     if device.index >= torch.cuda.device_count():
         return "none"
-    return devices.problem_with(device) or str(torch.cuda.get_device_properties(device).uuid)
+    problem = devices.problem_with(device)
+    return f"error: {device}: {problem}" if problem else str(torch.cuda.get_device_properties(device).uuid)
 
 
 def refuse_bad_gpus(store: dist.Store, me: int, processes: int, gpu: str) -> None:
-    """Raise ValueError, on every process, unless the gpu_of() of each names another GPU.
-
-    NCCL would end in an error that does not say so, or not end.
-    """
+    """Raise ValueError, on every process, unless the gpu_of() of each is another working GPU: NCCL might not end."""
     store.set(f"gpu of {me}", gpu)
     gpus = {store.get(f"gpu of {one}").decode() for one in range(processes)} - {"none"}
     for one in gpus:
-        if one.startswith("--device"):
-            raise ValueError(one)
+        if one.startswith("error: "):
+            raise ValueError(f"a process cannot use its GPU: {one.removeprefix('error: ')}")
     if len(gpus) < processes:
         raise ValueError(f"{processes} processes see {len(gpus)} GPUs: start one process for each GPU")
 
@@ -101,9 +98,9 @@ def describe_srun_step() -> None:
     local_rank = variable("SLURM_LOCALID", 0) % max(1, torch.cuda.device_count())
     slurm.update(RANK=slurm.get("SLURM_PROCID", ""), WORLD_SIZE=slurm["SLURM_STEP_NUM_TASKS"],
                  LOCAL_RANK=str(local_rank))
-    # The first of the nodes: "node[03-05,9],login" is node03.
-    nodes = slurm.get("SLURM_STEP_NODELIST", "")
-    slurm.setdefault("MASTER_ADDR", re.sub(r"\[([0-9]+)[^]]*\]", r"\1", nodes).split(",")[0])
+    # The first node, as in "node[03-05,9],login".
+    first = re.sub(r"\[([0-9]+)[^]]*\]", r"\1", slurm.get("SLURM_STEP_NODELIST", "")).split(",")[0]
+    slurm.setdefault("MASTER_ADDR", first)
     if "MASTER_PORT" not in slurm:
         # Below the ports that systems hand out: 100 for each job, so that the steps of neighbouring jobs do not meet.
         job, step = variable("SLURM_JOB_ID", 0), variable("SLURM_STEP_ID", 0)
@@ -152,10 +149,8 @@ def wrap(model: nn.Module, device: torch.device) -> nn.Module:
         if device.type != "cuda":
             raise ValueError("--batch_norm on several processes needs GPUs: PyTorch's SyncBatchNorm has no CPU version")
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    network = DistributedDataParallel(model)
     # The buffers are constants or batch norm's statistics, the same on every process already.
-    network.broadcast_buffers = False
-    return network
+    return DistributedDataParallel(model, broadcast_buffers=False)
 
 
 def shard(n: int) -> slice:

@@ -29,11 +29,10 @@ def handled_by(handler: Callable[[int, FrameType | None], None]) -> Iterator[Non
     SIGHUP stays ignored under nohup. Outside the main thread, where Python allows no handlers, nothing is done.
     """
     former = {}
-    if threading.current_thread() is threading.main_thread():
-        for name in filter(lambda name: hasattr(signal, name), STOPPING):
-            number = getattr(signal, name)
-            if name != "SIGHUP" or signal.getsignal(number) != signal.SIG_IGN:
-                former[number] = signal.signal(number, handler)
+    for name in STOPPING if threading.current_thread() is threading.main_thread() else ():
+        number = getattr(signal, name, None)
+        if number is not None and (name != "SIGHUP" or signal.getsignal(number) != signal.SIG_IGN):
+            former[number] = signal.signal(number, handler)
     try:
         yield
     finally:
