@@ -45,8 +45,6 @@ class Console:
         norm = ", batch norm" if config["batch_norm"] else ""
         processes = f", {environment['processes']} processes" if environment["processes"] > 1 else ""
         compiled = ", compiled by torch.compile" if config["compile"] == "on" else ""
-        threads = (f"threads  {derived['threads']} in training, {derived['eval_threads']} in log steps; matrix products "
-                   f"by {'oneDNN' if config['products'] == 'onednn' else 'MKL'}\n") if config["device"] == "cpu" else ""
         self.note(
             f"model    {config['model']}{depth} width {config['width']} {config['activation']}{norm}: "
             f"{sizes['parameters']:,} parameters\n"
@@ -54,9 +52,12 @@ class Console:
             f"attacked), {' x '.join(map(str, sizes['in_shape']))}, {sizes['num_classes']} classes\n"
             f"training {config['n_steps']:,} steps of {config['batch_size']} images, {config['optimizer']} "
             f"lr {config['lr']:g} weight decay {config['weight_decay']:g},\n"
-            f"         loss {config['loss']}, {config['dtype']}, seed {config['seed']}\n"
-            f"device   {environment['device']}{processes}{compiled}\n{threads}"
-            f"files    {config['log_dir']}/training_history.json, {config['save_dir']}/checkpoint_epoch_*.pt\n")
+            f"         loss {config['loss']}, {config['dtype']}, seed {config['seed']}"
+            f"\ndevice   {environment['device']}{processes}{compiled}")
+        if config["device"] == "cpu":
+            self.note(f"threads  {derived['threads']} in training, {derived['eval_threads']} in log steps; matrix "
+                      f"products by {'oneDNN' if config['products'] == 'onednn' else 'MKL'}")
+        self.note(f"files    {config['log_dir']}/training_history.json, {config['save_dir']}/checkpoint_epoch_*.pt\n")
 
     def start(self, step: int, n_steps: int, log_steps_left: int) -> None:
         """Print the table's head, and begin to measure the time.
@@ -76,7 +77,7 @@ class Console:
         self.middle = self.keys[len(self.keys) // 2]
         self.widths = [*beside[:4], *[column] * len(self.keys), adv, *beside[4:]]
         robust = (column + 1) * len(self.keys)
-        title = textwrap.shorten("robust_acc at epsilon", robust - 1, placeholder="") or "rob."
+        title = next(text for text in ("robust_acc at epsilon", "robust_acc", "rob.") if len(text) < robust)
         self.note(f"{'':29} {title:{robust}}{'adv_acc':>{adv}} {'local':>7}")
         self.print_row("step", "loss", "train", "test", *map(epsilon_label, self.keys), epsilon_label(self.middle),
                        "compl.", "|w|", "s")

@@ -26,7 +26,7 @@ def choose_device(name: str) -> torch.device:
     if kind not in ("auto", "cpu", "cuda", "mps", "xpu") or (":" in name and not (kind == "cuda" and index.isdigit())):
         raise ValueError(f"--device={name}: choose auto, cpu, cuda, cuda:N, mps or xpu")
     problem = failure(torch.cuda.init) if kind in ("auto", "cuda") else ""
-    if problem and kind == "auto" and "driver on your system is too old" not in problem:
+    if kind == "cpu" or (problem and kind == "auto" and "driver on your system is too old" not in problem):
         return torch.device("cpu")
     device = torch.device("cuda" if name == "auto" else name)
     # One of several processes tries the GPU that it is given, in distributed.start().
