@@ -149,8 +149,10 @@ def wrap(model: nn.Module, device: torch.device) -> nn.Module:
         if device.type != "cuda":
             raise ValueError("--batch_norm on several processes needs GPUs: PyTorch's SyncBatchNorm has no CPU version")
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    # The buffers are constants or batch norm's statistics, the same on every process already.
-    return DistributedDataParallel(model, broadcast_buffers=False)
+    network = DistributedDataParallel(model)
+    # The buffers are the same on every process already. (The constructor's argument has another name in each PyTorch.)
+    network.broadcast_buffers = False
+    return network
 
 
 def shard(n: int) -> slice:
