@@ -266,7 +266,7 @@ def load_network(checkpoint: Mapping[str, Any]) -> Network:
     misfit = "its weights do not fit the network that its config describes"
     try:
         config, sizes, state = checkpoint["config"], checkpoint["sizes"], checkpoint["model_state_dict"]
-        if (config.get("depth") or 0) > len(state):
+        if (config.get("depth") or 0) > len(state) or len(sizes["in_shape"]) != 3:
             raise ValueError(misfit)
         with torch.device("meta"):  # a network of any width, without memory
             model = from_config(config, sizes["in_shape"], sizes["num_classes"])
