@@ -48,6 +48,7 @@ from runtime.run import Figure, Run, RunFailed, parent_of
 from runtime.seeds import seed_for
 
 GREY_EPSILONS = [0.03, 0.06, 0.10, 0.13, 0.16, 0.20]
+STRETCH = 10  # steps between two looks at signals and the clock; ten times as many where they are replayed on a GPU
 COLOUR_EPSILONS = [1 / 255, 2 / 255, 4 / 255, 8 / 255]
 
 
@@ -255,7 +256,7 @@ def train(run: Run, dataset: data.Dataset, probes: measure.Probes, stop: signals
     """Train to n_steps with a log step at each step of the schedule; return the number of the signal that stopped the
     run, or 0 if it is complete."""
     config, schedule = run.config, schedule_for(run.config)
-    stretch = 100 if run.device.type == "cuda" and distributed.size() == 1 else 10  # steps between two looks at signals
+    stretch = STRETCH * 10 if run.device.type == "cuda" and distributed.size() == 1 else STRETCH
     run.console.start(run.step, config.n_steps, len(schedule) + 1 - bisect_left(schedule, run.step))
     stopped_by = 0
     while not stopped_by:

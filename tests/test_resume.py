@@ -27,10 +27,10 @@ import attacks
 import losses
 import measure
 import models
-import run
 import train
 from runtime import checkpoints, files
 from runtime.history import forget_after, read_history, write_history
+from runtime.run import Run
 
 PATIENCE = 300  # seconds after which a process is taken to hang
 FSYNC = os.fsync
@@ -51,13 +51,13 @@ def bits(value):
     return [bits(entry) for entry in value] if isinstance(value, list) else value
 
 
-def checkpoints(folder):
+def saved(folder):
     return checkpoints.saved_checkpoints(Path(folder) / "checkpoints")
 
 
 def outcome(folder):
     """Return all of a finished run that has to repeat: the history, the checkpoints' names, weights, optimizer."""
-    paths = checkpoints(folder)
+    paths = saved(folder)
     state = torch.load(paths[0], weights_only=True)
     return (columns(folder), [path.name for path in paths], bits(state["model_state_dict"]),
             bits(state["optimizer_state_dict"]))
@@ -93,27 +93,26 @@ def terminate():
 
 def after_step(patch, step, act):
     """Let act() happen once exactly `step` steps are made."""
-    train_until = train.train_until
+    save_due = Run.save_due
 
-    def until(run, log_step):
-        if run.step < step:
-            run.steps_at_once = min(run.steps_at_once, step - run.step)
-        train_until(run, log_step)
-        if run.step == step:
+    def due(self):
+        if self.step == step:
             act()
+        return save_due(self)
 
-    patch.setattr(train, "train_until", until)
+    patch.setattr(train, "STRETCH", 1)
+    patch.setattr(Run, "save_due", due)
 
 
 def within_log_step(patch, step, act):
     """Let act() happen in the middle of the measurement at `step`."""
     log_step, ranks = train.log_step, attacks.ranks
 
-    def log(run):
+    def log(run, *rest):
         with pytest.MonkeyPatch.context() as inner:
             if run.step == step:
                 inner.setattr(attacks, "ranks", lambda *args, **options: act() or ranks(*args, **options))
-            log_step(run)
+            log_step(run, *rest)
 
     patch.setattr(train, "log_step", log)
 
@@ -127,7 +126,7 @@ def between_history_and_checkpoint(patch, step, act):
             act()
         return save_checkpoint(folder, state, keep)
 
-    patch.setattr(run.checkpoints, "save_checkpoint", save)
+    patch.setattr(checkpoints, "save_checkpoint", save)
 
 
 def interrupted_run(folder, flags, where, step, act):
@@ -241,7 +240,7 @@ def test_interruptions_with_every_log_schedule(tmp_path, flags):
 def test_a_run_killed_before_its_first_checkpoint_starts_again(tmp_path, finished, capsys):
     flags = (*TINY, "--n_steps=8")
     interrupted_run(tmp_path, flags, within_log_step, 0, kill)
-    assert history_of(tmp_path)["step"] == [] and not checkpoints(tmp_path)
+    assert history_of(tmp_path)["step"] == [] and not saved(tmp_path)
     capsys.readouterr()
     run_here(tmp_path, *flags, "--resume")
     assert "nothing to resume" in capsys.readouterr().out
@@ -266,7 +265,7 @@ STARTED = "in the training loop"
 def child(folder, flags, hook, *details):
     """What a started process does: train.py with its output in a file; hook(*details) prepares a fault."""
     train_ = train.train
-    train.train = lambda run: print(STARTED, flush=True) or train_(run)
+    train.train = lambda *run: print(STARTED, flush=True) or train_(*run)
     with open(folder / "output", "a") as output:
         os.dup2(output.fileno(), 1)
         os.dup2(output.fileno(), 2)
@@ -394,7 +393,7 @@ def saving_takes_long():
         while True:
             time.sleep(1)
 
-    run.Run.save_rolling = save_rolling
+    Run.save_rolling = save_rolling
 
 
 @pytest.mark.parametrize("first", [signal.SIGINT, signal.SIGTERM])
@@ -516,7 +515,7 @@ def test_a_full_disk_at_any_write_leaves_a_run_that_can_be_resumed(tmp_path, fin
             Faults(patch, n, no_room)
             status = train.main([*FAULTY, f"--log_dir={folder}/logs", f"--save_dir={folder}/checkpoints"])
         line = one_line(capsys.readouterr().err)
-        started += (folder / "checkpoints" / "rolling.pt").exists() or bool(checkpoints(folder))
+        started += (folder / "checkpoints" / "rolling.pt").exists() or bool(saved(folder))
         assert status in (1, 2) and "No space left" in line, operation
         assert status == 1 or not history_of_exists(folder) or history_of(folder)["step"] == [], operation
         assert_sound(folder)
@@ -669,7 +668,7 @@ DAMAGES = [truncated, cut_in_half, emptied, one_bit_flipped, zeros_in_the_middle
 def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(tmp_path, finished, capsys, damage):
     flags = (*TINY, "--n_steps=8")
     copied(finished(*flags), tmp_path)
-    newest, before = checkpoints(tmp_path)[:2]
+    newest, before = saved(tmp_path)[:2]
     rolling = newest.with_name(files.ROLLING_NAME)
     for path in (newest, rolling):
         path.write_bytes(damage(newest.read_bytes() if path is newest else before.read_bytes(), tmp_path / "proof"))
@@ -695,7 +694,7 @@ def test_malice_works_on_a_careless_reader(tmp_path):
 def test_without_a_sound_checkpoint_the_run_starts_and_the_damaged_ones_are_kept(tmp_path, finished, capsys):
     flags = (*TINY, "--n_steps=3")
     copied(finished(*flags), tmp_path)
-    for path in checkpoints(tmp_path):
+    for path in saved(tmp_path):
         path.write_bytes(b"")
     run_here(tmp_path, *flags, "--resume")
     assert "nothing to resume" in capsys.readouterr().out
@@ -788,12 +787,12 @@ def test_resuming_a_complete_run_changes_nothing(tmp_path, finished, capsys):
 
 def test_flags_that_do_not_change_the_result_may_change(tmp_path, finished):
     copied(finished(*RUN), tmp_path)
-    checkpoints(tmp_path)[0].unlink()
+    saved(tmp_path)[0].unlink()
     flags = [flag for flag in RUN if flag != "--no_plot"]
     run_here(tmp_path, *flags, "--resume", "--checkpoint_minutes=0", "--keep_checkpoints=last", "--on_nan=continue",
              "--device=auto" if not torch.cuda.is_available() else "--device=cpu", "--data_dir=nowhere")
     assert columns(tmp_path) == columns(finished(*RUN))
-    assert len(checkpoints(tmp_path)) == 1 and (tmp_path / "logs" / "training_history.svg").exists()
+    assert len(saved(tmp_path)) == 1 and (tmp_path / "logs" / "training_history.svg").exists()
 
 
 def edit_history(folder, **changes):
@@ -836,7 +835,7 @@ def test_a_history_older_than_the_checkpoints(tmp_path, finished, capsys):
 
 def test_a_checkpoint_whose_weights_do_not_fit_its_config(tmp_path, finished, capsys):
     copied(finished(*RUN), tmp_path)
-    newest = checkpoints(tmp_path)[0]
+    newest = saved(tmp_path)[0]
     state = checkpoints.load_checkpoint(newest)
     state["model_state_dict"] = models.build_model("cnn", (1, 8, 8), 10, width=4).state_dict()
     checkpoints.save_state(newest, state)
@@ -857,7 +856,7 @@ def test_keep_checkpoints(tmp_path, keep, steps):
     interrupted_run(tmp_path, flags, after_step, 5, terminate)
     mine.write_bytes(b"a file that the user put there")
     run_here(tmp_path, *flags, "--resume")
-    assert sorted(checkpoints.step_in_name(path) for path in checkpoints(tmp_path)) == steps
+    assert sorted(checkpoints.step_in_name(path) for path in saved(tmp_path)) == steps
     assert mine.exists() and not (tmp_path / "checkpoints" / files.ROLLING_NAME).exists()
 
 
@@ -907,7 +906,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, monkeypatch, capsys, 
     line = one_line(capsys.readouterr().err)
     rate = f"is not finite (learning rate {train.parse_args(flags).lr:g})"
     assert f"the loss of step {first} {rate}" in line or f"the training loss at step {first - 1} {rate}" in line
-    good = [path for path in checkpoints(tmp_path) if checkpoints.step_in_name(path) < first - 1]
+    good = [path for path in saved(tmp_path) if checkpoints.step_in_name(path) < first - 1]
     assert (f"the last good checkpoint is {good[0]};" if good else "there is no good checkpoint;") in line
     assert good or first == 1
     if good:
@@ -974,9 +973,9 @@ def test_other_data_is_another_experiment(tmp_path, finished, capsys, monkeypatc
 
 def test_a_run_goes_on_with_a_flag_and_a_column_that_it_did_not_know(tmp_path, finished):
     copied(finished(*RUN), tmp_path)
-    for path in checkpoints(tmp_path)[:1]:
+    for path in saved(tmp_path)[:1]:
         path.unlink()
-    state = checkpoints.load_checkpoint(checkpoints(tmp_path)[0])
+    state = checkpoints.load_checkpoint(saved(tmp_path)[0])
     path = tmp_path / "logs" / files.HISTORY_NAME
     history = read_history(path)
     for config in (state["config"], history["config"]):
@@ -985,7 +984,7 @@ def test_a_run_goes_on_with_a_flag_and_a_column_that_it_did_not_know(tmp_path, f
         del source["asked"], source["derived"]
     for column in ("outcomes", "max_batch_loss", "train_saturated"):
         del history[column]
-    checkpoints.save_state(checkpoints(tmp_path)[0], state)
+    checkpoints.save_state(saved(tmp_path)[0], state)
     write_history(path, history)
     run_here(tmp_path, *RUN, "--resume")
     after, whole = history_of(tmp_path), history_of(finished(*RUN))
@@ -1001,7 +1000,7 @@ def test_a_log_step_whose_own_loss_is_not_finite_is_refused(tmp_path, capsys):
     flags = [*TINY, "--n_steps=1", "--lr=1e30", "--keep_checkpoints=last"]
     run_here(tmp_path, *flags, status=1)
     assert "training loss at step 1 is not finite" in one_line(capsys.readouterr().err)
-    assert [checkpoints.step_in_name(path) for path in checkpoints(tmp_path)] == [0]
+    assert [checkpoints.step_in_name(path) for path in saved(tmp_path)] == [0]
     assert history_of(tmp_path)["step"] == [0]
 
 
