@@ -22,7 +22,7 @@ import sys
 from pathlib import Path
 
 from flags import EXPERIMENT, FIELDS, MEASUREMENT, Config, flags_of, folder_name, parse_args, parse_folder
-from runtime import pool, signals
+from runtime import signals
 
 # A comma in the value of these flags does not make two runs.
 PASSED_ON = {name for name, field in FIELDS.items()
@@ -130,6 +130,8 @@ def refuse_links(folder: Path) -> None:
 def train_all(runs: Runs) -> tuple[list[str], int]:
     """Train the runs that are not complete; return the folders of those that failed, and the signal that stopped the
     sweep or 0."""
+    from runtime import pool
+
     fetch(runs)
     todo = {folder: run for folder, run in runs.items() if not is_complete(folder, run[1])}
     if not todo:
