@@ -103,7 +103,7 @@ def is_complete(folder: Path, config: Config) -> bool:
     from runtime import checkpoints, history
 
     try:
-        found = history.read_history(folder / "logs" / "training_history.json")
+        found = history.read_history(folder / "logs" / history.HISTORY_NAME)
         last = found["step"][-1]
         (path,) = folder.glob(f"checkpoints/checkpoint_epoch_*_step_{last:09d}.pt")
         if checkpoints.load_checkpoint(path)["step"] != last:
@@ -162,7 +162,7 @@ def show(folders: list[Path], draw: bool) -> None:
     from analysis import report
     from runtime import history
 
-    histories = [history.read_history(folder / "logs" / "training_history.json") for folder in folders]
+    histories = [history.read_history(folder / "logs" / history.HISTORY_NAME) for folder in folders]
     print(report.table(histories, [folder.name for folder in folders]))
     if draw:
         try:

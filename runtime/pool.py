@@ -3,7 +3,6 @@
 import dataclasses
 import os
 import signal
-import stat
 import subprocess
 import sys
 import time
@@ -12,25 +11,21 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from runtime import signals
+from runtime import files, signals
 
 PARENT = "STOP_WITH_PARENT"  # environment variable with the pool's process id, for distributed.orphaned()
-NO_LINKS = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)  # and do not wait for the reader of a FIFO
 SECONDS_BETWEEN_LOOKS = 0.1
 BAR = "{percentage:3.0f}%|{bar}| {n:.1f} of {total} done [{elapsed}<{remaining}]"
 
 
 @dataclasses.dataclass
 class Job:
-    """A command, to which the pool adds --device=DEVICE.
-
-    output: the file to which all that the command prints is appended. share: returns how much is done, 0 to 1.
-    """
+    """A command; the pool adds --device=DEVICE. What it prints is appended to output; share() is how much is done."""
 
     name: str
     command: list[str]
     output: Path
-    share: Callable[[], float]
+    share: Callable[[], float]  # 0 to 1
     device: str = ""
     begin: int = 0  # size of the output file before the command
     process: subprocess.Popen | None = None
@@ -53,27 +48,21 @@ def places(device: str, threads: int | None = None) -> list[str]:
 def start(job: Job, threads: int) -> None:
     """Start a job's process. OSError if it cannot be started or its output is not a regular file."""
     job.output.parent.mkdir(parents=True, exist_ok=True)
-    output = os.open(job.output, os.O_WRONLY | os.O_APPEND | os.O_CREAT | NO_LINKS, 0o666)
-    try:
-        if not stat.S_ISREG(os.fstat(output).st_mode):
-            raise OSError(f"{job.output} is not a regular file: remove it")
-        job.begin = os.fstat(output).st_size
-        environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
-        if os.name == "posix":  # on Windows the Python of a virtual environment is the child of a launcher
-            environment[PARENT] = str(os.getpid())
+    with open(job.output, "ab", opener=lambda path, mode: os.open(path, mode | files.NO_LINKS, 0o666)) as output:
+        files.check_regular(job.output, os.fstat(output.fileno()))
+        job.begin = output.tell()
+        environment = {**os.environ, "OMP_NUM_THREADS": str(threads), PARENT: str(os.getpid())}
         # In its own session: otherwise Ctrl-C in a terminal reaches it twice, and the second ends it unsaved.
         job.process = subprocess.Popen([*job.command, f"--device={job.device}"], stdin=subprocess.DEVNULL,
                                        stdout=output, stderr=output, start_new_session=True, env=environment)
-    finally:
-        os.close(output)
 
 
-def failure(job: Job, status: int) -> str:
-    """Return why a job failed: the signal that ended it, or the last line it printed."""
+def outcome(job: Job, status: int) -> str:
+    """Return "complete", or why a job failed: the signal that ended it or the last line it printed."""
     if status < 0:
-        return f"ended by {signal.Signals(-status).name}"
-    printed = job.output.read_bytes()[job.begin:].decode(errors="replace")
-    return (printed.splitlines() or ["it printed nothing"])[-1]
+        return f"failed: ended by {signal.Signals(-status).name}"
+    printed = job.output.read_bytes()[job.begin:].decode(errors="replace").splitlines() if status else []
+    return f"failed: {(printed or ['it printed nothing'])[-1]}" if status else "complete"
 
 
 def run_jobs(jobs: list[Job], devices: list[str], threads: int = 1, complete: int = 0) -> tuple[list[str], int]:
@@ -86,13 +75,13 @@ def run_jobs(jobs: list[Job], devices: list[str], threads: int = 1, complete: in
     waiting, free, running, failed, received = list(jobs), list(devices), [], [], []
     shares, looked_at, handed_on = {job.name: job.share() for job in jobs}, time.monotonic(), 0
 
-    def end(job: Job, status: int, why: str) -> None:
+    def end(job: Job, status: int, text: str) -> None:
+        free.append(job.device)
         stopped = any(status in (128 + number, -number) for number in received)
         if status and not stopped:
             failed.append(job.name)
         shares[job.name] = job.share() if status else 1.0
-        free.append(job.device)
-        tqdm.write(f"{job.name}: {'stopped' if stopped else f'failed: {why}' if status else 'complete'}", sys.stdout)
+        tqdm.write(f"{job.name}: {'stopped' if stopped else text}", sys.stdout)
         sys.stdout.flush()
 
     with (signals.handled_by(lambda number, _frame: received.append(number)),
@@ -105,7 +94,7 @@ def run_jobs(jobs: list[Job], devices: list[str], threads: int = 1, complete: in
                     start(job, threads)
                     running.append(job)
                 except OSError as error:
-                    end(job, 1, str(error))
+                    end(job, 1, f"failed: {error}")
             for number in received[handed_on:]:
                 handed_on += 1
                 for job in running:
@@ -113,8 +102,7 @@ def run_jobs(jobs: list[Job], devices: list[str], threads: int = 1, complete: in
             time.sleep(SECONDS_BETWEEN_LOOKS)
             for job in [job for job in running if job.process.poll() is not None]:
                 running.remove(job)
-                status = job.process.returncode
-                end(job, status, failure(job, status) if status else "")
+                end(job, job.process.returncode, outcome(job, job.process.returncode))
             if time.monotonic() - looked_at > 2:
                 looked_at = time.monotonic()
                 shares |= {job.name: job.share() for job in running}

@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ENVIRONMENT, PATIENCE, ROOT, SMALL, command, history_of, run_command, wait_for
+from conftest import ENVIRONMENT, PATIENCE, ROOT, SMALL, command, history_of, wait_for
 from PIL import Image
 
 import sweep
@@ -78,7 +78,7 @@ class HereAndNow:
     """A stand-in for subprocess.Popen that runs train.py in this process."""
 
     def __init__(self, words, stdout, **_):
-        with (os.fdopen(os.dup(stdout), "w", errors="replace") as output, contextlib.redirect_stdout(output),
+        with (os.fdopen(os.dup(stdout.fileno()), "w", errors="replace") as output, contextlib.redirect_stdout(output),
               contextlib.redirect_stderr(output)):
             try:
                 self.returncode = train.main(words[2:])
@@ -95,7 +95,6 @@ def swept(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(pool.subprocess, "Popen", HereAndNow)
     monkeypatch.setattr(pool, "SECONDS_BETWEEN_LOOKS", 0)
-    monkeypatch.setattr("analysis.figure.draw", lambda histories, path: [f"{path}.png of {len(histories)} runs"])
 
     def run(*flags, status=0):
         assert sweep.main([*FLAGS, *flags]) == status
@@ -108,7 +107,8 @@ def files(place):
     return {path: path.stat().st_mtime_ns for path in place.rglob("*") if path.is_file()}
 
 
-def test_a_failed_run_is_named_and_the_others_go_on_and_are_not_made_again(swept):
+def test_a_failed_run_is_named_and_the_others_go_on_and_are_not_made_again(swept, monkeypatch):
+    monkeypatch.setattr("analysis.figure.draw", lambda histories, path: [f"{path}.png of {len(histories)} runs"])
     said, error = swept("--train_size=2000,500,600", "--n_steps=30", status=1)
     failed, first, second = sweep.combinations([*FLAGS, "--train_size=2000,500,600"])
     assert {*Path("runs").glob("*/output.txt")} == {folder / "output.txt" for folder in (failed, first, second)}
@@ -192,6 +192,12 @@ def test_a_figure_that_cannot_be_drawn_is_one_line(swept, monkeypatch):
     assert "the figure cannot be drawn: no LaTeX here\n" in swept("--n_steps=4").out
 
 
+@pytest.mark.slow
+def test_the_figure_of_a_sweep_holds_all_its_runs(swept):
+    assert "wrote runs/sweep.png" in swept("--n_steps=10", "--seed=0-1").out
+    assert Path("runs/sweep.png").stat().st_size > 10_000 and Path("runs/sweep.svg").exists()
+
+
 # ---- whole sweeps, their runs in processes --------------------------------------------------------------------------
 
 @contextlib.contextmanager
@@ -221,24 +227,24 @@ def is_training(folder, runs):
 
 @pytest.mark.slow
 def test_ctrl_c_stops_all_runs_each_saved_and_the_same_command_continues(tmp_path):
+    def stopped(when):
+        with started(tmp_path, "--seed=0-2", LONG) as process:
+            wait_for(lambda: process.poll() is not None or when())
+            os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+            said, error = process.communicate(timeout=PATIENCE)
+        assert process.returncode == 128 + signal.SIGINT and error == ""
+        assert said.endswith("stopped by SIGINT; continue with the same command\n") and "failed" not in said
+        return said.count(": stopped\n")
+
     at_once = min(3, len(pool.places("cpu")))
-    with started(tmp_path, "--seed=0-2", LONG) as first:
-        wait_for(lambda: first.poll() is not None or is_training(tmp_path, at_once)())
-        os.killpg(first.pid, signal.SIGINT)  # as a terminal does
-        said, error = first.communicate(timeout=PATIENCE)
-    assert first.returncode == 128 + signal.SIGINT and error == ""
-    assert said.endswith("stopped by SIGINT; continue with the same command\n") and "failed" not in said
-    runs = sorted(tmp_path.glob("runs/*"))
-    assert len(runs) == at_once == said.count(": stopped\n")
-    steps = [checkpoints.newest_checkpoint(path / "checkpoints", pytest.fail)[0]["step"] for path in runs]
-    n_steps = max(steps) + 100
-    done = run_command(tmp_path, *FLAGS, "--seed=0-2", f"--n_steps={n_steps}", script="sweep.py",
-                       timeout=2 * PATIENCE)
-    assert done.stdout.count(": complete\n") == 3 and (tmp_path / "runs" / "sweep.png").stat().st_size > 10_000
-    for path, step in zip(runs, steps, strict=True):
-        assert f"stopped by SIGINT at step {step};" in (path / "output.txt").read_text()
-        assert f".pt at step {step}\n" in (path / "output.txt").read_text()
-        assert history_of(path)["step"][-1] == n_steps
+    assert stopped(is_training(tmp_path, at_once)) == at_once
+    outputs = sorted(tmp_path.glob("runs/*/output.txt"))
+    assert len(outputs) == at_once
+    steps = [checkpoints.newest_checkpoint(path.parent / "checkpoints", pytest.fail)[0]["step"] for path in outputs]
+    for path, step in zip(outputs, steps, strict=True):
+        assert f"stopped by SIGINT at step {step};" in path.read_text()
+    assert stopped(lambda: all(f".pt at step {step}\n" in path.read_text()
+                               for path, step in zip(outputs, steps, strict=True))) == at_once
 
 
 @pytest.mark.slow
