@@ -59,49 +59,35 @@ def default_path(histories: Sequence[str]) -> Path:
     return Path(os.path.commonpath([Path(path).resolve().parent for path in histories])) / "sweep"
 
 
-def draw_partition(args: argparse.Namespace) -> list[Path]:
+def draw_partition(paths: Sequence[str], out: Path | None, data_dir: str | None) -> list[Path]:
     from analysis import panels, partition
 
-    if args.out and args.out.suffix in (".gif", ".mp4"):
-        return [partition.film(args.partition, args.out, args.data_dir)]
-    fig = partition.figure(args.partition, args.data_dir)
-    return panels.save(fig, args.out or Path(args.partition[0]).parent / "partition")
+    if out and out.suffix in (".gif", ".mp4"):
+        return [partition.film(paths, out, data_dir)]
+    return panels.save(partition.figure(paths, data_dir), out or Path(paths[0]).parent / "partition")
 
 
-def draw_histories(histories: Sequence[dict], path: Path) -> list[Path]:
-    from analysis import figure
-
-    return figure.draw(histories, path)
-
-
-def print_texts(histories: Sequence[dict], args: argparse.Namespace) -> None:
+def run(args: argparse.Namespace) -> None:
+    if args.partition:
+        print("wrote", *draw_partition(args.partition, args.out, args.data_dir))
+        return
     from analysis import report, runs
+    from runtime.history import read_history
 
+    histories = [read_history(path) for path in args.histories]
+    names = runs.short_names(args.histories)
     if args.table:
-        print(report.table(histories, runs.short_names(args.histories)))
+        print(report.table(histories, names))
     if args.markdown:
-        names = [name.removesuffix(".json") for name in runs.short_names(args.histories)]
-        print(report.markdown_table(histories, names))
+        print(report.markdown_table(histories, [name.removesuffix(".json") for name in names]))
     if args.summary:
         texts = [report.summary(history) for history in histories]
         print("\n\n".join(texts if len(texts) == 1 else
                           [f"{path}\n{text}" for path, text in zip(args.histories, texts, strict=True)]))
+    if args.out or not (args.table or args.summary or args.markdown):
+        from analysis import figure
 
-
-def run(args: argparse.Namespace) -> None:
-    texts = args.table or args.summary or args.markdown
-    if texts and sys.stdout is None:
-        raise OSError("the standard output is closed: there is nowhere to print to")
-    if args.partition:
-        print("wrote", *draw_partition(args))
-        return
-    from runtime.history import read_history
-
-    histories = [read_history(path) for path in args.histories]
-    if texts:
-        print_texts(histories, args)
-    if args.out or not texts:
-        print("wrote", *draw_histories(histories, args.out or default_path(args.histories)))
+        print("wrote", *figure.draw(histories, args.out or default_path(args.histories)))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -109,7 +95,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")  # an output without "ε" shows "?"
     try:
-        run(parse_args(argv))
+        args = parse_args(argv)
+        if sys.stdout is None and (args.table or args.summary or args.markdown):
+            raise OSError("the standard output is closed: there is nowhere to print to")
+        run(args)
         if sys.stdout is not None:
             sys.stdout.flush()
     except BrokenPipeError:  # the reader, `head` for instance, has seen enough

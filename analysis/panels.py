@@ -59,15 +59,18 @@ def new_figure(width: float, height: float, title: str, dpi: int = DPI) -> Figur
 
 
 def lay_out(fig: Figure) -> None:
-    """Fix the layout, then spread the names of the curves in each panel."""
-    fig.draw_without_rendering()
+    """Fix the layout, then spread the names of the curves in each panel and tie them to their ends."""
+    fig.get_layout_engine().execute(fig)
     fig.set_layout_engine("none")
     for ax in fig.axes:
         names = [text for text in ax.texts if isinstance(text, Annotation)]
         if names:
-            points = (ax.transData + ax.transAxes.inverted()).transform([name.xy for name in names])
-            for name, place in zip(names, spaced(points[:, 1], LINE / inches(ax)[1], 0.02, 0.98), strict=True):
+            width, height = inches(ax)
+            ends = (ax.transData + ax.transAxes.inverted()).transform([name.xy for name in names])
+            for name, (x, y), place in zip(names, ends, spaced(ends[:, 1], LINE / height, 0.02, 0.98), strict=True):
                 name.set_y(place)
+                ax.plot([x, 1 + 0.16 / width], [y, place], color=name.get_color(), lw=0.5, alpha=0.6,
+                        transform=ax.transAxes, clip_on=False)
 
 
 def inches(ax: Axes) -> np.ndarray:
@@ -136,12 +139,9 @@ def draw_curve(ax: Axes, group: Sequence[dict], column: Callable[[dict], np.ndar
     if band and len(group) > 1:
         ax.fill_between(steps, low, high, color=style["color"], alpha=0.2, lw=0)
     if name and known.any():
-        end = steps[known][-1], mean[known][-1]
-        line = {"arrowstyle": "-", "color": style["color"], "lw": 0.5, "alpha": 0.6, "shrinkA": 1, "shrinkB": 0,
-                "relpos": (0, 0.5)}
-        beside = offset_copy(ax.transAxes, ax.get_figure(), 13, units="points")
-        ax.annotate(name, end, (1, 0.5), textcoords=beside, va="center", color=style["color"], fontsize=SMALL,
-                    annotation_clip=False, arrowprops=line)
+        ax.annotate(name, (steps[known][-1], mean[known][-1]), (1, 0.5), annotation_clip=False, va="center",
+                    textcoords=offset_copy(ax.transAxes, ax.get_figure(), 13, units="points"), color=style["color"],
+                    fontsize=SMALL)
 
 
 def spaced(wanted: Sequence[float] | np.ndarray, gap: float, low: float, high: float) -> np.ndarray:

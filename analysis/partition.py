@@ -113,78 +113,61 @@ def three_images(dataset: data.Dataset, seed: int = 0) -> tuple[torch.Tensor, to
     return data.pixels(dataset.x_test[chosen], torch.float64), dataset.y_test[chosen]
 
 
-def plane_through(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return (centre, axes, places): the plane through three images x, (3, C, H, W).
+class Plane(NamedTuple):
+    """The plane through three images x, (3, C, H, W), of the classes y, and how far it is drawn."""
 
-    centre: (C, H, W), their mean. axes: (2, C, H, W), orthonormal, so distances in the picture are Euclidean distances
-    between images. places: (3, 2), the images' coordinates. Raises ValueError if the three lie on a line.
-    """
+    x: torch.Tensor
+    y: torch.Tensor
+    centre: torch.Tensor  # (C, H, W), the mean of the images
+    axes: torch.Tensor  # (2, C, H, W), orthonormal: distances in the picture are Euclidean distances between images
+    places: torch.Tensor  # (3, 2), the images' coordinates
+    reach: float  # along both axes, from the centre
+
+
+def plane_through(x: torch.Tensor, y: torch.Tensor) -> Plane:
+    """Return the plane through three images; ValueError if they lie on a line."""
     centre = x.mean(0)
     axes, triangle = torch.linalg.qr((x[1:] - x[0]).flatten(1).T)
     if triangle.diagonal().abs().min() < 1e-6 * max(1.0, triangle.abs().max().item()):
         raise ValueError("the three test images lie on a line: there is no plane through them")
-    return centre, axes.T.view(2, *x.shape[1:]), (x - centre).flatten(1) @ axes
+    places = (x - centre).flatten(1) @ axes
+    return Plane(x, y, centre, axes.T.view(2, *x.shape[1:]), places, (1 + MARGIN) * places.abs().max().item())
 
 
-class Plane(NamedTuple):
-    """The plane through three test images: x, y as in three_images; centre, axes, places as in plane_through."""
-
-    x: torch.Tensor
-    y: torch.Tensor
-    centre: torch.Tensor
-    axes: torch.Tensor
-    places: torch.Tensor
-    reach: float  # how far it is drawn along both axes, from the centre
-
-
-def plane_of(dataset: data.Dataset) -> Plane:
-    x, y = three_images(dataset)
-    centre, axes, places = plane_through(x)
-    return Plane(x, y, centre, axes, places, (1 + MARGIN) * places.abs().max().item())
-
-
-def boundaries(model: nn.Module, centre: torch.Tensor, axes: torch.Tensor, reach: float,
-               raster: int = RASTER) -> tuple[np.ndarray, np.ndarray]:
+def boundaries(model: nn.Module, plane: Plane, raster: int) -> tuple[np.ndarray, np.ndarray]:
     """Return (layers, decision): where units of each layer change sign, and where the predicted class changes.
 
-    The plane is sampled at (raster + 1)^2 points from -reach to reach along both axes. layers: bool (layers, raster,
-    raster), true at [l, i, j] if the sign of some unit of layer l at point (i, j) differs from that at its neighbour
-    (i + 1, j) or (i, j + 1); decision: bool (raster, raster), the same for the argmax. i counts along the second axis,
-    j along the first. The plane is covered tile by tile, which bounds the memory. The first layer is affine, so it is
-    evaluated at the centre and along the axes only.
+    The plane is sampled at (raster + 1)^2 points. layers: bool (layers, raster, raster), true at [l, i, j] if the sign
+    of some unit of layer l at point (i, j) differs from that at its neighbour (i + 1, j) or (i, j + 1); decision: bool
+    (raster, raster), the same for the argmax. i counts along the plane's second axis, j along its first. The plane is
+    covered tile by tile, which bounds the memory.
     """
-    units = local_complexity.layer_units(model, tuple(centre.shape))
+    units = local_complexity.layer_units(model, tuple(plane.centre.shape))
     modules = [model.get_submodule(name) for name in units]
     layers = np.zeros((len(units), raster, raster), dtype=bool)
     decision = np.zeros((raster, raster), dtype=bool)
     parameter = next(model.parameters())
-    centre, axes = centre.to(parameter), axes.to(parameter)
-    ticks = torch.linspace(-reach, reach, raster + 1, dtype=torch.float64).to(parameter)
-    encode, decode = (model.encode, model.decode) if isinstance(model, models.Network) else (nn.Identity(), model)
-    with models.evaluating(model), torch.no_grad():
-        origin, (step_u, step_v) = encode(centre[None]), encode(axes) - encode(torch.zeros_like(axes[:1]))
-    side = max(1, min(raster, math.isqrt(BATCH_NUMBERS // max(origin.numel(), *units.values())) - 1))
+    centre, (across, up) = plane.centre.to(parameter), plane.axes.to(parameter)
+    ticks = torch.linspace(-plane.reach, plane.reach, raster + 1, dtype=torch.float64).to(parameter).view(-1, 1, 1, 1)
+    side = max(1, min(raster, math.isqrt(BATCH_NUMBERS // max(centre.numel(), *units.values())) - 1))
 
     def changes(values: torch.Tensor) -> np.ndarray:
         """values: (height + 1, width + 1, …) of neighbouring points -> bool (height, width)."""
         here = values[:-1, :-1]
-        differs = (here != values[1:, :-1]) | (here != values[:-1, 1:])
-        return differs.flatten(2).any(2).cpu().numpy()
+        return ((here != values[1:, :-1]) | (here != values[:-1, 1:])).flatten(2).any(2).cpu().numpy()
 
     # A convolutional network takes minutes.
     tiles = list(itertools.product(range(0, raster, side), repeat=2))
     for top, left in tqdm(tiles, unit="tile", leave=False, disable=None, delay=2):
         v, u = ticks[top:top + side + 1], ticks[left:left + side + 1]
-        shape = len(v), len(u)
-        tile = np.s_[top:top + side, left:left + side]
+        shape, tile = (len(v), len(u)), np.s_[top:top + side, left:left + side]
 
         def watch(module, args, shape=shape, tile=tile):
             layers[modules.index(module)][tile] = changes((args[0] > 0).unflatten(0, shape))
 
-        ones = [1] * step_u.dim()
-        points = origin + v.view(-1, 1, *ones) * step_v + u.view(-1, *ones) * step_u
+        points = (centre + v[:, None] * up + u * across).flatten(0, 1)
         with local_complexity.pre_hooks(modules, watch), models.evaluating(model), torch.no_grad():
-            decision[tile] = changes(decode(points.flatten(0, 1)).argmax(1).view(*shape, 1))
+            decision[tile] = changes(model(points).argmax(1).view(*shape, 1))
     return layers, decision
 
 
@@ -214,10 +197,10 @@ def figure(paths: Sequence[str | Path], data_dir: str | None = None) -> Figure:
     its own config, or was trained on other images than the first, and where the images are missing.
     """
     found, dataset = load_all(paths, data_dir)
-    plane, flags = plane_of(dataset), runs.differing_flags(found)
+    plane, flags = plane_through(*three_images(dataset)), runs.differing_flags(found)
     columns = min(len(paths), 3)
     rows = -(-len(paths) // columns)
-    fig = panels.new_figure(1.2 + 3.3 * columns, 3.6 * rows + 1.1,
+    fig = panels.new_figure(1.2 + 3.3 * columns, 3.45 * rows + 1.1,
                             f"{runs.run_title(found[0], flags)}: the plane through three test images")
     grid = fig.add_gridspec(1, 2, width_ratios=[0.8, 3.2 * columns])
     thumbnails = grid[0].subgridspec(3 * rows, 1)
@@ -225,7 +208,7 @@ def figure(paths: Sequence[str | Path], data_dir: str | None = None) -> Figure:
     axes = grid[1].subgridspec(rows, columns).subplots(squeeze=False).flatten()
     n_layers = 0
     for ax, path, checkpoint in zip(axes, paths, found, strict=False):
-        layers, decision = boundaries(load(path)[1], plane.centre, plane.axes, plane.reach)
+        layers, decision = boundaries(load(path)[1], plane, RASTER)
         n_layers = max(n_layers, len(layers))
         draw_plane(ax, paint(layers, decision), plane)
         over = [f"step {checkpoint['step']:,}", runs.group_title([checkpoint], flags)]
@@ -294,7 +277,7 @@ def film(paths: Sequence[str | Path], out: str | Path, data_dir: str | None = No
     if flags:
         raise ValueError(f"a film shows one run, and these checkpoints differ in --{flags[0]}: write a PNG")
     order = sorted(range(len(paths)), key=lambda i: found[i]["step"])
-    plane = plane_of(dataset)
+    plane = plane_through(*three_images(dataset))
     raster = min(FILM_RASTER, math.isqrt(FILM_PIXELS // len(paths)))
     n_layers = len(local_complexity.layer_units(load(paths[0])[1], tuple(plane.centre.shape)))
     fig, show = film_figure([found[i] for i in order], plane, raster, n_layers)
@@ -305,7 +288,7 @@ def film(paths: Sequence[str | Path], out: str | Path, data_dir: str | None = No
             with writer.saving(fig, str(part), FILM_DPI):
                 for i in progress(order):
                     checkpoint, network = load(paths[i])
-                    show(paint(*boundaries(network, plane.centre, plane.axes, plane.reach, raster)), checkpoint["step"])
+                    show(paint(*boundaries(network, plane, raster)), checkpoint["step"])
                     writer.grab_frame()
                 for _ in range(LAST_FRAMES):
                     writer.grab_frame()
@@ -330,8 +313,8 @@ def film_figure(found: Sequence[dict], plane: Plane, raster: int, n_layers: int)
     """Return (fig, show): show(picture, step) draws a frame."""
     history = history_of(found)
     side = raster / FILM_DPI
-    fig = panels.new_figure(side + 4.3, side + 1.6, runs.run_title(found[0]), FILM_DPI)
-    axes = fig.subplot_mosaic("PLLL;PABC", width_ratios=[3 * side / 4, 1, 1, 1], height_ratios=[3, 1])
+    fig = panels.new_figure(side + 4.8, side + 1.6, runs.run_title(found[0]), FILM_DPI)
+    axes = fig.subplot_mosaic("PLLL;PABC", width_ratios=[side, 0.95, 0.95, 0.95], height_ratios=[3, 1])
     shown = draw_plane(axes["P"], np.ones((raster, raster, 3)), plane)
     axes["P"].set_title("step 0", fontsize=SMALL + 1.5, pad=4)
     curves = axes["L"]
