@@ -128,22 +128,20 @@ def figure(histories: Sequence[dict]) -> Figure:
     grid = grid.reshape(rows, each, columns).swapaxes(1, 2).reshape(-1, each)
     for axes, group in zip(grid, groups, strict=False):
         draw_group(axes, group, radii, panels.span(histories), width / columns - ENDS)
-        over = "\n".join(filter(None, [runs.group_title(group, flags), runs.runs_text(group)]))
-        axes[0].set_title(over, fontsize=SMALL + 1, pad=13)
-    for i, axes in enumerate(grid):
-        for ax in axes:
-            if i >= len(groups):
-                ax.remove()
-            elif i % columns:
-                ax.set_ylabel("")
+        over = f"{runs.group_title(group, flags)}\n{runs.runs_text(group)}"
+        axes[0].set_title(over.strip(), fontsize=SMALL + 1, pad=13)
+    for ax in grid[len(groups):].flat:
+        ax.remove()
+    for ax in [ax for i, axes in enumerate(grid) if i % columns for ax in axes]:
+        ax.set_ylabel("")
     add_legend(fig, groups, bool(radii))
-    for axes, top in zip(grid, tops, strict=False):
-        for ax, highest, height in zip(axes[1:], top, heights[1:], strict=True):
-            ax.set_ylim(0, 1.04 * highest / (1 - STRIP / height))
+    below = [(ax, group, radius, top) for axes, group, row in zip(grid, groups, tops, strict=False)
+             for ax, radius, top in zip(axes[1:], radii, row, strict=True)]
+    for ax, _, _, top in below:
+        ax.set_ylim(0, 1.04 * top / (1 - STRIP / heights[-1]))
     panels.lay_out(fig)
-    for axes, group in zip(grid, groups, strict=False):
-        for ax, radius in zip(axes[1:], radii, strict=True):
-            name_phases(ax, group, radius)
+    for ax, group, radius, _ in below:
+        name_phases(ax, group, radius)
     return fig
 
 

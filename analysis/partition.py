@@ -1,15 +1,12 @@
 """Pictures and films of a network's partition of the input space, on a plane through three test images.
 
 A ReLU network is affine on each of the regions into which the zero sets of its units cut the input space (Humayun et
-al., arXiv:2402.15555, Section 3). On a plane these zero sets are lines that bend where they cross the lines of earlier
-layers. Drawn for several checkpoints of a run, they show how the regions migrate from the training points to the
-decision boundary.
-
-    python plot.py --partition CHECKPOINT...
-    python plot.py --partition CHECKPOINT... --out partition.gif
+al., arXiv:2402.15555, Section 3). On a plane these are lines that bend where they cross those of earlier layers. Over
+the checkpoints of a run, the regions migrate from the training points to the decision boundary.
 """
 
 import itertools
+import logging
 import math
 import subprocess
 import sys
@@ -37,7 +34,7 @@ DECISION = (0.84, 0.37, 0.0)  # the colour of the decision boundary: vermillion,
 BATCH_NUMBERS = 2**22  # pre-activations of one layer held at once: 16 MB in float32
 FILM_RASTER, FILM_DPI = 400, 100
 FILM_PIXELS = 8_000_000  # of the plane, in all frames of a film: a GIF stays near 4 MB
-FRAMES_PER_SECOND, LAST_FRAMES = 6, 12  # the last frame is held for two seconds
+FRAMES_PER_SECOND, LAST_FRAMES = 6, 6  # the last frame is held for a second
 
 
 # ---- checkpoints ----------------------------------------------------------------------------------------------------
@@ -68,18 +65,18 @@ def load_all(paths: Sequence[str | Path], data_dir: str | None = None) -> tuple[
 
 
 def load_data(path: str | Path, config: dict, data_dir: str | None) -> data.Dataset:
-    """The data set of a checkpoint's config, from data_dir or from the config's own folder."""
+    """The data set of a checkpoint's config, from data_dir or else from the config's own folder."""
     try:
         folder = data_dir or config["data_dir"]
         if not (data_dir or data.source_of(config["dataset"]).package or Path(folder).expanduser().is_dir()):
-            raise ValueError(f"{path}: its data were in {folder}, which is not here: name their folder with --data_dir")
-        more = {name: config[name] for name in ("modulus", "train_fraction") if name in config}
+            raise ValueError(f"its data were in {folder}, which is not here: name their folder with --data_dir")
+        more = {name: config[name] for name in ("modulus", "train_fraction") if config.get(name) is not None}
         return data.load_dataset(config["dataset"], folder, config["train_size"], config["seed"],
                                  config["image_size"], config["label_noise"], **more)
     except KeyError as error:
         raise ValueError(f"{path}: its config lacks {error}") from None
-    except (TypeError, AttributeError) as error:
-        raise ValueError(f"{path}: its config does not describe a data set: {error}") from None
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path}: {error}") from None
 
 
 def history_of(found: Sequence[dict]) -> dict:
@@ -211,8 +208,8 @@ def figure(paths: Sequence[str | Path], data_dir: str | None = None) -> Figure:
         layers, decision = boundaries(load(path)[1], plane, RASTER)
         n_layers = max(n_layers, len(layers))
         draw_plane(ax, paint(layers, decision), plane)
-        over = [f"step {checkpoint['step']:,}", runs.group_title([checkpoint], flags)]
-        ax.set_title("\n".join(filter(None, over)), fontsize=SMALL + 1, pad=4)
+        over = f"step {checkpoint['step']:,}\n{runs.group_title([checkpoint], flags)}"
+        ax.set_title(over.strip(), fontsize=SMALL + 1, pad=4)
     for ax in axes[len(paths):]:
         ax.remove()
     add_legend(fig, n_layers, plane)
@@ -282,6 +279,7 @@ def film(paths: Sequence[str | Path], out: str | Path, data_dir: str | None = No
     n_layers = len(local_complexity.layer_units(load(paths[0])[1], tuple(plane.centre.shape)))
     fig, show = film_figure([found[i] for i in order], plane, raster, n_layers)
     writer = kind(fps=FRAMES_PER_SECOND)
+    logging.getLogger("matplotlib.animation").setLevel(logging.CRITICAL)  # ffmpeg's words are in the error below
     with tempfile.TemporaryDirectory() as folder:
         part = Path(folder) / out.name
         try:
@@ -293,8 +291,7 @@ def film(paths: Sequence[str | Path], out: str | Path, data_dir: str | None = No
                 for _ in range(LAST_FRAMES):
                     writer.grab_frame()
         except subprocess.CalledProcessError as error:
-            said = error.stderr.decode(errors="replace").strip()[-200:]
-            raise OSError(f"ffmpeg could not write {out}: {said!r}") from None
+            raise OSError(f"ffmpeg could not write {out}: {error.stderr.strip()[-200:]!r}") from None
         files.write_atomically(out, part.read_bytes())
     return out
 
