@@ -7,11 +7,10 @@ from pathlib import Path
 
 import numpy as np
 
-from flags import epsilon_label, history_key
-from runtime.history import MAY_CHANGE, NO_FLAG_ANY_MORE
+from flags import EXECUTION, epsilon_label, flags_of, history_key
 
 # Flags that say where or how a run was computed, not what was trained or measured.
-NOT_COMPARED = MAY_CHANGE | NO_FLAG_ANY_MORE | {"log_dir", "save_dir"}
+NOT_COMPARED = flags_of(EXECUTION)
 # Flags that a figure shows without words, or that say how finely it was measured.
 NOT_IN_TITLES = NOT_COMPARED | {"epsilons", "lc_radius", "adv_size", "lc_samples", "log_points", "log_interval", "seed"}
 
