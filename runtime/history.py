@@ -83,10 +83,7 @@ def strict(value: Any) -> Any:
 
 
 def encoded(value: dict) -> bytes:
-    try:
-        return json.dumps(value, allow_nan=False).encode()
-    except ValueError:  # a number is not finite; a copy of a long history would take longer than writing it
-        return json.dumps(strict(value), allow_nan=False).encode()
+    return json.dumps(strict(value), allow_nan=False).encode()
 
 
 def write_history(path: str | Path, history: dict) -> None:
@@ -95,7 +92,7 @@ def write_history(path: str | Path, history: dict) -> None:
 
 
 class HistoryFile:
-    """The two files of a running history. The cost of a log step does not grow with their number."""
+    """The two files of a running history. A log step costs the same however many came before it."""
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
