@@ -98,7 +98,7 @@ class FolderLocks:
 
     def __init__(self) -> None:
         self.locks: list[filelock.BaseFileLock] = []
-        self.held: dict[Path, tuple[int, int]] = {}  # lock file: its device and inode
+        self.held: dict[Path, tuple[int, int]] = {}  # lock file, under the name the user gave: its device and inode
 
     def check(self) -> None:
         """Raise OSError if a lock is no longer the one in its folder; call it before each write.
@@ -135,12 +135,10 @@ def lock_folders(log_dir: str | Path, save_dir: str | Path) -> FolderLocks:
     Raises OSError if a folder cannot be written, ValueError if another run holds it or its file system has no locks.
     """
     locks = FolderLocks()
-    folders = {os.path.realpath(folder): Path(folder) for folder in (log_dir, save_dir)}  # one folder is locked once
-    for _, folder in sorted(folders.items()):
+    for folder in sorted({Path(os.path.realpath(folder)) for folder in (log_dir, save_dir)}):
         try:
             folder.mkdir(parents=True, exist_ok=True)
             locks.locks.append(lock(folder / LOCK_NAME))
-            locks.held[folder / LOCK_NAME] = identify(folder / LOCK_NAME)
         except OSError as error:
             reason = f"cannot write to {folder}: {error.strerror or error}; choose another --log_dir or --save_dir"
             raise OSError(error.errno, reason) if error.errno in FULL_DISK else OSError(reason) from None
@@ -148,6 +146,7 @@ def lock_folders(log_dir: str | Path, save_dir: str | Path) -> FolderLocks:
             if re.match(r"\.(checkpoint_epoch|rolling\.pt|training_history\.(json|rows))", part.name):
                 with contextlib.suppress(OSError):
                     part.unlink()
+    locks.held = {path: identify(path) for path in (Path(log_dir) / LOCK_NAME, Path(save_dir) / LOCK_NAME)}
     return locks
 
 

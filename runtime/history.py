@@ -83,10 +83,7 @@ def strict(value: Any) -> Any:
 
 
 def encoded(value: dict) -> bytes:
-    try:
-        return json.dumps(value, allow_nan=False).encode()
-    except ValueError:  # a number is not finite; a copy of a long history would take longer than writing it
-        return json.dumps(strict(value), allow_nan=False).encode()
+    return json.dumps(strict(value), allow_nan=False).encode()
 
 
 def write_history(path: str | Path, history: dict) -> None:
@@ -95,7 +92,7 @@ def write_history(path: str | Path, history: dict) -> None:
 
 
 class HistoryFile:
-    """The two files of a running history. The cost of a log step does not grow with their number."""
+    """The two files of a running history. A log step costs the same however many came before it."""
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
@@ -193,19 +190,17 @@ def is_number(value: Any) -> bool:
 
 
 def has_type(value: Any, kind: Any) -> bool:
-    """Whether value is of a kind: {name: kind}, or None or one of a type, a list, a union, a text's pattern."""
+    """Whether value is of a kind: {name: kind}; or None or one of a type, a list, a union, a text's pattern."""
     if isinstance(kind, dict):
         return isinstance(value, dict) and all(has_type(value.get(name), inner) for name, inner in kind.items())
-    if value is None:
-        return True
+    if value is None or kind is float:
+        return value is None or is_number(value)
     if isinstance(kind, str):
         return isinstance(value, str) and re.fullmatch(kind, value, re.DOTALL) is not None
     inner = typing.get_args(kind)
     if typing.get_origin(kind) is list:
         return isinstance(value, list) and all(has_type(entry, inner[0]) for entry in value)
-    if inner:
-        return any(has_type(value, one) for one in inner)
-    return is_number(value) if kind is float else type(value) is kind
+    return any(has_type(value, one) for one in inner) if inner else type(value) is kind
 
 
 def fault_in_origin(source: dict) -> str | None:

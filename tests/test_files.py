@@ -145,6 +145,11 @@ def test_one_folder_under_two_names_is_locked_once(tmp_path):
     locks = files.lock_folders(tmp_path / "a", tmp_path / "link")
     assert len(locks.locks) == 1
     locks.check()
+    (tmp_path / "link").unlink()
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "elsewhere")  # and what is written there would go astray
+    with pytest.raises(OSError, match="link was removed or replaced"):
+        locks.check()
 
 
 def test_the_lock_ends_with_a_process_that_is_killed(tmp_path):
