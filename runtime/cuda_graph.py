@@ -1,7 +1,6 @@
 """Training steps replayed as CUDA graphs, so that a step costs its arithmetic and not its kernel launches.
 
-The log step is not captured: its matrix products are large, and its attacks drop images as soon as they are decided,
-which a graph of fixed shape cannot do.
+The log step is not captured: its attacks drop images once they are decided, which a graph of fixed shape cannot do.
 """
 
 import warnings
@@ -52,19 +51,16 @@ def run_on_side_stream(step: Callable[[], None], n: int) -> None:
 
 def capture(step: Callable[[], None], report: Callable[[str], None]) -> dict[int, Callable[[], None]]:
     """Return {number of steps: function that makes them}, longest first; capturing itself makes none."""
-    graphs: dict[int, Callable[[], None]] = {}
-    stream = torch.cuda.Stream()
+    graphs = {STEPS_IN_LONG_GRAPH: torch.cuda.CUDAGraph(), 1: torch.cuda.CUDAGraph()}
+    stream = torch.cuda.Stream()  # PyTorch's own for captures stays on the device of the process's first capture
     try:
-        for length in (STEPS_IN_LONG_GRAPH, 1):
-            graph = torch.cuda.CUDAGraph()
-            # PyTorch's own stream for captures stays on the device of the process's first capture.
+        for length, graph in graphs.items():
             with torch.cuda.graph(graph, stream=stream):
                 for _ in range(length):
                     step()
-            graphs[length] = graph.replay
     except RuntimeError as error:
         torch.cuda.synchronize()
         reason = error.__context__ or error  # ending a broken capture raises an error of its own
         report(f"CUDA graph capture failed, the steps run eagerly: {str(reason).splitlines()[0]}")
         return {1: step}
-    return graphs
+    return {length: graph.replay for length, graph in graphs.items()}

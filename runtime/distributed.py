@@ -117,8 +117,7 @@ def orphaned() -> int:
 def leave(status: int) -> NoReturn:
     """End this process with an exit status.
 
-    In a distributed run it ends at once: the destructor of gloo's process group waits, while it holds Python's lock,
-    for a thread that may be waiting for that lock.
+    In a distributed run it ends at once: gloo's destructor may wait for a thread that waits for Python's lock.
     """
     if dist.is_initialized():
         sys.stdout.flush()
@@ -140,8 +139,7 @@ def size() -> int:
 def wrap(model: nn.Module, device: torch.device) -> nn.Module:
     """Return the module to call in training; its backward pass averages the gradients over the processes.
 
-    Batch norm then uses the statistics of the global batch. Raises ValueError for batch norm on CPUs, for which PyTorch
-    has no such layer.
+    Batch norm then uses the statistics of the global batch; ValueError on CPUs, for which PyTorch has no such layer.
     """
     if size() == 1:
         return model
@@ -208,9 +206,8 @@ def rank0_first(function: Callable[[], T]) -> T:
 
 
 def run_where(here: bool, function: Callable[[], Any]) -> Any:
-    """Return function() where `here` is true, otherwise None; the first ValueError or OSError is raised everywhere."""
-    value: Any = None
-    problem: Exception | None = None
+    """Return function() where `here` is true, otherwise None. The first ValueError or OSError is raised everywhere."""
+    value, problem = None, None
     try:
         value = function() if here else None
     except (ValueError, OSError) as error:

@@ -1,34 +1,38 @@
 """What only a GPU can show: captured steps give the curves of eager ones, and a resumed run those of a whole one."""
 
+import dataclasses
+
 import pytest
 import torch
-from conftest import SMALL, columns, handlers_kept, history_of, run_here
+from conftest import SMALL, columns, history_of, run_here
 
-import run
+import data
+import flags
 import train
-import training
+from runtime import device as devices
 
 pytestmark = pytest.mark.cuda
 CUDA = [flag for flag in SMALL if not flag.startswith("--device")] + ["--device=cuda", "--deterministic"]
 VARIANTS = [["--optimizer=adamw"], ["--optimizer=adam"], ["--optimizer=sgd", "--lr=0.1"], ["--loss=mse"],
             ["--loss=exact_ce"], ["--loss=stablemax"], ["--orthogonal_gradient"],
             ["--batch_norm"], ["--dtype=float64"], ["--model=cnn", "--width=4"],
+            ["--lr_schedule=cosine", "--warmup_steps=5"], ["--lr_schedule=triangle", "--optimizer=sgd"],
+            ["--label_smoothing=0.1"],
             ["--model=resnet18", "--width=4", "--batch_norm"]]
 
 
 @pytest.fixture(autouse=True)
 def as_before():
     """What a run sets for its whole process is as it was when the test has ended."""
-    with handlers_kept():
-        yield
+    yield
     torch.use_deterministic_algorithms(False)
 
 
-@pytest.mark.parametrize("flags", VARIANTS, ids=lambda flags: flags[0])
-def test_captured_steps_equal_eager_ones(tmp_path, flags, capsys):
-    run_here(tmp_path / "graph", *CUDA, *flags, "--n_steps=60")
+@pytest.mark.parametrize("words", VARIANTS, ids=" ".join)
+def test_captured_steps_equal_eager_ones(tmp_path, words, capsys):
+    run_here(tmp_path / "graph", *CUDA, *words, "--n_steps=60")
     assert "capture failed" not in capsys.readouterr().out
-    run_here(tmp_path / "eager", *CUDA, *flags, "--n_steps=60", "--no_cuda_graph")
+    run_here(tmp_path / "eager", *CUDA, *words, "--n_steps=60", "--no_cuda_graph")
     assert columns(tmp_path / "graph") == columns(tmp_path / "eager")
 
 
@@ -56,11 +60,11 @@ def test_a_checkpoint_moves_between_cpu_and_gpu(tmp_path):
 
 
 def test_no_step_waits_for_the_device():
-    args = train.parse_args([*CUDA, "--n_steps=100"])
-    dataset, device = train.load_data(args), torch.device("cuda")
-    config = train.complete(args, dataset, device)
-    dataset = run.resident(dataset, device)
-    trainer = training.Trainer(run.build_model(config, dataset), config, dataset)
+    args, device = flags.parse_args([*CUDA, "--n_steps=100", "--lr_schedule=cosine"]), torch.device("cuda")
+    dataset = data.load_dataset(args.dataset)
+    config = dataclasses.replace(train.complete(args, dataset, device), augment=True)  # refused for images this small
+    dataset = train.resident(dataset, device)
+    trainer = train.Trainer(train.build_model(config, dataset), config, dataset, pytest.fail)
     trainer.advance(0, 30)  # warm-up and capture may wait
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
@@ -69,3 +73,11 @@ def test_no_step_waits_for_the_device():
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert trainer.finite_steps.item() == 1030
+
+
+def test_a_gpu_that_works_is_chosen_and_described():
+    device = devices.choose_device("auto")
+    assert device.type == "cuda" and devices.problem_with(device) == ""
+    assert devices.describe(device)["device"] == torch.cuda.get_device_name()
+    with pytest.raises(ValueError, match="--device=cuda:99: .*invalid device ordinal"):
+        devices.choose_device("cuda:99")
