@@ -32,9 +32,9 @@ class Job:
 
 
 def places(device: str, threads: int | None = None) -> list[str]:
-    """Return the devices of the commands to run at the same time: every GPU, or the CPU once for `threads` (1) cores.
+    """Return the devices of the commands to run at once: each GPU, or "cpu" for every `threads` (1) cores.
 
-    device: as --device names it. A GPU takes one command: what a second would need of its memory is not known.
+    A GPU takes one command, because the memory of a second is not known. device: as --device names it.
     """
     import torch
 
@@ -68,8 +68,7 @@ def outcome(job: Job, status: int) -> str:
 def run_jobs(jobs: list[Job], devices: list[str], threads: int = 1, complete: int = 0) -> tuple[list[str], int]:
     """Run the jobs, one on each device at a time; return those that failed, and the signal that stopped them or 0.
 
-    A signal that asks to stop is handed on to the running jobs, and no other job is started. threads: OMP_NUM_THREADS
-    of each. complete: how many jobs the bar counts as done before.
+    The signal is handed on to the running jobs. threads: OMP_NUM_THREADS. complete: jobs that the bar counts as done.
     """
     waiting, free, failed = list(jobs), list(devices), []
     running: list[Job] = []
