@@ -15,6 +15,7 @@ Exit status: 0 all runs are complete; 1 one failed; 2 the command is wrong; 128 
 
 import contextlib
 import dataclasses
+import functools
 import itertools
 import re
 import signal
@@ -144,7 +145,7 @@ def train_all(runs: Runs) -> tuple[list[str], int]:
         refuse_links(folder)
         command = [sys.executable, str(Path(__file__).with_name("train.py")), "--threads=1", *words, "--resume",
                    f"--log_dir={folder}/logs", f"--save_dir={folder}/checkpoints"]
-        jobs.append(pool.Job(str(folder), command, folder / "output.txt", lambda f=folder, c=config: share(f, c)))
+        jobs.append(pool.Job(str(folder), command, folder / "output.txt", functools.partial(share, folder, config)))
     return pool.run_jobs(jobs, places, config.threads or 1, len(runs) - len(todo))
 
 

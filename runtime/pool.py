@@ -1,4 +1,4 @@
-"""Run many commands, as many at a time as there are devices. This file imports no PyTorch."""
+"""Run many commands, as many at a time as there are devices."""
 
 import dataclasses
 import os
@@ -28,13 +28,13 @@ class Job:
     share: Callable[[], float]  # 0 to 1
     device: str = ""
     begin: int = 0  # size of the output file before the command
-    process: subprocess.Popen | None = None
+    process: subprocess.Popen = dataclasses.field(init=False)
 
 
 def places(device: str, threads: int | None = None) -> list[str]:
-    """Return the devices of the commands to run at the same time: every GPU, or the CPU once for `threads` (1) cores.
+    """Return the devices of the commands to run at once: each GPU, or "cpu" for every `threads` (1) cores.
 
-    device: as --device names it. A GPU takes one command: what a second would need of its memory is not known.
+    A GPU takes one command, because the memory of a second is not known. device: as --device names it.
     """
     import torch
 
@@ -66,13 +66,13 @@ def outcome(job: Job, status: int) -> str:
 
 
 def run_jobs(jobs: list[Job], devices: list[str], threads: int = 1, complete: int = 0) -> tuple[list[str], int]:
-    """Run the jobs with a bar, one on each device at a time; return the names of those that failed, and the signal that
-    stopped them or 0.
+    """Run the jobs, one on each device at a time; return those that failed, and the signal that stopped them or 0.
 
-    A signal that asks to stop is handed on to the running jobs, and no other job is started. threads: OMP_NUM_THREADS
-    of each. complete: how many jobs the bar counts as done before.
+    The signal is handed on to the running jobs. threads: OMP_NUM_THREADS. complete: jobs that the bar counts as done.
     """
-    waiting, free, running, failed, received = list(jobs), list(devices), [], [], []
+    waiting, free, failed = list(jobs), list(devices), []
+    running: list[Job] = []
+    received: list[int] = []
     shares, looked_at, handed_on = {job.name: job.share() for job in jobs}, time.monotonic(), 0
 
     def end(job: Job, status: int, text: str) -> None:
@@ -97,7 +97,7 @@ def run_jobs(jobs: list[Job], devices: list[str], threads: int = 1, complete: in
                     end(job, 1, f"failed: {error}")
             for number in received[handed_on:]:
                 handed_on += 1
-                for job in running:
+                for job in running if os.name == "posix" else []:  # on Windows Ctrl-C reaches the whole console
                     job.process.send_signal(number)
             time.sleep(SECONDS_BETWEEN_LOOKS)
             for job in [job for job in running if job.process.poll() is not None]:

@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# Start a SLURM of one node, this machine, for the tests; or stop it. Needs Debian's packages slurm-wlm and munge.
+# Start or stop a SLURM whose only node is this machine, for the tests. Needs Debian's packages slurm-wlm and munge.
 #
 #   export SLURM_CONF=$(tests/start_slurm.sh start FOLDER)
 #   tests/start_slurm.sh stop FOLDER
 #
-# Everything is in FOLDER, which must be new. The node is said to have two CPUs, 16 GB and two GPUs, so that jobs that
-# ask for these are scheduled, whatever is there.
+# All its files are in FOLDER, which must not exist yet. The node claims two CPUs, 16 GB and two GPUs, so that jobs that
+# ask for these are scheduled whatever the machine has.
 set -eu
 folder=$(realpath -m "$2")
 
@@ -27,7 +27,7 @@ munged --key-file="$folder/munge.key" --socket="$folder/munge.sock" --pid-file="
 host=$(hostname -s)
 user=$(id -un)
 port=$((20000 + RANDOM % 10000))
-# cred_expire: after a requeue SLURM waits this long, by default two minutes.
+# cred_expire: how long SLURM waits after a requeue, by default two minutes.
 cat >"$folder/slurm.conf" <<CONF
 ClusterName=tests
 SlurmctldHost=$host(127.0.0.1)
