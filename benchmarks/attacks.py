@@ -16,9 +16,9 @@ import torch
 
 import attacks
 import data
+import flags
 import models
 from benchmarks.speed import print_markdown, synchronize
-import flags
 from runtime import checkpoints
 from runtime import device as devices
 
