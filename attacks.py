@@ -44,12 +44,10 @@ def pgd(model: nn.Module, x: Tensor, y: Tensor, epsilon: float, steps: int = 10,
     Raises ValueError for an argument out of its range, shapes and dtypes that do not agree, and a model that does not
     return logits, does not let gradients through or changes its input in place.
     """
-    check_radius(epsilon)
     for name, choice, known in (("start", start, ("random", "image")), ("objective", objective, ("exact", "ce"))):
         if choice not in known:
             raise ValueError(f"unknown {name} '{choice}': choose '{known[0]}' or '{known[1]}'")
-    step_size = 2.5 * epsilon / max(steps, 1) if step_size is None else step_size
-    if steps < 1 or restarts < 1 or not 0 <= step_size < math.inf:
+    if steps < 1 or restarts < 1 or not 0 <= (step_size or 0) < math.inf:
         raise ValueError(f"PGD needs steps >= 1, restarts >= 1 and a finite step_size >= 0, not {steps}, {restarts} "
                          f"and {step_size}")
     shape = (restarts, *x.shape)
@@ -60,8 +58,9 @@ def pgd(model: nn.Module, x: Tensor, y: Tensor, epsilon: float, steps: int = 10,
     elif starts.shape != shape:
         raise ValueError(f"starts must have the shape (restarts, *x.shape) = {shape}, not {tuple(starts.shape)}")
 
+    step_size = 2.5 * epsilon / steps if step_size is None else step_size
     iterates, excesses = [], []
-    with attacking(model, x, y) as (x, y):
+    with attacking(model, x, y, [epsilon]) as (x, y):
         low, high = ball(x, epsilon)
         direction = torch.empty_like(x)
         for offset in starts.to(x):
@@ -89,7 +88,7 @@ def zero_gradient(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
 
     Arguments and errors as in pgd. PGD from such an image never moves, and counts it as robust.
     """
-    with attacking(model, x, y) as (x, y):
+    with attacking(model, x, y, []) as (x, y):
         x.requires_grad_()
         gradient, = torch.autograd.grad(F.cross_entropy(model(x), y, reduction="sum"), x)
     return (gradient == 0).flatten(1).all(1)
@@ -106,9 +105,9 @@ def robust_accuracy(model: nn.Module, x: Tensor, y: Tensor, epsilons: Sequence[f
     """
     if batch_size is not None and batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, not {batch_size}")
-    check_images(x, y)
-    parts = zip(x.split(batch_size or len(x)), y.split(batch_size or len(x)), strict=True)
-    rank = torch.cat([ranks(model, *part, epsilons, steps, budget) for part in parts])
+    size = batch_size or max(1, len(x))
+    parts = [slice(first, first + size) for first in range(0, max(1, len(x)), size)]
+    rank = torch.cat([ranks(model, x[part], y[part], epsilons, steps, budget) for part in parts])
     radii = ascending(epsilons)
     return [(rank > radii.index(epsilon)).sum().item() / len(x) for epsilon in epsilons]
 
@@ -127,13 +126,11 @@ def ranks(model: nn.Module, x: Tensor, y: Tensor, epsilons: Sequence[float], ste
     (targeted margins, as in APGD-T: Croce and Hein 2020, arXiv:2003.01690); a class that was out of reach in a larger
     ball is not tried again. The first step crosses the ball, the last ones are small.
     """
-    for epsilon in epsilons:
-        check_radius(epsilon)
     if steps < 1 or budget not in BUDGETS:
         raise ValueError(f"robust accuracy needs steps >= 1 and a budget among {', '.join(BUDGETS)}, not {steps} and "
                          f"'{budget}'")
     classes, rounds, step_factor, reach = BUDGETS[budget]
-    with attacking(model, x, y) as (x, y), torch.no_grad():
+    with attacking(model, x, y, epsilons) as (x, y), torch.no_grad():
         radii = x.new_tensor(ascending(epsilons))
         limits = radii, steps * step_factor, reach
         rank = torch.where(correct(model(x), y), len(radii), 0)
@@ -229,12 +226,13 @@ def like_images(values: Tensor, x: Tensor) -> Tensor:
     return values.view(-1, *[1] * (x.dim() - 1))
 
 
-def check_radius(epsilon: float) -> None:
-    if not 0 <= epsilon <= 1:
-        raise ValueError(f"epsilon must lie in [0, 1], like the pixels (8/255, not 8), not {epsilon}")
-
-
-def check_images(x: Tensor, y: Tensor) -> None:
+@contextmanager
+def attacking(model: nn.Module, x: Tensor, y: Tensor, epsilons: Sequence[float]) -> Iterator[tuple[Tensor, Tensor]]:
+    """Check the arguments (the model on the first image), hold the model ready for input gradients, and give copies of
+    x and y that autograd accepts even if x and y were made in inference mode."""
+    for epsilon in epsilons:
+        if not 0 <= epsilon <= 1:
+            raise ValueError(f"epsilon must lie in [0, 1], like the pixels (8/255, not 8), not {epsilon}")
     if x.dim() < 2 or len(x) == 0 or y.shape != x.shape[:1]:
         raise ValueError(f"an attack needs images (N, ...) and as many labels (N,), not {tuple(x.shape)} and "
                          f"{tuple(y.shape)}")
@@ -242,13 +240,6 @@ def check_images(x: Tensor, y: Tensor) -> None:
         raise ValueError("an attack needs images in [0, 1], of a floating-point dtype")
     if y.dtype != torch.int64 or y.device != x.device:
         raise ValueError(f"an attack needs int64 labels on the images' device, {x.device}, not {y.dtype} on {y.device}")
-
-
-@contextmanager
-def attacking(model: nn.Module, x: Tensor, y: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """Check images, labels and model (on the first image); hold the model ready for input gradients, and give copies
-    of x and y that autograd accepts wherever x and y were made."""
-    check_images(x, y)
     if any(tensor.is_inference() for tensor in (*model.parameters(), *model.buffers())):
         raise ValueError("a model made inside torch.inference_mode() has no gradients: make it outside")
     with torch.inference_mode(False), evaluating(model), torch.enable_grad():

@@ -79,15 +79,12 @@ class Normalize(nn.Module):
 class Network(nn.Module):
     """A network in two parts: encode, which is affine and ends before the first non-linearity or norm, and decode."""
 
+    encode: Callable[[Tensor], Tensor]
+    decode: Callable[[Tensor], Tensor]
+
     def __init__(self, in_shape: Sequence[int], mean: Sequence[float] | None, std: Sequence[float] | None):
         super().__init__()
         self.normalize = Normalize(mean, std, in_shape[0])
-
-    def encode(self, x: Tensor) -> Tensor:
-        raise NotImplementedError
-
-    def decode(self, hidden: Tensor) -> Tensor:
-        raise NotImplementedError
 
     def forward(self, x: Tensor) -> Tensor:
         return self.decode(self.encode(x))
@@ -289,14 +286,14 @@ def described(value: Any) -> tuple:
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Hold the model in eval mode and its parameters free of gradients; afterwards every flag is as it was."""
     modes = [(module, module.training) for module in model.modules()]
-    gradients = [(parameter, parameter.requires_grad) for parameter in model.parameters() if not parameter.is_inference()]
+    trainable = [p for p in model.parameters() if p.requires_grad and not p.is_inference()]
     try:
         model.eval()
-        for parameter, _ in gradients:
+        for parameter in trainable:
             parameter.requires_grad_(False)
         yield
     finally:
         for module, training in modes:
             module.training = training
-        for parameter, requires_grad in gradients:
-            parameter.requires_grad_(requires_grad)
+        for parameter in trainable:
+            parameter.requires_grad_(True)

@@ -1,0 +1,67 @@
+"""A log step's row against what it is made of."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+import attacks
+import data
+import measure
+from flags import Config
+from models import build_model
+
+
+@pytest.fixture(scope="module")
+def small():
+    """A data set of 40 random images, and a network that is right on most of them."""
+    torch.manual_seed(0)
+    x, model = torch.randint(256, (40, 1, 4, 4), dtype=torch.uint8), build_model("mlp", (1, 4, 4), 3, width=8)
+    with torch.no_grad():
+        y = model(data.pixels(x, torch.float32)).argmax(1)
+    y[0] = (y[0] + 1) % 3
+    return model, data.Dataset(x_train=x, y_train=y, x_test=x[:20], y_test=y[:20], num_classes=3, mean=[0.0], std=[1.0],
+                               name="small")
+
+
+def row_of(small, **flags):
+    config = replace(Config(), **{**dict(adv_size=20, pgd_steps=1, epsilons=[0.1], lc_samples=0, robust_budget="low",
+                                         lc_radius=[0.1]), **flags})
+    return config, measure.measure(*small, measure.draw_probes(config, small[1]), config)
+
+
+def test_ranks_are_written_whole_for_any_number_of_epsilons(small):
+    """300 radii: the characters go beyond those of one byte."""
+    config, row = row_of(small, epsilons=[0.003 * k for k in range(1, 301)])
+    text = row["outcomes"]["robust"]
+    rank = np.frombuffer(text.encode("utf-32-le"), np.uint32).astype(int) - 48
+    assert len(text) == 20 and rank[0] == 0 and rank.max() > 206
+    found = attacks.ranks(small[0], data.pixels(small[1].x_test, torch.float32), small[1].y_test, config.epsilons, 1,
+                          "low")
+    probes = measure.draw_probes(config, small[1])
+    assert torch.equal(probes.images, data.pixels(small[1].x_test, torch.float32)) and rank.tolist() == found.tolist()
+    assert list(row["robust_acc"].values()) == [float((rank > k).mean()) for k in range(1, 301)]
+
+
+def test_the_losses_are_those_that_training_minimises(small):
+    model, dataset = small
+    logits = model(data.pixels(dataset.x_train, torch.float32))
+    for loss in ("ce", "exact_ce"):
+        _, row = row_of(small, loss=loss, label_smoothing=0.2, eval_batch_size=7)
+        expected = F.cross_entropy(logits, dataset.y_train, label_smoothing=0.2).item()
+        assert row["train_loss"] == pytest.approx(expected, rel=1e-5)
+        assert row["train_acc"] == 39 / 40 and row["outcomes"]["test"] == "7ffff"
+    assert list(row) == ["train_loss", "train_acc", "train_saturated", "test_loss", "test_acc", "outcomes", "adv_acc",
+                         "robust_acc", "saturated", "zero_gradient", "local_complexity", "weight_norm"]
+
+
+def test_a_layer_with_a_pre_activation_that_is_not_a_number_has_no_mean(small):
+    model, dataset = small
+    broken = build_model("mlp", (1, 4, 4), 3, width=8)
+    broken.load_state_dict(model.state_dict())
+    broken.layers[2].weight.data[0, 0] = torch.nan
+    _, row = row_of((broken, dataset), lc_samples=200, lc_directions=3)
+    for means in row["local_complexity"].values():
+        assert np.isnan(means["0.1"]).tolist() == [False, True, True]
