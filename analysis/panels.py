@@ -21,7 +21,7 @@ from runtime import files
 try:
     import matplotlib
 except ValueError:  # a notebook's MPLBACKEND is not installed here; a figure in a file needs no backend
-    del os.environ["MPLBACKEND"]
+    os.environ.pop("MPLBACKEND", None)
     import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
