@@ -109,6 +109,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f"plot.py: {error}", file=sys.stderr)
         return 2
+    except (TypeError, LookupError, AttributeError) as error:  # a history or config that somebody edited
+        print(f"plot.py: {' '.join(args.partition or args.histories)}: not as train.py writes it ({error!r})",
+              file=sys.stderr)
+        return 2
     return 0
 
 

@@ -127,7 +127,7 @@ def figure(histories: Sequence[dict]) -> Figure:
     grid = fig.subplots(rows * each, columns, squeeze=False, height_ratios=heights * rows)
     grid = grid.reshape(rows, each, columns).swapaxes(1, 2).reshape(-1, each)
     for axes, group in zip(grid, groups, strict=False):
-        draw_group(axes, group, radii, panels.span(histories), width / columns - ENDS)
+        draw_group(list(axes), group, radii, panels.span(histories), width / columns - ENDS)
         over = f"{runs.group_title(group, flags)}\n{runs.runs_text(group)}"
         axes[0].set_title(over.strip(), fontsize=SMALL + 1, pad=13)
     for ax in grid[len(groups):].flat:
@@ -170,9 +170,9 @@ def add_legend(fig: Figure, groups: Sequence[Sequence[dict]], with_complexity: b
     from matplotlib.lines import Line2D
     from matplotlib.patches import Patch
 
-    handles = [Line2D([], [], color="0.3", lw=1.6, label="robust_acc at ε: attacks on the exact objective"),
-               Line2D([], [], color="0.3", lw=1.0, ls=(0, (3, 1.5)),
-                      label="adv_acc at ε: PGD on cross-entropy as computed")]
+    handles: list[Line2D | Patch] = [
+        Line2D([], [], color="0.3", lw=1.6, label="robust_acc at ε: attacks on the exact objective"),
+        Line2D([], [], color="0.3", lw=1.0, ls=(0, (3, 1.5)), label="adv_acc at ε: PGD on cross-entropy as computed")]
     if with_complexity:
         handles.append(Patch(color="0.75", label="train points, layer upon layer (first at the bottom)"))
     shown = {name for group in groups for name in panels.shown_shares(group)}

@@ -21,13 +21,14 @@ from runtime import files
 try:
     import matplotlib
 except ValueError:  # a notebook's MPLBACKEND is not installed here; a figure in a file needs no backend
-    del os.environ["MPLBACKEND"]
+    os.environ.pop("MPLBACKEND", None)
     import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.markers import TICKDOWN
 from matplotlib.text import Annotation
-from matplotlib.transforms import offset_copy
+from matplotlib.transforms import ScaledTranslation
 
 TRAIN, TEST, RANDOM = "black", "#D55E00", "#0072B2"  # the palette of Okabe and Ito, safe for colour-blind readers
 SHARES: dict[str, tuple[str, dict[str, Any], str]] = {  # column: name at the curve's end, line, words in the legend
@@ -52,16 +53,14 @@ def default_style() -> Iterator[None]:
 
 def new_figure(width: float, height: float, title: str, dpi: int = DPI) -> Figure:
     """A figure of this size in inches, with its title in as many lines as it needs."""
-    fig = Figure((width, height), dpi=dpi, layout="constrained")
-    fig.get_layout_engine().set(w_pad=0.08, h_pad=0.06)
+    fig = Figure((width, height), dpi=dpi)
     fig.suptitle(textwrap.fill(title, int(11.5 * width)), fontsize=SMALL + 2)
     return fig
 
 
 def lay_out(fig: Figure) -> None:
     """Fix the layout, then spread the names of the curves in each panel and tie them to their ends."""
-    fig.get_layout_engine().execute(fig)
-    fig.set_layout_engine("none")
+    ConstrainedLayoutEngine(w_pad=0.08, h_pad=0.06).execute(fig)
     for ax in fig.axes:
         names = [text for text in ax.texts if isinstance(text, Annotation)]
         if names:
@@ -69,13 +68,13 @@ def lay_out(fig: Figure) -> None:
             ends = (ax.transData + ax.transAxes.inverted()).transform([name.xy for name in names])
             for name, (x, y), place in zip(names, ends, spaced(ends[:, 1], LINE / height, 0.02, 0.98), strict=True):
                 name.set_y(place)
-                ax.plot([x, 1 + 0.16 / width], [y, place], color=name.get_color(), lw=0.5, alpha=0.6,
+                ax.plot([x, 1 + 0.15 / width], [y, place], color=name.get_color(), lw=0.5, alpha=0.6,
                         transform=ax.transAxes, clip_on=False)
 
 
 def inches(ax: Axes) -> np.ndarray:
     """The width and height of a panel."""
-    return ax.get_position().size * ax.get_figure().get_size_inches()
+    return np.array(ax.bbox.size) / ax.figure.dpi
 
 
 def save(fig: Figure, path: str | Path) -> list[Path]:
@@ -140,8 +139,8 @@ def draw_curve(ax: Axes, group: Sequence[dict], column: Callable[[dict], np.ndar
         ax.fill_between(steps, low, high, color=style["color"], alpha=0.2, lw=0)
     if name and known.any():
         ax.annotate(name, (steps[known][-1], mean[known][-1]), (1, 0.5), annotation_clip=False, va="center",
-                    textcoords=offset_copy(ax.transAxes, ax.get_figure(), 13, units="points"), color=style["color"],
-                    fontsize=SMALL)
+                    color=style["color"], fontsize=SMALL,
+                    textcoords=ax.transAxes + ScaledTranslation(13 / 72, 0, ax.figure.dpi_scale_trans))
 
 
 def spaced(wanted: Sequence[float] | np.ndarray, gap: float, low: float, high: float) -> np.ndarray:

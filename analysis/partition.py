@@ -221,9 +221,9 @@ def figure(paths: Sequence[str | Path], data_dir: str | None = None) -> Figure:
 
 def snap(ax: Axes, raster: int) -> None:
     """Move a panel to whole pixels, so that a pixel of the picture is a pixel of the file."""
-    size = ax.get_figure().bbox.size
+    size = np.array(ax.figure.bbox.size)
     corner = np.round(ax.get_position().get_points().mean(axis=0) * size - raster / 2)
-    ax.set_position([*corner / size, *raster / size])
+    ax.set_position((*(corner / size), *(raster / size)))
 
 
 def draw_images(axes: Sequence[Axes], plane: Plane) -> None:

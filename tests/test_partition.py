@@ -234,14 +234,11 @@ def test_bad_checkpoint_gives_one_line(tmp_path, capsys):
         assert plot.main(["--partition", good, str(tmp_path / name), "--out", str(tmp_path / "x.png")]) == 2
         error = assert_one_line(capsys)
         assert name in error and reason in error
+    for changes in ({"seed": "one"}, {"train_size": [3]}, {"label_noise": "half"}, {"dataset": 3}):
+        assert plot.main(["--partition", save_checkpoint(tmp_path / "typed.pt", **changes)]) == 2
+        assert "typed.pt" in assert_one_line(capsys)
     assert plot.main(["--partition", good, str(tmp_path / "decay.pt"), "--out", str(tmp_path / "film.gif")]) == 2
     assert "--weight_decay" in assert_one_line(capsys)
-
-
-@pytest.mark.parametrize("changes", [{"seed": "one"}, {"train_size": [3]}, {"label_noise": "half"}, {"dataset": 3}])
-def test_a_config_of_wrong_types_gives_one_line(changes, tmp_path, capsys):
-    assert plot.main(["--partition", save_checkpoint(tmp_path / "0.pt", **changes)]) == 2
-    assert "0.pt" in assert_one_line(capsys)
 
 
 def test_data_in_another_folder_are_asked_for(tmp_path, capsys, monkeypatch):
@@ -262,10 +259,3 @@ def test_data_in_another_folder_are_asked_for(tmp_path, capsys, monkeypatch):
     assert plot.main(["--partition", path]) == 2
     assert "--data_dir" in assert_one_line(capsys)
     assert plot.main(["--partition", path, "--data_dir", "../images"]) == 0
-
-
-def test_metrics_of_a_wrong_type_are_unknown():
-    wrong = {"step": 1, "train_acc": "all", "test_acc": None, "adv_acc": [0.1], "robust_acc": {"0.1": {}}}
-    assert partition.history_of([wrong]) == {
-        "step": [1], "adv_acc": {}, "robust_acc": {"0.1": [None]},
-        **{name: [None] for name in ("train_acc", "test_acc", "train_saturated", "zero_gradient")}}
