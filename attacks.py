@@ -1,20 +1,23 @@
 """l-infinity attacks on classifiers of images in [0, 1]: PGD, and robust accuracy close to AutoAttack's.
 
-Both ascend the input's gradient only: parameters get none, and the model is attacked in eval mode and left as it was.
+They take any nn.Module that maps images to logits (N, classes), attack it in eval mode, compute no gradients of its
+parameters, and leave it and the caller's tensors as they were. They work inside torch.inference_mode() as well.
 """
 
 import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor, nn
 
 from losses import log_odds
 from models import evaluating
 
 # budget: (wrong classes attacked one by one, rounds over them, factor on `steps`, reach: how far from falling an image
-# may be before its class is given up). README.md has what each costs and finds. Each further class finds images that
-# no number of steps or restarts on the strongest class alone finds; a longer reach matters on convolutions with batch
-# norm, little on an MLP.
+# may be before its class is given up). Each further class finds images that no number of steps or restarts on the
+# strongest class finds; a longer reach matters for convolutions with batch norm, little for an MLP.
 BUDGETS = {"low": (2, 1, 1, 0.1), "default": (9, 1, 1, 0.3), "high": (9, 2, 2, 0.5)}
 DEFAULT_BUDGET = "default"
 # Steps toward a class, in one ball, before it can be given up as out of reach: the first goes to a corner of the
@@ -22,34 +25,33 @@ DEFAULT_BUDGET = "default"
 PATIENCE = 2
 
 
-def pgd(model, x, y, epsilon, steps=10, step_size=None, restarts=1, objective="exact", seed=0, starts=None,
-        start="random"):
+def pgd(model: nn.Module, x: Tensor, y: Tensor, epsilon: float, steps: int = 10, step_size: float | None = None,
+        restarts: int = 1, objective: str = "exact", seed: int = 0, starts: Tensor | None = None,
+        start: str = "random") -> Tensor:
     """Return adversarial images, shaped like x: l-infinity projected gradient ascent (Madry et al. 2018,
     arXiv:1706.06083), clipped to [0, 1], last iterate.
 
-    x: images (N, ...) in [0, 1], in the model's dtype; y: true classes (N,); epsilon: radius in pixel units.
-    step_size: in pixel units, by default 2.5 * epsilon / steps. restarts: for each image the last iterate that is the
-    most misclassified of this many runs. starts: (restarts, N, ...), uniform in [-1, 1], the random points in units
-    of epsilon; drawn from `seed` if not given. start: "random" begins at a random point of the ball, "image" at
-    x itself; where the gradient at x is exactly zero, an attack that begins there never moves.
+    x: images (N, ...) in [0, 1], in the model's dtype; y: true classes, int64 (N,); epsilon: radius in [0, 1], in
+    pixel units. step_size: in pixel units, by default 2.5 * epsilon / steps. restarts: number of runs; for each image
+    the most misclassified of their last iterates is returned. starts: (restarts, N, ...), uniform in [-1, 1], the
+    random points in units of epsilon; drawn from `seed` if not given. start: "random" begins at a random point of the
+    ball, "image" at x itself; where the gradient at x is exactly zero, an attack that begins there never moves.
 
     objective "exact" ascends u = logsumexp over j != y of z_j, minus z_y: the log-odds of being wrong. Cross-entropy
     is softplus(u), so both have the same ascent direction; but in float32 the gradient of cross-entropy, which is
     objective "ce", loses the true logit's term and then vanishes once the softmax rounds to 1.
 
-    Raises ValueError for an epsilon or step_size that is negative or not finite, steps or restarts below 1, an
-    unknown objective or start, images outside [0, 1], and shapes that do not agree.
+    Raises ValueError for an argument out of its range, shapes and dtypes that do not agree, and a model that does not
+    return logits, does not let gradients through or changes its input in place.
     """
-    check_images(x, y)
-    check_radius("epsilon", epsilon)
-    if start not in ("random", "image"):
-        raise ValueError(f"unknown start '{start}': choose 'random' or 'image'")
-    if objective not in ("exact", "ce"):
-        raise ValueError(f"unknown objective '{objective}': choose 'exact' or 'ce'")
-    if steps < 1 or restarts < 1:
-        raise ValueError(f"PGD needs steps >= 1 and restarts >= 1, not {steps} and {restarts}")
-    step_size = 2.5 * epsilon / steps if step_size is None else step_size
-    check_radius("step_size", step_size)
+    check_radius(epsilon)
+    for name, choice, known in (("start", start, ("random", "image")), ("objective", objective, ("exact", "ce"))):
+        if choice not in known:
+            raise ValueError(f"unknown {name} '{choice}': choose '{known[0]}' or '{known[1]}'")
+    step_size = 2.5 * epsilon / max(steps, 1) if step_size is None else step_size
+    if steps < 1 or restarts < 1 or not 0 <= step_size < math.inf:
+        raise ValueError(f"PGD needs steps >= 1, restarts >= 1 and a finite step_size >= 0, not {steps}, {restarts} "
+                         f"and {step_size}")
     shape = (restarts, *x.shape)
     if start == "image":
         starts = torch.zeros(shape)
@@ -58,10 +60,10 @@ def pgd(model, x, y, epsilon, steps=10, step_size=None, restarts=1, objective="e
     elif starts.shape != shape:
         raise ValueError(f"starts must have the shape (restarts, *x.shape) = {shape}, not {tuple(starts.shape)}")
 
-    x, best, best_excess = x.detach(), None, None
-    low, high = ball(x, epsilon)
-    direction = torch.empty_like(x)
-    with evaluating(model), torch.enable_grad():
+    iterates, excesses = [], []
+    with attacking(model, x, y) as (x, y):
+        low, high = ball(x, epsilon)
+        direction = torch.empty_like(x)
         for offset in starts.to(x):
             x_adv = torch.add(x, offset, alpha=epsilon).clamp_(low, high)
             for _ in range(steps):
@@ -77,74 +79,63 @@ def pgd(model, x, y, epsilon, steps=10, step_size=None, restarts=1, objective="e
             with torch.no_grad():
                 logits = model(x_adv)
             excess = wrong_logits(logits, y).amax(1) - pick(logits, y)
-            excess = torch.where(excess.isnan(), torch.inf, excess)  # a wrong answer, as in correct()
-            if best is None:
-                best, best_excess = x_adv, excess
-            worse = excess > best_excess
-            best = torch.where(like_images(worse, x), x_adv, best)
-            best_excess = torch.where(worse, excess, best_excess)
-    return best
+            excesses.append(torch.where(excess.isnan(), torch.inf, excess))  # a wrong answer, as in correct()
+            iterates.append(x_adv)
+        return torch.stack(iterates)[torch.stack(excesses).argmax(0), torch.arange(len(x), device=x.device)]
 
 
-def zero_gradient(model, x, y):
+def zero_gradient(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
     """Return whether cross-entropy, as PyTorch computes it, has an input gradient of exactly zero at x, bool (N,).
 
-    x and y as in pgd. There PGD from the image itself does not move, and the image counts as robust.
+    Arguments and errors as in pgd. PGD from such an image never moves, and counts it as robust.
     """
-    with evaluating(model), torch.enable_grad():
-        x = x.detach().requires_grad_()
+    with attacking(model, x, y) as (x, y):
+        x.requires_grad_()
         gradient, = torch.autograd.grad(F.cross_entropy(model(x), y, reduction="sum"), x)
     return (gradient == 0).flatten(1).all(1)
 
 
-def robust_accuracy(model, x, y, epsilons, steps=10, budget=DEFAULT_BUDGET, batch_size=None):
-    """Return, for each epsilon in the given order, the fraction of images (a float) that withstand the attack of
-    ranks, which has the same arguments and errors.
+def robust_accuracy(model: nn.Module, x: Tensor, y: Tensor, epsilons: Sequence[float], steps: int = 10,
+                    budget: str = DEFAULT_BUDGET, batch_size: int | None = None) -> list[float]:
+    """Return, for each epsilon in the given order, the fraction of images that withstand the attack of ranks, which
+    has the same arguments and errors. batch_size: images attacked together, by default all.
 
     An image counts at epsilon only if its clean prediction is right and no iterate of the attack, at this epsilon or
     a smaller one of the grid, is misclassified: the result never rises with epsilon and never exceeds the accuracy
     on x. It is deterministic, and no image's outcome depends on the others in its batch.
-
-    batch_size: images attacked together, by default all.
     """
-    check_images(x, y)
     if batch_size is not None and batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, not {batch_size}")
+    check_images(x, y)
     parts = zip(x.split(batch_size or len(x)), y.split(batch_size or len(x)), strict=True)
     rank = torch.cat([ranks(model, *part, epsilons, steps, budget) for part in parts])
     radii = ascending(epsilons)
     return [(rank > radii.index(epsilon)).sum().item() / len(x) for epsilon in epsilons]
 
 
-def ranks(model, x, y, epsilons, steps=10, budget=DEFAULT_BUDGET):
+def ranks(model: nn.Module, x: Tensor, y: Tensor, epsilons: Sequence[float], steps: int = 10,
+          budget: str = DEFAULT_BUDGET) -> Tensor:
     """Return for each image the number (int64, (N,)) of radii among 0 and epsilons that it withstands: 0 if its clean
     prediction is wrong, 1 if that is right but falls at the smallest epsilon above 0, and so on.
 
-    x: images (N, ...) in [0, 1], in the model's dtype; y: true classes (N,); epsilons: radii in pixel units, 0
-    allowed, in any order. steps: at most this many steps toward one class in one ball ("high": twice as many).
-    budget: a key of BUDGETS.
+    x, y and errors as in pgd; epsilons: radii in [0, 1], in pixel units and any order. steps: at most this many steps
+    toward one class in one ball ("high": twice as many). budget: a key of BUDGETS.
 
-    Every image starts in the largest ball. An iterate that is misclassified drops it into the next smaller one,
-    where the attack goes on from the same point: so it pays the many steps of an attack that fails for one epsilon,
-    not for each. The steps ascend z_j - z_y, first with the strongest wrong class of the moment as j, then with
-    each wrong class in turn (targeted margins, as in APGD-T: Croce and Hein 2020, arXiv:2003.01690); a class that
-    was out of reach in a larger ball is not tried again. The first step crosses the ball, the last ones are small.
-
-    Raises ValueError for an epsilon that is negative or not finite, steps below 1, an unknown budget, images
-    outside [0, 1], and shapes that do not agree.
+    Every image starts in the largest ball. A misclassified iterate moves it to the next smaller ball, where the
+    attack goes on from the same point: so only one epsilon costs the many steps of an attack that fails. The steps
+    ascend z_j - z_y, first with the strongest wrong class at each step as j, then with each wrong class in turn
+    (targeted margins, as in APGD-T: Croce and Hein 2020, arXiv:2003.01690); a class that was out of reach in a larger
+    ball is not tried again. The first step crosses the ball, the last ones are small.
     """
-    check_images(x, y)
     for epsilon in epsilons:
-        check_radius("epsilon", epsilon)
-    if steps < 1:
-        raise ValueError(f"robust accuracy needs steps >= 1, not {steps}")
-    if budget not in BUDGETS:
-        raise ValueError(f"unknown budget '{budget}': choose from {', '.join(BUDGETS)}")
-
+        check_radius(epsilon)
+    if steps < 1 or budget not in BUDGETS:
+        raise ValueError(f"robust accuracy needs steps >= 1 and a budget among {', '.join(BUDGETS)}, not {steps} and "
+                         f"'{budget}'")
     classes, rounds, step_factor, reach = BUDGETS[budget]
-    x, radii = x.detach(), x.new_tensor(ascending(epsilons))
-    limits = radii, steps * step_factor, reach
-    with evaluating(model), torch.no_grad():
+    with attacking(model, x, y) as (x, y), torch.no_grad():
+        radii = x.new_tensor(ascending(epsilons))
+        limits = radii, steps * step_factor, reach
         rank = torch.where(correct(model(x), y), len(radii), 0)
         start = x
         for _ in range(rounds):
@@ -152,26 +143,27 @@ def ranks(model, x, y, epsilons, steps=10, budget=DEFAULT_BUDGET):
             logits = wrong_logits(model(end), y)
             for target in logits.topk(min(classes, logits.shape[1] - 1)).indices.T:
                 drop_while_fallen(model, x, y, start, target, rank, *limits)
-            start = 2 * x - end  # the next round sets out from the other side
+            start = 2 * x - end  # the next round starts from the opposite side
     return rank
 
 
-def drop_while_fallen(model, x, y, start, target, rank, radii, steps, reach):
+def drop_while_fallen(model: nn.Module, x: Tensor, y: Tensor, start: Tensor, target: Tensor | None, rank: Tensor,
+                      radii: Tensor, steps: int, reach: float) -> Tensor:
     """Attack every image in the largest ball that it withstands so far, of radius radii[rank - 1], and lower its rank,
     in place, at each misclassified iterate, until `steps` steps in one ball have not misclassified it or are not
     going to. Return the last points.
 
-    start: the first points, drawn into the balls. target: the wrong class (N,) to go for, or None for the strongest
-    one at each step. reach: the target is given up when the linear model says that a step of reach * radius would
-    not get there.
+    start: the first points, which are clipped to the balls. target: the wrong class (N,) to aim for, or None for the
+    strongest one at each step. reach: the target is given up when the linear model says that a step of reach * radius
+    would not get there.
     """
     end = start.clone()
     active = (rank > 1).nonzero().flatten()
 
-    def rows(values, index):  # twice as fast as values[index]
+    def rows(values: Tensor, index: Tensor) -> Tensor:  # twice as fast as values[index]
         return values.index_select(0, index)
 
-    # The active images lie together and are moved when some are done, not at every step.
+    # The active images are kept together; they are moved when some are done, not at every step.
     labels, held = rows(y, active), rows(rank, active)
     goal = labels if target is None else rows(target, active)
     low, high = ball(rows(x, active), like_images(radii[held - 1], x))
@@ -207,43 +199,70 @@ def drop_while_fallen(model, x, y, start, target, rank, radii, steps, reach):
     return end
 
 
-def correct(logits, y):
+def correct(logits: Tensor, y: Tensor) -> Tensor:
     """Return whether the prediction is right, bool (N,): a row of logits with a NaN predicts nothing."""
     largest, prediction = logits.max(1)  # NaN if any is
     return (prediction == y) & ~largest.isnan()
 
 
-def ascending(epsilons):
+def ascending(epsilons: Sequence[float]) -> list[float]:
+    """Return the radii that ranks count: 0 and the epsilons, each once."""
     return sorted({0.0, *epsilons})
 
 
-def ball(x, radius):
-    """The least and the greatest value of each pixel in the ball, within [0, 1]."""
+def ball(x: Tensor, radius: float | Tensor) -> tuple[Tensor, Tensor]:
+    """Return the least and the greatest value of each pixel in the ball, within [0, 1]."""
     return (x - radius).clamp_(min=0), (x + radius).clamp_(max=1)
 
 
-def pick(logits, classes):
+def pick(logits: Tensor, classes: Tensor) -> Tensor:
     return logits.gather(1, classes[:, None]).squeeze(1)
 
 
-def wrong_logits(logits, y):
-    """The logits with -inf in the true class's place."""
+def wrong_logits(logits: Tensor, y: Tensor) -> Tensor:
+    """Return the logits with -inf in the true class's place."""
     return logits.scatter(1, y[:, None], -torch.inf)
 
 
-def like_images(values, x):
-    """One value an image, shaped to broadcast over the images."""
+def like_images(values: Tensor, x: Tensor) -> Tensor:
+    """Return one value for each image, shaped to broadcast over the images."""
     return values.view(-1, *[1] * (x.dim() - 1))
 
 
-def check_radius(name, value):
-    if not 0 <= value < math.inf:
-        raise ValueError(f"{name} must be a finite number of at least 0, not {value}")
+def check_radius(epsilon: float) -> None:
+    if not 0 <= epsilon <= 1:
+        raise ValueError(f"epsilon must lie in [0, 1], like the pixels (8/255, not 8), not {epsilon}")
 
 
-def check_images(x, y):
+def check_images(x: Tensor, y: Tensor) -> None:
     if x.dim() < 2 or len(x) == 0 or y.shape != x.shape[:1]:
         raise ValueError(f"an attack needs images (N, ...) and as many labels (N,), not {tuple(x.shape)} and "
                          f"{tuple(y.shape)}")
-    if not x.is_floating_point() or not x.min() >= 0 or not x.max() <= 1:  # not: a NaN compares with nothing
+    if not x.is_floating_point() or not x.min() >= 0 or not x.max() <= 1:  # not: comparisons with NaN are false
         raise ValueError("an attack needs images in [0, 1], of a floating-point dtype")
+    if y.dtype != torch.int64 or y.device != x.device:
+        raise ValueError(f"an attack needs int64 labels on the images' device, {x.device}, not {y.dtype} on {y.device}")
+
+
+@contextmanager
+def attacking(model: nn.Module, x: Tensor, y: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Check images, labels and model (on the first image); hold the model ready for input gradients, and give copies
+    of x and y that autograd accepts wherever x and y were made."""
+    check_images(x, y)
+    if any(tensor.is_inference() for tensor in (*model.parameters(), *model.buffers())):
+        raise ValueError("a model made inside torch.inference_mode() has no gradients: make it outside")
+    with torch.inference_mode(False), evaluating(model), torch.enable_grad():
+        x, y = x.detach().clone(), y.clone()
+        probe = x[:1].clone().requires_grad_().clone()  # not a leaf: the model may change it
+        logits = model(probe)
+        if not isinstance(logits, Tensor) or logits.dim() != 2 or len(logits) != 1 or logits.shape[1] < 2:
+            found = f"{tuple(logits.shape)} for one image" if isinstance(logits, Tensor) else type(logits).__name__
+            raise ValueError(f"the model must return logits, one tensor (N, 2 or more classes), not {found}")
+        if not logits.requires_grad:
+            raise ValueError("the model's logits have no gradient with respect to its images")
+        if probe._version > 0:
+            raise ValueError("the model changes its input in place: use x - 0.5, say, not x.sub_(0.5)")
+        if not 0 <= y.min() <= y.max() < logits.shape[1]:
+            raise ValueError(f"labels must lie between 0 and {logits.shape[1] - 1}, the model's last class, not "
+                             f"{y.min()} to {y.max()}")
+        yield x, y

@@ -4,29 +4,44 @@ The linear regions of a network meet where a pre-activation is zero, so the unit
 around x count the boundaries that pass near x.
 """
 
+import warnings
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack, suppress
+from typing import Any
 
 import torch
+from torch import Tensor, nn
 from torch.nn.modules import activation
+from torch.overrides import TorchFunctionMode
 
 from models import ACTIVATIONS, Network, evaluating
 
-# Of PyTorch's activation modules, those that do not act on each unit by itself.
+# Of PyTorch's activation modules, those that do not act on each unit separately.
 NOT_ELEMENTWISE = {"GLU", "LogSoftmax", "MultiheadAttention", "Softmax", "Softmax2d", "Softmin"}
 TORCH_ACTIVATIONS = tuple(getattr(activation, name) for name in activation.__all__ if name not in NOT_ELEMENTWISE)
+FUNCTIONS = {"relu", "relu_", "relu6", "leaky_relu", "gelu", "silu", "elu", "tanh", "sigmoid"}
 
 
 class Counted(Exception):
     """Ends a forward pass where no layer is left to count."""
 
 
-def nonlinearities(model):
-    """Return {module: name} of the modules that act on each unit by itself: those of PyTorch and of ACTIVATIONS."""
-    ours = tuple(kind for kind in ACTIVATIONS.values() if isinstance(kind, type))
-    return {module: name for name, module in model.named_modules() if isinstance(module, TORCH_ACTIVATIONS + ours)}
+class FunctionalActivations(TorchFunctionMode):
+    """Notes in `called` which activations are called as functions on anything but module_input, the last input of an
+    activation module, whose own call that is."""
+
+    called: set[str] = set()
+    module_input: Any = None
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = getattr(function, "__name__", "")
+        if name in FUNCTIONS and not (args and args[0] is self.module_input):
+            self.called = self.called | {name}
+        return function(*args, **(kwargs or {}))
 
 
-def random_directions(n_directions, n_features, seed=0, dtype=torch.float32, device=None):
+def random_directions(n_directions: int, n_features: int, seed: int = 0, dtype: torch.dtype = torch.float32,
+                      device: torch.device | str | None = None) -> Tensor:
     """Return (n_directions, n_features): random orthonormal rows, the same on every device for the same seed.
 
     Raises ValueError if n_directions is below 1 or above n_features.
@@ -36,62 +51,74 @@ def random_directions(n_directions, n_features, seed=0, dtype=torch.float32, dev
                          f"choose between 1 and {n_features}")
     generator = torch.Generator().manual_seed(seed)
     gaussian = torch.randn(n_features, n_directions, generator=generator, dtype=torch.float64)
-    return torch.linalg.qr(gaussian).Q.T.to(device, dtype).contiguous()
+    return torch.linalg.qr(gaussian).Q.T.to(dtype).to(device).contiguous()
 
 
-def layer_units(model, in_shape):
-    """Return {name: units} in forward order: the model's non-linearities, each of them a layer of local complexity.
+def layer_units(model: nn.Module, in_shape: Sequence[int]) -> dict[str, int]:
+    """Return {name: units} in forward order: the layers of local complexity, which are the model's activation modules
+    (PyTorch's, and those of models.ACTIVATIONS) that act on each unit separately.
 
-    in_shape: (C, H, W). Raises ValueError if the model has no non-linearity or uses one twice in a forward pass.
+    in_shape: (C, H, W). Warns if the model calls activations as functions, too: these are not counted. Raises
+    ValueError if the model has no such module, uses one twice in a forward pass or is scripted, and if the rows at a
+    module are not the images put in.
     """
-    names = nonlinearities(model)
-    units = {}
+    if any(isinstance(module, torch.jit.ScriptModule) for module in model.modules()):
+        raise ValueError("local complexity cannot see the layers of a scripted model: pass the module it was made from")
+    ours = tuple(kind for kind in ACTIVATIONS.values() if isinstance(kind, type))
+    names = {module: name for name, module in model.named_modules() if isinstance(module, TORCH_ACTIVATIONS + ours)}
+    units: dict[str, int] = {}
+    functions = FunctionalActivations()
 
-    def note(module, args):
+    def note(module: nn.Module, args: tuple[Tensor, ...]) -> None:
         name = names[module]
         if name in units:
-            raise ValueError(f"non-linearity '{name}' is used twice in a forward pass: give each use its own module")
+            raise ValueError(f"module '{name}' is used twice in a forward pass: give each use its own module")
+        check_rows(name, args[0], 1)
         units[name] = args[0][0].numel()
+        functions.module_input = args[0]
 
-    with evaluating(model), torch.no_grad(), pre_hooks(names, note):
+    with evaluating(model), torch.no_grad(), pre_hooks(names, note), functions:
         model(next(model.parameters()).new_zeros(1, *in_shape))
     if not units:
         raise ValueError("the model has no activation module, such as nn.ReLU: there is no layer to count")
+    if functions.called:
+        warnings.warn(f"the model calls {', '.join(sorted(functions.called))} as a function: local complexity counts "
+                      "the units of activation modules only", stacklevel=2)
     return units
 
 
-def local_complexity(model, x, radius, directions, batch_size=None):
+def local_complexity(model: nn.Module, x: Tensor, radius: float | Sequence[float], directions: Tensor,
+                     batch_size: int | None = None) -> Tensor:
     """Count for each point and layer the units whose pre-activation changes sign among the 2P points x ± radius * v.
 
     A unit counts unless torch.sign of its pre-activation is the same at all 2P points (zero is a sign of its own).
-    Where a pre-activation is not a number, the point's count of that layer is -1. The model is in eval mode.
-    layer_units gives the layers' names and sizes, in the same order.
+    Where a pre-activation is not a number, the point's count of that layer is -1. The model is in eval mode, and
+    autocast is off. layer_units gives the layers' names and sizes, in the same order.
 
-    The affine first part of a models.Network is needed at x and at the directions only, not at every vertex. That
+    The affine first part of a models.Network is computed at x and at the directions only, not at every vertex. That
     saves two thirds of an MLP's work on MNIST. Any other module is passed every vertex.
 
-    x: (N, C, H, W), any range, dtype and device of the model. radius: in the units of x, or a sequence of R of them.
-    directions: (P, C*H*W), orthonormal rows. batch_size: the most network inputs held at once. It bounds the memory
-    and does not change the counts; fewer are held where that is faster, and with None.
+    x: (N, C, H, W), any range, in the model's dtype and on its device. radius: in the units of x, or a sequence of R
+    of them. directions: (P, C*H*W), orthonormal rows. batch_size: the most network inputs held at once. It bounds the
+    memory and does not change the counts; fewer are held where that is faster, and with None.
     Returns int64 (N, layers), or (R, N, layers) for a sequence of radii.
 
     Raises ValueError if a radius is not a positive number, the directions do not fit x or are not orthonormal, or
-    the model has no non-linearity.
+    layer_units does.
     """
     radii = torch.as_tensor(radius, dtype=torch.float64)
-    check(x, radii, directions, batch_size)
-    units = layer_units(model, x.shape[1:])
-    layers = [model.get_submodule(name) for name in units]
-    # A GPU wants much at once, 256 MB of the widest layer. What a CPU's cache does not hold slows it down: 4 MB, and
-    # of small layers, which are read again and again, no more than a matrix product needs to be fast.
-    fastest = min(2**20 // max(units.values()), 1024) if x.is_cpu else 2**26 // max(units.values())
-    batch_size = max(1, fastest if batch_size is None else min(batch_size, fastest))
+    with evaluating(model), torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+        check(x, radii, directions, batch_size)
+        units = layer_units(model, x.shape[1:])
+        layers = {model.get_submodule(name): name for name in units}
+        if len(x) == 0:
+            return torch.zeros(*radii.shape, 0, len(layers), dtype=torch.int64, device=x.device)
+        # A GPU is fastest with large batches, 256 MB of the widest layer. A CPU is slow beyond its cache: 4 MB, and
+        # for small layers, which are read again and again, no more than a matrix product needs to be fast.
+        fastest = min(2**20 // max(units.values()), 1024) if x.is_cpu else 2**26 // max(units.values())
+        batch_size = max(1, fastest if batch_size is None else min(batch_size, fastest))
 
-    if len(x) == 0:
-        return torch.zeros(*radii.shape, 0, len(layers), dtype=torch.int64, device=x.device)
-
-    encode, decode = (model.encode, model.decode) if isinstance(model, Network) else (torch.nn.Identity(), model)
-    with evaluating(model), torch.no_grad():
+        encode, decode = (model.encode, model.decode) if isinstance(model, Network) else (nn.Identity(), model)
         axes = directions.to(x).view(-1, *x.shape[1:])
         steps = torch.cat([encode(part) for part in axes.split(batch_size)]) - encode(torch.zeros_like(axes[:1]))
         steps = torch.cat([steps, -steps])
@@ -104,22 +131,27 @@ def local_complexity(model, x, radius, directions, batch_size=None):
     return torch.cat(counts, dim=1).view(*radii.shape, len(x), len(layers))
 
 
-def sign_changes(decode, layers, centers, steps, radius, batch_size):
+def sign_changes(decode: Callable[[Tensor], Any], layers: dict[nn.Module, str], centers: Tensor, steps: Tensor,
+                 radius: float, batch_size: int) -> Tensor:
     """Return int64 (N, layers): the units that change sign among the vertices centers[n] + radius * steps[k]."""
-    low, high = {}, {}
+    low: dict[nn.Module, Tensor] = {}
+    high: dict[nn.Module, Tensor] = {}
+    last, rows = list(layers)[-1], 0
 
-    def watch(layer, args):
+    def watch(layer: nn.Module, args: tuple[Tensor, ...]) -> None:
+        check_rows(layers[layer], args[0], rows)
         # A reduction is fast over what lies in memory as its shape says; a convolution may put the channels last.
         z = args[0] if args[0].is_contiguous() else args[0].movedim(1, -1)
         z = z.unflatten(0, (-1, len(centers)))
         z_low, z_high = z.amin(0), z.amax(0)
         low[layer] = torch.minimum(low[layer], z_low) if layer in low else z_low
         high[layer] = torch.maximum(high[layer], z_high) if layer in high else z_high
-        if layer is layers[-1]:
+        if layer is last:
             raise Counted
 
     with pre_hooks(layers, watch):
         for part in steps.split(max(1, batch_size // len(centers))):
+            rows = len(part) * len(centers)
             with suppress(Counted):
                 decode(torch.add(centers, part.unsqueeze(1), alpha=radius).flatten(0, 1))
     # sign is monotone: the same at every vertex if it is the same at the lowest and the highest pre-activation
@@ -128,7 +160,13 @@ def sign_changes(decode, layers, centers, steps, radius, batch_size):
     return counts.masked_fill(undefined, -1)
 
 
-def check(x, radii, directions, batch_size):
+def check_rows(name: str, z: Tensor, rows: int) -> None:
+    if len(z) != rows:
+        raise ValueError(f"module '{name}' receives {len(z)} rows for {rows} images: local complexity needs "
+                         "one row for each image, with no dimension folded into the batch")
+
+
+def check(x: Tensor, radii: Tensor, directions: Tensor, batch_size: int | None) -> None:
     if radii.dim() > 1 or radii.numel() == 0 or not ((radii > 0) & radii.isfinite()).all():
         raise ValueError(f"radius must be a positive number or a sequence of them, not {radii.tolist()}")
     if not x.is_floating_point():
@@ -144,7 +182,7 @@ def check(x, radii, directions, batch_size):
         raise ValueError(f"batch_size must be at least 1, not {batch_size}")
 
 
-def pre_hooks(modules, hook):
+def pre_hooks(modules: Iterable[nn.Module], hook: Callable[..., None]) -> ExitStack:
     """Return a context in which hook(module, args) runs before the forward pass of each of the modules."""
     hooks = ExitStack()
     for module in modules:

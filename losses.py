@@ -1,15 +1,20 @@
 """The losses a network is trained with, each loss(logits, labels) -> mean over the images, and the log-odds.
 
 Cross-entropy is softplus(u), where u are the log-odds of being wrong. In float32 the softmax of a network far past
-interpolation rounds to exactly 1 for the true class: F.cross_entropy's gradient then loses the true logit's term and
-keeps the others', while u saturates nowhere.
+interpolation rounds to exactly 1 for the true class: the gradient of F.cross_entropy then loses the true logit's term
+and keeps the others, while u never saturates.
 """
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 
-def log_odds(logits, y):
+def log_odds(logits: Tensor, y: Tensor) -> Tensor:
     """Return u (N,): the log-odds of being wrong, logsumexp over j != y of z_j, minus z_y.
 
     logits: (N, classes), two classes or more; y: true classes (N,).
@@ -17,7 +22,7 @@ def log_odds(logits, y):
     return odds(logits, y[:, None])[0].squeeze(1)
 
 
-def odds(logits, y):
+def odds(logits: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return the log-odds (N, 1); exp(z_j - the largest wrong z), 0 for the true class; its sum (N, 1). y: (N, 1)."""
     wrong = logits.scatter(1, y, -torch.inf)
     strongest = wrong.detach().amax(1, keepdim=True)
@@ -28,35 +33,56 @@ def odds(logits, y):
 
 
 class ExactCrossEntropy(torch.autograd.Function):
-    """The mean of softplus(log_odds), its gradient written out: in a small network's step each kernel counts."""
+    """The mean of softplus(log_odds), with its gradient written out: a small network's step is mostly kernel calls."""
 
     @staticmethod
-    def forward(ctx, logits, y):
+    def forward(ctx: Any, logits: Tensor, y: Tensor) -> Tensor:
         u, share, total = odds(logits, y[:, None])
         ctx.save_for_backward(u, share, total, y[:, None])
-        return F.softplus(u, threshold=50).mean()  # above its threshold it is u; 20, the default, is soon for float64
+        return F.softplus(u, threshold=50).mean()  # u itself above the threshold; the default, 20, costs float64 digits
 
     @staticmethod
-    def backward(ctx, gradient):
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         u, share, total, y = ctx.saved_tensors
         wrong = u.sigmoid() * (gradient / len(u))
         return (share * (wrong / total)).scatter_(1, y, -wrong), None
 
 
-def exact_cross_entropy(logits, y):
-    """Cross-entropy whose value and gradient keep every digit, however sure the network is."""
-    return ExactCrossEntropy.apply(logits, y)
+def exact_cross_entropy(logits: Tensor, y: Tensor, label_smoothing: float = 0.0) -> Tensor:
+    """Return cross-entropy whose value and gradient keep every digit, however sure the network is.
+
+    label_smoothing: the target is 1 - label_smoothing at the true class plus label_smoothing / classes at every class.
+    """
+    loss = ExactCrossEntropy.apply(logits, y)
+    return loss + label_smoothing * (logits.gather(1, y[:, None]) - logits).mean() if label_smoothing else loss
 
 
-def squared_error(logits, y):
-    """Mean squared error on one-hot targets, over images and classes."""
+def squared_error(logits: Tensor, y: Tensor) -> Tensor:
+    """Return the mean squared error on one-hot targets, over images and classes."""
     return F.mse_loss(logits, torch.zeros_like(logits).scatter_(1, y[:, None], 1))
 
 
-def stablemax(logits, y):
+def stablemax(logits: Tensor, y: Tensor) -> Tensor:
     """-log(s(z_y) / sum of s(z_j)), s(x) = x + 1 for x >= 0, 1 / (1 - x) below (Prieto et al., arXiv:2501.04697)."""
     side = torch.where(logits < 0, -1.0, 1.0)
     return exact_cross_entropy(side * (side * logits).log1p(), y)  # of log s(x): nothing overflows or rounds to 1
 
 
-LOSSES = {"ce": F.cross_entropy, "exact_ce": exact_cross_entropy, "mse": squared_error, "stablemax": stablemax}
+LOSSES: dict[str, Callable[..., Tensor]] = {
+    "ce": F.cross_entropy, "exact_ce": exact_cross_entropy, "mse": squared_error, "stablemax": stablemax}
+
+
+def build_loss(name: str, label_smoothing: float = 0.0) -> Callable[[Tensor, Tensor], Tensor]:
+    """Return the loss of this name, with its targets smoothed (Szegedy et al. 2016, arXiv:1512.00567, Section 7).
+
+    Raises ValueError for an unknown name, smoothing outside [0, 1), and smoothing of a loss other than cross-entropy.
+    """
+    if name not in LOSSES:
+        raise ValueError(f"unknown loss '{name}': choose from {', '.join(LOSSES)}")
+    if not 0 <= label_smoothing < 1:
+        raise ValueError(f"label_smoothing must lie in [0, 1), not {label_smoothing}")
+    if not label_smoothing:
+        return LOSSES[name]
+    if name not in ("ce", "exact_ce"):
+        raise ValueError(f"label_smoothing needs the loss ce or exact_ce, not {name}")
+    return partial(LOSSES[name], label_smoothing=label_smoothing)

@@ -1,54 +1,56 @@
-"""The measurement of a log step: what METRICS lists, of one network, as one row of the history."""
+"""The measurements of a log step: one row of the history, with the columns that the functions in METRICS return."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
+from torch import Tensor, nn
 
 import attacks
 import data
 import local_complexity
 import models
-import products
-from flags import history_key
-from losses import LOSSES
+from flags import Config, history_key
+from losses import build_loss
 from runtime import device as devices
 from runtime import distributed
 from runtime.seeds import seed_for
 
+Progress = Callable[[str, float], None]  # is told what is being measured, and which share of it is done
 POINTS_AT_ONCE = 128  # of local complexity, so that its progress shows
 
 
 @dataclass
 class Probes:
-    """What every log step looks at, this process's share of it: the same in two log steps and in two processes.
+    """What every log step looks at, this process's shard of it: the same in two log steps and in two processes.
 
     images: (N, C, H, W) test images to attack, in [0, 1]; labels: (N,); starts: (restarts, N, C, H, W), the points
     where PGD starts, in units of epsilon. points: {"train" | "test" | "random": (M, C, H, W)}, those of local
     complexity; directions: (P, C * H * W), orthonormal.
     """
 
-    images: torch.Tensor
-    labels: torch.Tensor
-    starts: torch.Tensor
-    points: dict = field(default_factory=dict)
-    directions: torch.Tensor | None = None
+    images: Tensor
+    labels: Tensor
+    starts: Tensor
+    points: dict[str, Tensor] = field(default_factory=dict)
+    directions: Tensor = torch.empty(0)
 
 
-def attacked(config, dataset):
+def attacked(config: Config, dataset: data.Dataset) -> int:
     """Return how many test images are attacked."""
     return min(config.adv_size, len(dataset.x_test))
 
 
-def draw_probes(config, dataset):
-    """Return the Probes of a run: a function of its seed and its data set."""
+def draw_probes(config: Config, dataset: data.Dataset) -> Probes:
+    """Return the Probes of a run, which depend only on its flags and its data set."""
     device, dtype = dataset.x_test.device, getattr(torch, config.dtype)
 
-    def generator(purpose):
+    def generator(purpose: str) -> np.random.Generator:
         return np.random.default_rng(seed_for(config.seed, purpose))
 
-    def draw(images, n, purpose):
+    def draw(images: Tensor, n: int, purpose: str) -> Tensor:
         rows = np.sort(generator(purpose).permutation(len(images))[:n])
         return torch.from_numpy(rows[distributed.shard(len(rows))]).to(device)
 
@@ -62,8 +64,8 @@ def draw_probes(config, dataset):
         for split, images in (("train", dataset.x_train), ("test", dataset.x_test)):
             probes.points[split] = data.pixels(images[draw(images, config.lc_samples, f"{split} points")], dtype)
         uniform = generator("random points").random((config.lc_samples, *image_shape), dtype=np.float32)
-        uniform = torch.from_numpy(uniform[distributed.shard(config.lc_samples)])
-        probes.points["random"] = uniform.to(device=device, dtype=dtype)
+        shard = torch.from_numpy(uniform[distributed.shard(config.lc_samples)])
+        probes.points["random"] = shard.to(device=device, dtype=dtype)
         probes.directions = local_complexity.random_directions(
             config.lc_directions, image_shape.numel(), seed_for(config.seed, "directions"), dtype, device)
     return probes
@@ -72,35 +74,36 @@ def draw_probes(config, dataset):
 # ---- the metrics: functions of (model, dataset, probes, config, batch_size, progress) that return columns of the row
 
 @torch.inference_mode()
-def clean(model, dataset, probes, config, batch_size, progress):
-    """Loss and accuracy on all images, and train_saturated: the share of the training images on which the softmax
-    rounds to 1 at the true class, so that the gradient of cross-entropy has lost that class's term."""
-    row = {}
+def clean(model: nn.Module, dataset: data.Dataset, probes: Probes, config: Config, batch_size: int,
+          progress: Progress) -> dict:
+    """Return loss and accuracy on all images, and train_saturated: the share of the training images on which the
+    softmax rounds to 1 at the true class, so that the gradient of cross-entropy has lost that class's term."""
+    row: dict = {}
+    loss_function = build_loss(config.loss, config.label_smoothing)
     for split in ("train", "test"):
         images, labels = getattr(dataset, f"x_{split}"), getattr(dataset, f"y_{split}")
-        loss = torch.zeros((), dtype=torch.float64, device=images.device)
-        correct, saturated = [], torch.zeros((), dtype=torch.int64, device=images.device)
+        loss, saturated, parts = 0.0, 0, []
         for start in range(0, len(images), batch_size):
             progress(f"{split} accuracy", start / len(images))
-            x, y = images[start:start + batch_size], labels[start:start + batch_size]
-            logits = model(data.pixels(x, getattr(torch, config.dtype)))
-            loss += LOSSES[config.loss](logits, y).double() * len(y)
-            correct.append(attacks.correct(logits, y))
-            saturated += (logits.softmax(1).gather(1, y[:, None]) == 1).sum()
-        correct = torch.cat(correct)
-        row |= {f"{split}_loss": loss.item() / len(images), f"{split}_acc": correct.sum().item() / len(images)}
+            y = labels[start:start + batch_size]
+            logits = model(data.pixels(images[start:start + batch_size], getattr(torch, config.dtype)))
+            loss += loss_function(logits, y).item() * len(y)
+            parts.append(attacks.correct(logits, y))
+            saturated += int((logits.softmax(1).gather(1, y[:, None]) == 1).sum())
+        correct = torch.cat(parts)
+        row |= {f"{split}_loss": loss / len(images), f"{split}_acc": correct.sum().item() / len(images)}
         if split == "train":
-            row["train_saturated"] = saturated.item() / len(images)
-    row["outcomes"] = {"test": hex_of(correct)}
-    return row
+            row["train_saturated"] = saturated / len(images)
+    return {**row, "outcomes": {"test": hex_of(correct)}}
 
 
-def under_attack(model, dataset, probes, config, batch_size, progress):
-    """adv_acc, the paper's measure (PGD on cross-entropy as PyTorch computes it, last iterate); robust_acc, from the
-    rank of each image; saturated, the share of the attacked images on which the softmax rounds to exactly 1;
+def under_attack(model: nn.Module, dataset: data.Dataset, probes: Probes, config: Config, batch_size: int,
+                 progress: Progress) -> dict:
+    """Return adv_acc, the paper's measure (PGD on cross-entropy as PyTorch computes it, last iterate); robust_acc, from
+    the rank of each image; saturated, the share of the attacked images on which the softmax rounds to exactly 1;
     zero_gradient, the share whose input gradient of cross-entropy is exactly zero."""
     n, epsilons = attacked(config, dataset), config.epsilons
-    withstood, ranks, saturated, zero = [], [], [], []
+    outcomes = []
     for start in range(0, len(probes.labels), batch_size):
         part = slice(start, start + batch_size)
         x, y, starts = probes.images[part], probes.labels[part], probes.starts[:, part]
@@ -110,102 +113,97 @@ def under_attack(model, dataset, probes, config, batch_size, progress):
             last_iterates.append(attacks.pgd(model, x, y, epsilon, config.pgd_steps, config.pgd_step_size,
                                              config.pgd_restarts, objective="ce", starts=starts,
                                              start=config.pgd_start))
-        zero.append(attacks.zero_gradient(model, x, y))
+        zero = attacks.zero_gradient(model, x, y)
         with torch.inference_mode():
-            withstood.append(torch.stack([attacks.correct(model(x_adv), y) for x_adv in last_iterates], dim=1))
-            saturated.append(model(x).softmax(1).amax(1) == 1)
+            withstood = [attacks.correct(model(x_adv), y) for x_adv in last_iterates]
+            saturated = model(x).softmax(1).amax(1) == 1
         progress("robust accuracy", start / len(probes.labels))
-        with products.by_mkl(model):  # the batch shrinks from step to step, and oneDNN prepares code for each size
-            ranks.append(attacks.ranks(model, x, y, epsilons, config.pgd_steps, config.robust_budget))
+        rank = attacks.ranks(model, x, y, epsilons, config.pgd_steps, config.robust_budget)
+        outcomes.append(torch.stack([rank, saturated, zero, *withstood], dim=1))
 
-    outcomes = torch.cat([torch.stack([torch.cat(ranks), torch.cat(saturated), torch.cat(zero)], dim=1),
-                          torch.cat(withstood)], dim=1)
-    rank, saturated, zero, *withstood = distributed.gather_shards(outcomes, n).T
-    keys, radii = [*map(history_key, epsilons)], sorted({0.0, *epsilons})
+    rank, saturated, zero, *withstood = distributed.gather_shards(torch.cat(outcomes), n).T
+    keys, radii = [*map(history_key, epsilons)], attacks.ascending(epsilons)
     return {
         "adv_acc": {key: column.sum().item() / n for key, column in zip(keys, withstood, strict=True)},
         "robust_acc": {key: (rank > radii.index(epsilon)).sum().item() / n
                        for key, epsilon in zip(keys, epsilons, strict=True)},
         "saturated": saturated.sum().item() / n,
         "zero_gradient": zero.sum().item() / n,
-        "outcomes": {"robust": (48 + rank).to(torch.uint8).cpu().numpy().tobytes().decode("latin-1"),
+        "outcomes": {"robust": "".join(chr(48 + count) for count in rank.tolist()),
                      "adv": {key: hex_of(column) for key, column in zip(keys, withstood, strict=True)}}}
 
 
-def complexity(model, dataset, probes, config, batch_size, progress):
-    """local_complexity: {set of points: {radius: [mean count of each layer]}}, not a number where a layer's
-    pre-activations are none."""
+def complexity(model: nn.Module, dataset: data.Dataset, probes: Probes, config: Config, batch_size: int,
+               progress: Progress) -> dict:
+    """Return local_complexity: {set of points: {radius: [mean count of each layer]}}, NaN for a layer with a
+    pre-activation that is NaN."""
     means = {}
     for name, points in probes.points.items():
-        sums, defined = 0, True
+        parts = []
         for start in range(0, len(points), POINTS_AT_ONCE):
             progress(f"local complexity, {name} points", start / len(points))
-            counts = local_complexity.local_complexity(model, points[start:start + POINTS_AT_ONCE], config.lc_radius,
-                                                       probes.directions, config.eval_batch_size)
-            sums, defined = sums + counts.sum(1), defined & (counts >= 0).all(1)
-        undefined = distributed.all_reduce_sum((~defined).long()) > 0
+            parts.append(local_complexity.local_complexity(model, points[start:start + POINTS_AT_ONCE],
+                                                           config.lc_radius, probes.directions, config.eval_batch_size))
+        counts = torch.cat(parts, dim=1)
+        undefined = distributed.all_reduce_sum((counts < 0).any(1).long()) > 0
         total = min(config.lc_samples, len(getattr(dataset, f"x_{name}"))) if name != "random" else config.lc_samples
-        mean = (distributed.all_reduce_sum(sums).double() / total).masked_fill(undefined, math.nan).tolist()
+        sums = distributed.all_reduce_sum(counts.sum(1)).cpu().double()
+        mean = (sums / total).masked_fill(undefined.cpu(), math.nan).tolist()
         means[name] = {history_key(radius): layers for radius, layers in zip(config.lc_radius, mean, strict=True)}
     return {"local_complexity": means}
 
 
-def weight_norm(model, *_):
-    return {"weight_norm": torch.nn.utils.get_total_norm([p.detach().double() for p in model.parameters()]).item()}
+def weight_norm(model: nn.Module, *_: object) -> dict:
+    """Return weight_norm, the norm of all parameters together."""
+    return {"weight_norm": nn.utils.get_total_norm([p.detach().cpu().double() for p in model.parameters()]).item()}
 
 
 METRICS = (clean, under_attack, complexity, weight_norm)
 
 
-def measure(model, dataset, probes, config, progress=lambda what, share: None):
-    """Return one row of the history: what a log step records of the network, but for its step and time.
+def measure(model: nn.Module, dataset: data.Dataset, probes: Probes, config: Config,
+            progress: Progress = lambda what, share: None) -> dict:
+    """Return one row of the history: what a log step records of the network, except for its step and time.
 
-    config: the flags as used. progress: called with what is being measured and how much of it is done (0 to 1).
+    config: the flags as used. progress: called with what is being measured and which share of it is done (0 to 1).
     """
     batch_size = config.eval_batch_size or default_eval_batch_size(model, dataset.x_train.shape[1:])
-    row = {}
+    row: dict = {}
     with models.evaluating(model):
         for metric in METRICS:
-            merge(row, metric(model, dataset, probes, config, batch_size, progress))
+            columns = metric(model, dataset, probes, config, batch_size, progress)
+            row |= {**columns, "outcomes": row.get("outcomes", {}) | columns.get("outcomes", {})}
     return row
 
 
-def merge(row, columns):
-    for name, value in columns.items():
-        if isinstance(value, dict):
-            merge(row.setdefault(name, {}), value)
-        else:
-            row[name] = value
-
-
-def hex_of(bits):
-    """Return a bit an image as text, four images a hexadecimal digit, the first in the highest bit."""
+def hex_of(bits: Tensor) -> str:
+    """Return one bit for each image as text, four images to a hexadecimal digit, the first in the highest bit."""
     packed = np.packbits(bits.bool().cpu().numpy()).tobytes().hex()
     return packed[:-(-len(bits) // 4)]
 
 
-def default_eval_batch_size(model, in_shape):
-    """Return how many inputs of this shape the network can take at once within about 1 GB of activations on a CPU, or
-    a quarter of what is free on a GPU."""
-    elements = []
+def default_eval_batch_size(model: nn.Module, in_shape: torch.Size) -> int:
+    """Return how many inputs of this shape the network can take at once within about 1 GB of activations, or a quarter
+    of what is free on a CUDA device."""
+    elements: list[int] = []
     hooks = [module.register_forward_hook(lambda _module, _inputs, output: elements.append(output.numel()))
              for module in model.modules() if not any(module.children())]
     parameter = next(model.parameters())
     with torch.inference_mode(), models.evaluating(model):
-        model(torch.zeros(1, *in_shape, dtype=parameter.dtype, device=parameter.device))
+        model(parameter.new_zeros(1, *in_shape))
     for hook in hooks:
         hook.remove()
-    on_cpu = parameter.device.type == "cpu"
-    memory = 2**30 if on_cpu else devices.free_memory(parameter.device) // 4
+    on_gpu = parameter.device.type == "cuda"
+    memory = devices.free_memory(parameter.device) // 4 if on_gpu else 2**30
     # Twice: a backward pass holds the activations and their gradients.
     most = memory // (2 * sum(elements) * parameter.element_size())
-    return max(1, min(most, 1000 if on_cpu else 10_000))
+    return max(1, min(most, 10_000 if on_gpu else 1000))
 
 
 # ---- what a row says to the reader ----------------------------------------------------------------------------------
 
-def remarks(row, config):
-    """Return {kind: line} of what a reader of this row should know; a run gives each kind once."""
+def remarks(row: dict, config: Config) -> dict[str, str]:
+    """Return {kind: line} of what a reader of this row should know; a run prints each kind once."""
     found = {}
     if row["zero_gradient"] > 0.01:
         found["zero gradient"] = (

@@ -1,64 +1,119 @@
 """The networks: a fully connected MLP, a plain CNN and a pre-activation ResNet-18.
 
-Every model takes images in [0, 1], shape (N, C, H, W), and returns logits, shape (N, num_classes). It normalises
-them in its first layer, so that an attack's epsilon and the radius of local complexity are in pixel units for every
-data set. Each non-linearity is a module of its own and is used once in the forward pass: its input is the
-pre-activation whose sign local complexity watches. model(x) is model.decode(model.encode(x)), where encode is affine:
-the normalisation and the first linear or convolutional layer.
+Every model takes images in [0, 1], shape (N, C, H, W), and returns logits, shape (N, num_classes). It normalises the
+images in its first layer, so that an attack's epsilon and the radius of local complexity are in pixel units for every
+data set. Each non-linearity is a module of its own, used once in the forward pass: its input is the pre-activation
+whose sign local complexity watches.
 """
 
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
-ACTIVATIONS = {"relu": nn.ReLU, "gelu": nn.GELU, "leaky_relu": nn.LeakyReLU, "tanh": nn.Tanh}
+ACTIVATIONS: dict[str, type[nn.Module]] = {
+    "relu": nn.ReLU, "gelu": nn.GELU, "leaky_relu": nn.LeakyReLU, "tanh": nn.Tanh}
+
+
+class Products(torch.autograd.Function):
+    """x @ weight.T + bias by oneDNN, forward and backward. x: (N, in), weight: (out, in), bias: (out,), float32."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return multiply(x, weight, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        return (multiply(gradient, weight.t()) if ctx.needs_input_grad[0] else None,
+                multiply(gradient.t(), x.t()), gradient.sum(0))
+
+
+def multiply(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Return a @ b.T + bias by oneDNN, which also takes transposed operands without copying them."""
+    return torch.ops.mkldnn._linear_pointwise(a, b, bias, "none", [], "")
+
+
+class OneDNNLinear(nn.Linear):
+    """nn.Linear that uses oneDNN in training. oneDNN's AVX-512 code is twice as fast as MKL's on AMD.
+
+    In eval mode it is nn.Linear: oneDNN compiles code for each batch size, and a log step has many batch sizes.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training and x.dim() == 2 and len(x) > 0 and x.dtype == torch.float32 and x.device.type == "cpu":
+            return Products.apply(x, self.weight, self.bias)
+        return super().forward(x)
+
+
+def linear(in_features: int, out_features: int, products: str) -> nn.Linear:
+    """Return a linear layer whose matrix products are made as build_model describes."""
+    fast = torch.backends.cpu.get_cpu_capability().startswith("AVX512") and min(in_features, out_features) >= 64
+    # The operator is not part of PyTorch's public interface.
+    available = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    by_onednn = available and (products == "onednn" or (products == "auto" and fast))
+    return (OneDNNLinear if by_onednn else nn.Linear)(in_features, out_features)
 
 
 class Normalize(nn.Module):
     """(x - mean) / std for each channel."""
 
-    def __init__(self, mean, std, channels):
-        super().__init__()
-        mean = [0.0] * channels if mean is None else mean
-        std = [1.0] * channels if std is None else std
-        self.register_buffer("mean", torch.tensor(mean).view(-1, 1, 1))
-        self.register_buffer("std", torch.tensor(std).view(-1, 1, 1))
+    mean: Tensor
+    std: Tensor
 
-    def forward(self, x):
+    def __init__(self, mean: Sequence[float] | None, std: Sequence[float] | None, channels: int):
+        super().__init__()
+        self.register_buffer("mean", (torch.zeros(channels) if mean is None else torch.tensor(mean)).view(-1, 1, 1))
+        self.register_buffer("std", (torch.ones(channels) if std is None else torch.tensor(std)).view(-1, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
         return (x - self.mean) / self.std
 
 
 class Network(nn.Module):
     """A network in two parts: encode, which is affine and ends before the first non-linearity or norm, and decode."""
 
-    def forward(self, x):
+    def __init__(self, in_shape: Sequence[int], mean: Sequence[float] | None, std: Sequence[float] | None):
+        super().__init__()
+        self.normalize = Normalize(mean, std, in_shape[0])
+
+    def encode(self, x: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def decode(self, hidden: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def forward(self, x: Tensor) -> Tensor:
         return self.decode(self.encode(x))
 
 
 class MLP(Network):
-    """`depth` linear layers, the hidden ones `width` units wide (Section 4 of the paper: depth 4, width 200)."""
+    """`depth` linear layers; the hidden ones are `width` units wide (Section 4 of the paper: depth 4, width 200)."""
 
-    def __init__(self, in_shape, num_classes, depth, width, activation, batch_norm, mean, std):
-        super().__init__()
+    def __init__(self, in_shape: Sequence[int], num_classes: int, depth: int, width: int, activation: type[nn.Module],
+                 batch_norm: bool, mean: Sequence[float] | None, std: Sequence[float] | None, products: str):
+        super().__init__(in_shape, mean, std)
         channels, height, image_width = in_shape
         features = channels * height * image_width
-        layers = []
+        layers: list[nn.Module] = []
         for _ in range(depth - 1):
-            layers.append(nn.Linear(features, width))
+            layers.append(linear(features, width, products))
             if batch_norm:
                 layers.append(nn.BatchNorm1d(width))
             layers.append(activation())
             features = width
-        layers.append(nn.Linear(features, num_classes))
-        self.normalize = Normalize(mean, std, channels)
-        self.layers = nn.Sequential(*layers)
+        self.layers = nn.Sequential(*layers, linear(features, num_classes, products))
 
-    def encode(self, x):
+    def encode(self, x: Tensor) -> Tensor:
         return self.layers[0](self.normalize(x).flatten(1))
 
-    def decode(self, hidden):
+    def decode(self, hidden: Tensor) -> Tensor:
         for layer in list(self.layers)[1:]:
             hidden = layer(hidden)
         return hidden
@@ -67,11 +122,11 @@ class MLP(Network):
 class CNN(Network):
     """Five 3x3 convolutions (three of them halve the resolution), the spatial mean, two linear layers."""
 
-    def __init__(self, in_shape, num_classes, width, activation, batch_norm, mean, std):
-        super().__init__()
+    def __init__(self, in_shape: Sequence[int], num_classes: int, width: int, activation: type[nn.Module],
+                 batch_norm: bool, mean: Sequence[float] | None, std: Sequence[float] | None, products: str):
+        super().__init__(in_shape, mean, std)
         channels = in_shape[0]
-        self.normalize = Normalize(mean, std, channels)
-        layers = []
+        layers: list[nn.Module] = []
         for out_channels, stride in [(width, 1), (2 * width, 2), (2 * width, 1), (4 * width, 2), (4 * width, 2)]:
             layers.append(nn.Conv2d(channels, out_channels, 3, stride, padding=1))
             if batch_norm:
@@ -80,37 +135,33 @@ class CNN(Network):
             channels = out_channels
         self.features = nn.Sequential(*layers)
         self.classifier = nn.Sequential(
-            nn.Linear(channels, 4 * width), activation(), nn.Linear(4 * width, num_classes)
-        )
+            linear(channels, 4 * width, products), activation(), linear(4 * width, num_classes, products))
 
-    def encode(self, x):
+    def encode(self, x: Tensor) -> Tensor:
         return self.features[0](self.normalize(x))
 
-    def decode(self, hidden):
+    def decode(self, hidden: Tensor) -> Tensor:
         for layer in list(self.features)[1:]:
             hidden = layer(hidden)
         return self.classifier(hidden.mean((2, 3)))
 
 
 class PreActBlock(nn.Module):
-    """norm, activation, convolution, twice, added to the shortcut (He et al. 2016, arXiv:1603.05027, Fig. 1b)."""
+    """Norm, activation and convolution, twice, added to the shortcut (He et al. 2016, arXiv:1603.05027, Fig. 1b)."""
 
-    def __init__(self, in_channels, out_channels, stride, activation, batch_norm):
+    def __init__(self, in_channels: int, out_channels: int, stride: int, activation: type[nn.Module],
+                 batch_norm: bool):
         super().__init__()
-
-        def norm(channels):
-            return nn.BatchNorm2d(channels) if batch_norm else nn.Identity()
-
-        bias = not batch_norm
+        norm = nn.BatchNorm2d if batch_norm else nn.Identity
         self.norm1, self.act1 = norm(in_channels), activation()
-        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, stride, padding=1, bias=bias)
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, stride, padding=1, bias=not batch_norm)
         self.norm2, self.act2 = norm(out_channels), activation()
-        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1, bias=bias)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1, bias=not batch_norm)
         self.shortcut = None
         if stride != 1 or in_channels != out_channels:
             self.shortcut = nn.Conv2d(in_channels, out_channels, 1, stride, bias=False)
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         out = self.act1(self.norm1(x))
         shortcut = x if self.shortcut is None else self.shortcut(out)
         out = self.conv1(out)
@@ -120,9 +171,9 @@ class PreActBlock(nn.Module):
 class ResNet18(Network):
     """Pre-activation ResNet-18 with a 3x3 stem; the four stages have width, 2, 4 and 8 times width channels."""
 
-    def __init__(self, in_shape, num_classes, width, activation, batch_norm, mean, std):
-        super().__init__()
-        self.normalize = Normalize(mean, std, in_shape[0])
+    def __init__(self, in_shape: Sequence[int], num_classes: int, width: int, activation: type[nn.Module],
+                 batch_norm: bool, mean: Sequence[float] | None, std: Sequence[float] | None, products: str):
+        super().__init__(in_shape, mean, std)
         self.stem = nn.Conv2d(in_shape[0], width, 3, padding=1)
         blocks, channels = [], width
         for stage in range(4):
@@ -132,21 +183,21 @@ class ResNet18(Network):
         self.blocks = nn.Sequential(*blocks)
         self.norm = nn.BatchNorm2d(channels) if batch_norm else nn.Identity()
         self.act = activation()
-        self.classifier = nn.Linear(channels, num_classes)
+        self.classifier = linear(channels, num_classes, products)
 
-    def encode(self, x):
+    def encode(self, x: Tensor) -> Tensor:
         return self.stem(self.normalize(x))
 
-    def decode(self, hidden):
+    def decode(self, hidden: Tensor) -> Tensor:
         hidden = self.blocks(hidden)
         return self.classifier(self.act(self.norm(hidden)).mean((2, 3)))
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """A network of MODELS: its class, and the width and depth it has by default (depth None: it is fixed)."""
+    """An entry of MODELS: a network's class, and its default width and depth (depth None: the depth is fixed)."""
 
-    network: type
+    network: Callable[..., Network]
     width: int
     depth: int | None = None
 
@@ -155,21 +206,25 @@ MODELS = {"mlp": Architecture(MLP, width=200, depth=4), "cnn": Architecture(CNN,
           "resnet18": Architecture(ResNet18, width=16)}
 
 
-def build_model(name, in_shape, num_classes, *, depth=None, width=None, activation="relu", batch_norm=False,
-                init_scale=1.0, mean=None, std=None):
+def build_model(name: str, in_shape: Sequence[int], num_classes: int, *, depth: int | None = None,
+                width: int | None = None, activation: str = "relu", batch_norm: bool = False, init_scale: float = 1.0,
+                mean: Sequence[float] | None = None, std: Sequence[float] | None = None,
+                products: str = "mkl") -> Network:
     """Return a freshly initialised network; the weights come from PyTorch's global random generator.
 
-    name: "mlp", "cnn" or "resnet18". in_shape: (C, H, W). depth: number of linear layers, MLP only (default 4).
-    width: hidden units (mlp, 200), channels of the first convolution (cnn, 32; resnet18, 16).
+    name: a key of MODELS. in_shape: (C, H, W). depth: number of linear layers, MLP only (default 4). width: hidden
+    units (mlp, 200), channels of the first convolution (cnn, 32; resnet18, 16). activation: a key of ACTIVATIONS.
     init_scale: factor on every initial weight and bias; above 1 it delays generalisation (Liu et al. 2023,
-    "Omnigrok", arXiv:2210.01117). mean, std: one value a channel, in pixel units of [0, 1] (default 0 and 1).
+    "Omnigrok", arXiv:2210.01117). mean, std: one value for each channel, in pixel units of [0, 1] (default 0 and 1).
+    products: what multiplies the matrices of linear layers in training, in float32 on a CPU: "mkl"; "onednn"; "auto",
+    which is oneDNN where the CPU has AVX-512 and the layer has at least 64 inputs and outputs, and MKL otherwise.
 
-    Raises ValueError for an unknown name or activation, a size below 1, or a depth given to another model.
+    Raises ValueError for an unknown name, activation or products, a size below 1, or a depth given to another model.
     """
-    if name not in MODELS:
-        raise ValueError(f"unknown model '{name}': choose from {', '.join(MODELS)}")
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"unknown activation '{activation}': choose from {', '.join(ACTIVATIONS)}")
+    for what, value, known in (("model", name, MODELS), ("activation", activation, ACTIVATIONS),
+                               ("products", products, ("auto", "mkl", "onednn"))):
+        if value not in known:
+            raise ValueError(f"unknown {what} '{value}': choose from {', '.join(known)}")
     architecture = MODELS[name]
     size = {"width": architecture.width if width is None else width}
     if architecture.depth is not None:
@@ -180,7 +235,7 @@ def build_model(name, in_shape, num_classes, *, depth=None, width=None, activati
         raise ValueError(f"a network needs depth >= 2 and width >= 1, not depth {depth} and width {width}")
 
     model = architecture.network(in_shape, num_classes, activation=ACTIVATIONS[activation], batch_norm=batch_norm,
-                                 mean=mean, std=std, **size)
+                                 mean=mean, std=std, products=products, **size)
     if init_scale != 1.0:
         with torch.no_grad():
             for module in model.modules():
@@ -190,40 +245,55 @@ def build_model(name, in_shape, num_classes, *, depth=None, width=None, activati
     return model
 
 
-def from_config(config, in_shape, num_classes, mean=None, std=None):
-    """Return the network that a run's config (a dict) describes, freshly initialised, in the config's dtype.
+def from_config(config: Mapping[str, Any], in_shape: Sequence[int], num_classes: int,
+                mean: Sequence[float] | None = None, std: Sequence[float] | None = None) -> Network:
+    """Return the network that a run's config describes, freshly initialised, in the config's dtype.
 
-    in_shape, num_classes, mean and std as in build_model; so are the errors.
+    The other arguments and the errors are those of build_model.
     """
-    options = ("depth", "width", "activation", "batch_norm", "init_scale")
-    model = build_model(config["model"], tuple(in_shape), num_classes, mean=mean, std=std,
+    options = ("depth", "width", "activation", "batch_norm", "init_scale", "products")
+    model = build_model(config["model"], in_shape, num_classes, mean=mean, std=std,
                         **{name: config[name] for name in options if name in config})
     return model.to(getattr(torch, config.get("dtype", "float32")))
 
 
-def load_network(checkpoint):
+def load_network(checkpoint: Mapping[str, Any]) -> Network:
     """Return the network of a checkpoint (a dict, as train.py writes it), in eval mode, on the CPU.
 
-    Raises ValueError, in one line, if its parts do not fit together.
+    Raises ValueError, in one line, if the weights are not plain tensors or do not fit the config. A network costs
+    memory and time only once it is known to fit.
     """
+    misfit = "its weights do not fit the network that its config describes"
     try:
         config, sizes, state = checkpoint["config"], checkpoint["sizes"], checkpoint["model_state_dict"]
-        model = from_config(config, sizes["in_shape"], sizes["num_classes"])
-        model.load_state_dict(state)
+        if (config.get("depth") or 0) > len(state) or len(sizes["in_shape"]) != 3:
+            raise ValueError(misfit)
+        with torch.device("meta"):  # a network of any width, without memory
+            model = from_config(config, sizes["in_shape"], sizes["num_classes"])
+        if any(described(state.get(name)) != described(value) for name, value in model.state_dict().items()):
+            raise ValueError(misfit)
+        model.to_empty(device="cpu").load_state_dict(state)
     except KeyError as error:
         raise ValueError(f"its config lacks {error}") from None
-    except (RuntimeError, TypeError, AttributeError):
-        raise ValueError("its weights do not fit the network that its config describes") from None
+    except (RuntimeError, TypeError, AttributeError, OverflowError):
+        raise ValueError(misfit) from None
     return model.eval()
 
 
+def described(value: Any) -> tuple:
+    """Return shape, dtype and layout of a tensor: what the weights of a checkpoint must agree in with the network."""
+    return tuple(value.shape), value.dtype, value.layout
+
+
 @contextmanager
-def evaluating(model):
+def evaluating(model: nn.Module) -> Iterator[None]:
     """Hold the model in eval mode and its parameters free of gradients; afterwards every flag is as it was."""
     modes = [(module, module.training) for module in model.modules()]
-    gradients = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    gradients = [(parameter, parameter.requires_grad) for parameter in model.parameters() if not parameter.is_inference()]
     try:
-        model.eval().requires_grad_(False)
+        model.eval()
+        for parameter, _ in gradients:
+            parameter.requires_grad_(False)
         yield
     finally:
         for module, training in modes:

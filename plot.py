@@ -1,26 +1,26 @@
 """Figures and the delay in numbers, from the history files that train.py writes.
 
-    python plot.py                                          # logs/training_history.json -> .png and .svg beside it
+    python plot.py                                          # logs/training_history.json -> .png and .svg next to it
     python plot.py runs/*/logs/training_history.json        # a sweep in one figure; seeds become mean and range
     python plot.py --summary                                # where each curve rises after interpolation
     python plot.py --table runs/*/logs/training_history.json
     python plot.py --partition checkpoints/checkpoint_epoch_0.pt checkpoints/checkpoint_epoch_1000.pt
-    python plot.py --partition checkpoints/*.pt --out partition.gif     # one frame a checkpoint
+    python plot.py --partition checkpoints/*.pt --out partition.gif     # one frame for each checkpoint
 """
 
 import argparse
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
-from analysis import figure, panels, report, runs
 from flags import OneLineParser
-from runtime.history import read_history
 
-# ---- command line ---------------------------------------------------------------------------------------------------
+# PyTorch and matplotlib take seconds to import: that waits until the command line is known to be right.
 
-def output_path(text):
-    """An argparse type: a file in a folder that is there."""
+
+def output_path(text: str) -> Path:
+    """An argparse type: a file in a folder that exists."""
     path = Path(text)
     if not path.name or path.is_dir():
         raise argparse.ArgumentTypeError(f"'{text}' is a folder: name the file in it")
@@ -29,68 +29,83 @@ def output_path(text):
     return path
 
 
-def parse_args(argv=None):
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = OneLineParser(prog="plot.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("histories", nargs="*", metavar="HISTORY.json", default=["logs/training_history.json"],
                         help="history files of train.py (default: logs/training_history.json)")
-    parser.add_argument("--out", metavar="PATH", type=output_path, help="write PATH.png and PATH.svg (default: beside "
-                        "the history; 'sweep' in the folder that several have in common; 'partition' beside the first "
+    parser.add_argument("--out", metavar="PATH", type=output_path, help="write PATH.png and PATH.svg (default: next to "
+                        "the history; 'sweep' in the folder that several have in common; 'partition' next to the first "
                         "checkpoint)")
     parser.add_argument("--summary", action="store_true", help="print where each curve rises after interpolation")
-    parser.add_argument("--table", action="store_true", help="print one line a run")
+    parser.add_argument("--table", action="store_true", help="print one line for each run")
     parser.add_argument("--markdown", action="store_true", help="print the table of results/README.md")
     parser.add_argument("--partition", nargs="+", metavar="CHECKPOINT", help="draw the network's partition of a plane "
                         "through three test images, side by side for these checkpoints; with --out FILE.gif or "
-                        "FILE.mp4 as a film, one frame a checkpoint")
+                        "FILE.mp4 as a film, one frame for each checkpoint")
+    parser.add_argument("--data_dir", metavar="FOLDER", help="with --partition: where the data set is (default: the "
+                        "folder that the run was given, relative to the current folder)")
     args = parser.parse_args(argv)
     suffixes = [".png", ".svg", *[".gif", ".mp4"] * bool(args.partition)]
     if args.out and args.out.suffix[1:2].isalpha() and args.out.suffix not in suffixes:
         parser.error(f"--out {args.out}: the figure can be written as {', '.join(suffixes)}")
+    if args.data_dir and not args.partition:
+        parser.error("--data_dir is for --partition only")
     return args
 
 
-def default_path(histories):
+def default_path(histories: Sequence[str]) -> Path:
     if len(histories) == 1:
         return Path(histories[0]).with_suffix("")
     return Path(os.path.commonpath([Path(path).resolve().parent for path in histories])) / "sweep"
 
 
-def draw_partition(checkpoints, out):
-    from analysis import partition
+def draw_partition(paths: Sequence[str], out: Path | None, data_dir: str | None) -> list[Path]:
+    from analysis import panels, partition
 
-    if out is not None and out.suffix in (".gif", ".mp4"):
-        return [partition.film(checkpoints, out)]
-    return panels.save(partition.figure(checkpoints), out or Path(checkpoints[0]).parent / "partition")
+    if out and out.suffix in (".gif", ".mp4"):
+        return [partition.film(paths, out, data_dir)]
+    return panels.save(partition.figure(paths, data_dir), out or Path(paths[0]).parent / "partition")
 
 
-def run(args):
+def run(args: argparse.Namespace) -> None:
     if args.partition:
-        print("wrote", *draw_partition(args.partition, args.out))
+        print("wrote", *draw_partition(args.partition, args.out, args.data_dir))
         return
+    from analysis import report, runs
+    from runtime.history import read_history
+
     histories = [read_history(path) for path in args.histories]
+    names = runs.short_names(args.histories)
     if args.table:
-        print(report.table(histories, runs.short_names(args.histories)))
+        print(report.table(histories, names))
     if args.markdown:
-        names = [name.removesuffix(".json") for name in runs.short_names(args.histories)]
-        print(report.markdown_table(histories, names))
+        print(report.markdown_table(histories, [name.removesuffix(".json") for name in names]))
     if args.summary:
         texts = [report.summary(history) for history in histories]
         print("\n\n".join(texts if len(texts) == 1 else
                           [f"{path}\n{text}" for path, text in zip(args.histories, texts, strict=True)]))
     if args.out or not (args.table or args.summary or args.markdown):
+        from analysis import figure
+
         print("wrote", *figure.draw(histories, args.out or default_path(args.histories)))
 
 
-def main(argv=None):
-    nowhere = sys.stdout is None
-    if not nowhere and hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="replace")  # one that knows no "ε"
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns the exit status: 0, or 2 after one line on what is wrong."""
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")  # an output without "ε" shows "?"
     try:
         args = parse_args(argv)
-        if nowhere and (args.table or args.summary or args.markdown):
+        if sys.stdout is None and (args.table or args.summary or args.markdown):
             raise OSError("the standard output is closed: there is nowhere to print to")
         run(args)
-        sys.stdout.flush()
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except BrokenPipeError:  # the reader, `head` for instance, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nothing left to fail on at exit
+    except ImportError as error:
+        print(f"plot.py: {error}: install what it needs with 'pip install -r requirements.txt'", file=sys.stderr)
+        return 2
     except (ValueError, OSError) as error:
         print(f"plot.py: {error}", file=sys.stderr)
         return 2

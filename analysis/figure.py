@@ -1,165 +1,172 @@
 """The figure of one run, of one configuration's seeds, or of several configurations."""
 
 import functools
+from collections.abc import Callable, Sequence
+from pathlib import Path
 
-import matplotlib
 import numpy as np
 
 from analysis import panels, phases, runs
-from analysis.panels import RANDOM, SATURATED, SMALL, TEST, TRAIN
-from analysis.runs import together
+from analysis.panels import RANDOM, SHARES, SMALL, TEST, TRAIN, Axes, Figure, matplotlib
 from analysis.statistics import as_array, total_complexity
 
 OUTBREAK = "#CC79A7"
-# Inches. Small multiples take a page of A4 or letter once it is printed at four fifths, small text then being 6 points.
+# Inches. Small multiples fill a page of A4 or letter when printed at four fifths; small text is 6 points there.
 PAGE_WIDTH, PAGE_HEIGHT = 9.4, 13.4
-LEFT = 0.7  # of a panel: the ticks
-LEGEND, FOOT, GAP = 0.55, 0.42, 0.12  # below the page; below and between a configuration's panels
+LABELS = 0.85  # above and below the panels of a configuration: its title, the ticks
+ENDS = 1.35  # left and right of a panel: ticks and names
+STRIP = 0.15  # at the top of a panel of local complexity: the names of the phases
 
 
 # ---- local complexity -----------------------------------------------------------------------------------------------
 
-def point_sets(history, radius):
+def point_sets(history: dict, radius: str) -> list[str]:
     return [points for points in ("random", "test", "train") if radius in history["local_complexity"].get(points, {})]
 
 
-def layers_of(points, radius):
-    """The column (log points, layers) of local complexity around these points, for runs.together."""
-    def column(history):
-        entries = history["local_complexity"][points][radius]
+def layers_around_train(radius: str) -> Callable[[dict], np.ndarray]:
+    """The column (log points, layers) of local complexity around the training points, for runs.together."""
+    def column(history: dict) -> np.ndarray:
+        entries = history["local_complexity"]["train"][radius]
         unknown = [None] * max((len(entry) for entry in entries if entry), default=1)
         return as_array([entry or unknown for entry in entries])
     return column
 
 
-def complexity_top(group, radius):
-    """The highest local complexity that a panel has to show."""
+def highest_complexity(group: Sequence[dict], radius: str) -> float:
     totals = np.concatenate([total_complexity(history, points, radius)
                              for history in group for points in point_sets(history, radius)])
     return max(totals[np.isfinite(totals)], default=1) or 1
 
 
-def complexity_panel(ax, group, radius, top):
-    """Local complexity around random, test and train points, the layers of train stacked, its phases named."""
-    ax.set_ylim(0, 1.04 * top / panels.curves_height(ax))
-    ax.yaxis.set_major_locator(matplotlib.ticker.MaxNLocator(5))
-    steps, layers, _, _ = together(group, layers_of("train", radius))
+def complexity_panel(ax: Axes, group: Sequence[dict], radius: str) -> None:
+    """Local complexity around random, test and train points, the layers of train stacked."""
+    steps, layers, _, _ = runs.together(group, layers_around_train(radius))
     edges = np.cumsum(np.pad(layers, ((0, 0), (1, 0))), axis=1)
     greys = matplotlib.colormaps["Greys"](np.linspace(0.4, 0.08, layers.shape[1]))
     for below, above, grey in zip(edges.T, edges.T[1:], greys, strict=False):
         ax.fill_between(steps, below, above, color=grey, lw=0)
-
-    ends = []
     for points in point_sets(group[0], radius):
         total = functools.partial(total_complexity, points=points, radius=radius)
         colour = {"random": RANDOM, "test": TEST, "train": TRAIN}[points]
-        ends.append((points, colour, *panels.draw_curve(ax, group, total, color=colour, lw=1.8)))
-    panels.label_ends(ax, ends)
-    mark_phases(ax, steps, layers.sum(axis=1))
+        panels.draw_curve(ax, group, total, points, color=colour, lw=1.8)
+    ax.yaxis.set_major_locator(matplotlib.ticker.MaxNLocator(5))
 
 
-def mark_phases(ax, steps, complexity):
-    """Name the phases in the strip above the curves, shortly or by an arrow alone where there is no room."""
-    known = np.isfinite(complexity)
-    steps, strip = steps[known], panels.curves_height(ax)
-    found = phases.phases(complexity[known])
-    ends = np.array([(steps[first], steps[last]) for _, first, last in found]).reshape(-1, 2)
+def name_phases(ax: Axes, group: Sequence[dict], radius: str) -> None:
+    """Name the phases in a strip at the top of a panel that has its final size.
+
+    A name may reach beyond its phase; where it has no room next to the others it is shortened.
+    """
+    from matplotlib.textpath import TextPath
+
+    steps, complexity, _, _ = runs.together(group, lambda history: total_complexity(history, "train", radius))
+    steps, complexity = steps[np.isfinite(complexity)], complexity[np.isfinite(complexity)]
+    found = phases.phases(complexity)
+    width, height = panels.inches(ax)
+    strip = 1 - STRIP / height
+    ax.axvspan(*ax.get_xlim(), strip, color="white", lw=0, zorder=2.5)  # marks through all panels end below it
     to_axes = ax.transData + ax.transAxes.inverted()
-    places = to_axes.transform(np.column_stack([ends.ravel(), np.zeros(ends.size)]))[:, 0].reshape(-1, 2)
-    middles = places.mean(axis=1)
-    borders = np.array([0, *(places[:-1, 1] + places[1:, 0]) / 2, 1])  # a name stays on its side of them
-    rooms = 2 * np.minimum(middles - borders[:-1], borders[1:] - middles) * panels.width_inches(ax)
-    for (name, *_), (start, end), middle, room in zip(found, ends, middles, rooms, strict=True):
+    ends = [[to_axes.transform((steps[index], 0))[0] for index in (first, last)] for _, first, last in found]
+    low = 0.0  # where the previous name or phase ends
+    for i, (name, first, last) in enumerate(found):
+        start, end = ends[i]
+        high = (end + ends[i + 1][0]) / 2 if i + 1 < len(ends) else 1
         grey, arrow = ("0.86", "↗") if name.endswith("ascent") else ("0.94", "↘")
-        ax.axvspan(start, end, strip, color=grey, lw=0)
-        ax.vlines([start, end], 0, strip, color="0.55", lw=0.6, ls=":", transform=ax.get_xaxis_transform())
-        text = next((text for text in (f"{name} {arrow}", f"{name.split()[0]} {arrow}", arrow)
-                     if panels.text_inches(text) < room), "")
+        ax.axvspan(steps[first], steps[last], strip, color=grey, lw=0, zorder=2.6)
+        ax.vlines([steps[first], steps[last]], 0, strip, color="0.55", lw=0.6, ls=":",
+                  transform=ax.get_xaxis_transform())
+        short = name.replace("first", "1st").replace("second", "2nd")
+        for text in (f"{name} {arrow}", f"{short} {arrow}", f"{short.split()[0]} {arrow}", arrow):
+            half = (TextPath((0, 0), text, size=SMALL).get_extents().width / 72 + 0.05) / width / 2
+            if 2 * half <= high - low:
+                break
+        middle = min(max((start + end) / 2, low + half), high - half)
         ax.text(middle, (1 + strip) / 2, text, transform=ax.transAxes, ha="center", va="center_baseline",
                 fontsize=SMALL)
-
-
-def mark_outbreaks(axes, group):
-    """A thin line through all panels wherever the training loss of a run broke out; returns whether it did."""
-    steps = [history["step"][index] for history in group for index in phases.outbreaks(history)]
-    for step in steps:
-        panels.mark_step(axes, step, color=OUTBREAK, lw=0.7, alpha=max(0.3, 1 / len(group)))
-    return bool(steps)
+        low = max(end, middle + half)
 
 
 # ---- figures --------------------------------------------------------------------------------------------------------
 
-def block_size(groups, radii, head):
-    """(columns, width, heights, right): how many configurations lie side by side, the size of each one's panels, and
-    the room right of them."""
-    right, least = np.max([panels.room_for(panels.accuracy_names(group)) for group in groups], axis=0)
-    if len(groups) == 1:
-        return 1, 5.6, [max(3.1, least), *[1.9] * len(radii)], right
-    columns = {2: 2, 4: 2}.get(len(groups), 3 if len(groups) <= 12 else 4)
-    width = max(PAGE_WIDTH / columns - LEFT - right, 1.6)
-    room = (PAGE_HEIGHT - 0.3 - LEGEND) / -(-len(groups) // columns) - head - FOOT - GAP * len(radii)
-    height = max(1.3, min(room / (1 + 0.62 * len(radii)), 0.85 * width))
-    return columns, width, [max(height, least), *[0.62 * height] * len(radii)], right
+def sizes(groups: Sequence[Sequence[dict]], n_radii: int) -> tuple[int, float, list[float]]:
+    """(columns, width, heights): how many configurations side by side, the figure's width, the panels' heights."""
+    n = len(groups)
+    names = max(3 + len(panels.shared(group, "robust_acc")) + len(panels.shown_shares(group)) for group in groups)
+    least = panels.LINE * names
+    if n == 1:
+        return 1, 7.1, [max(3.1, least), *[1.9] * n_radii]
+    columns = {2: 2, 4: 2}.get(n, 3 if n <= 12 else 4)
+    width = max(PAGE_WIDTH, columns * (1.6 + ENDS))
+    room = (PAGE_HEIGHT - 1) / -(-n // columns) - LABELS
+    height = max(1.3, min(room / (1 + 0.62 * n_radii), 0.85 * (width / columns - ENDS)))
+    return columns, width, [max(height, least), *[0.62 * height] * n_radii]
 
 
-def draw_block(fig, left, top, width, heights, group, radii, tops, steps):
-    """The panels of one configuration, one below the other; returns the axes from top to bottom."""
-    axes = []
-    for height in heights:
-        axes.append(panels.add_axes(fig, left, top, width, height))
-        panels.step_axis(axes[-1], *steps, labelled=len(axes) == len(heights))
-        top += height + GAP
-    panels.accuracy_panel(axes[0], group)
-    for ax, radius, highest in zip(axes[1:], radii, tops, strict=True):
-        complexity_panel(ax, group, radius, highest)
-    panels.mark_interpolation(axes, group)
-    return axes
+@panels.default_style()
+def figure(histories: Sequence[dict]) -> Figure:
+    """Return the figure of one run, of one configuration's seeds, or of several configurations.
 
-
-def figure(histories):
-    """Return the matplotlib figure of one run, of one configuration's seeds, or of several configurations.
-
-    histories: list of history dicts, finished or not; one without a log step is left out. Raises ValueError if no
-    history is left.
+    histories: finished or not; one without a log step is left out. Raises ValueError if none is left.
     """
-    from matplotlib.figure import Figure
-
     histories = [history for history in histories if history["step"]]
     if not histories:
-        raise ValueError("nothing to draw: no history holds a log step yet")
+        raise ValueError("nothing to draw: no history has a log step yet")
     groups, flags = runs.grouped(histories)
     radii = [radius for radius in histories[0]["local_complexity"].get("train", {})
              if all("train" in point_sets(history, radius) for history in histories)]
     radii = radii if len(groups) == 1 else radii[:1]
-    tops = np.array([[complexity_top(group, radius) for radius in radii] for group in groups])
+    tops = np.array([[highest_complexity(group, radius) for radius in radii] for group in groups])
     if radii and tops.max() < 5 * tops.min():  # one scale, as long as it hides nothing
         tops[:] = tops.max(axis=0)
 
-    titles = ["\n".join(filter(None, [runs.group_title(group, flags), runs.runs_text(group)])) for group in groups]
-    head = 0.2 + 0.15 * max(title.count("\n") + bool(title) for title in titles)
-    columns, width, heights, right = block_size(groups, radii, head)
-    rows = -(-len(groups) // columns)
-    block = head + sum(heights) + GAP * len(radii) + FOOT
-    title, page_width = runs.run_title(histories[0], flags), columns * (LEFT + width + right)
-    above = panels.title_inches(title, page_width)
-    fig = Figure((page_width, above + rows * block + LEGEND))
-    panels.add_title(fig, title)
-    broke_out = False
-    for i, (group, over) in enumerate(zip(groups, titles, strict=True)):
-        left, top = i % columns * (LEFT + width + right) + LEFT, above + i // columns * block + head
-        axes = draw_block(fig, left, top, width, heights, group, radii, tops[i], panels.span(histories))
-        broke_out |= mark_outbreaks(axes, group)
-        axes[0].set_title(over, fontsize=SMALL + 1, pad=13)
-        if i % columns == 0:
-            end = ", " if len(groups) == 1 else "\n"
-            for ax, text in zip(axes, ["accuracy", *(f"local complexity{end}r = {r}" for r in radii)], strict=True):
-                ax.set_ylabel(text, fontsize=SMALL + 1)
-    add_legend(fig, bool(radii), broke_out, any(map(panels.saturates, groups)))
+    columns, width, heights = sizes(groups, len(radii))
+    rows, each = -(-len(groups) // columns), len(heights)
+    title = runs.run_title(histories[0], flags)
+    fig = panels.new_figure(width, rows * (sum(heights) + LABELS) + 0.9, title)
+    grid = fig.subplots(rows * each, columns, squeeze=False, height_ratios=heights * rows)
+    grid = grid.reshape(rows, each, columns).swapaxes(1, 2).reshape(-1, each)
+    for axes, group in zip(grid, groups, strict=False):
+        draw_group(axes, group, radii, panels.span(histories), width / columns - ENDS)
+        over = f"{runs.group_title(group, flags)}\n{runs.runs_text(group)}"
+        axes[0].set_title(over.strip(), fontsize=SMALL + 1, pad=13)
+    for ax in grid[len(groups):].flat:
+        ax.remove()
+    for ax in [ax for i, axes in enumerate(grid) if i % columns for ax in axes]:
+        ax.set_ylabel("")
+    add_legend(fig, groups, bool(radii))
+    below = [(ax, group, radius, top) for axes, group, row in zip(grid, groups, tops, strict=False)
+             for ax, radius, top in zip(axes[1:], radii, row, strict=True)]
+    for ax, _, _, top in below:
+        ax.set_ylim(0, 1.04 * top / (1 - STRIP / heights[-1]))
+    panels.lay_out(fig)
+    for ax, group, radius, _ in below:
+        name_phases(ax, group, radius)
     return fig
 
 
-def add_legend(fig, with_complexity, broke_out, saturates):
-    """Say below the panels what kind of line is what."""
+def draw_group(axes: Sequence[Axes], group: Sequence[dict], radii: list[str], steps: tuple[int, int],
+               width: float) -> None:
+    """Draw the panels of one configuration from top to bottom, with its marks through all of them."""
+    for ax in axes:
+        panels.step_axis(ax, *steps, width, labelled=ax is axes[-1])
+    panels.accuracy_panel(axes[0], group)
+    for ax, radius in zip(axes[1:], radii, strict=True):
+        complexity_panel(ax, group, radius)
+        ax.set_ylabel(f"local complexity\nr = {radius}", fontsize=SMALL + 1)
+    panels.mark_interpolation(axes, group)
+    for step in outbreak_steps(group):
+        for ax in axes:
+            ax.axvline(step, color=OUTBREAK, lw=0.7, alpha=max(0.3, 1 / len(group)), zorder=1)
+
+
+def outbreak_steps(group: Sequence[dict]) -> list[int]:
+    """The steps at which the training loss of a run breaks out."""
+    return [history["step"][index] for history in group for index in phases.outbreaks(history)]
+
+
+def add_legend(fig: Figure, groups: Sequence[Sequence[dict]], with_complexity: bool) -> None:
+    """Explain the lines below the panels."""
     from matplotlib.lines import Line2D
     from matplotlib.patches import Patch
 
@@ -168,13 +175,13 @@ def add_legend(fig, with_complexity, broke_out, saturates):
                       label="adv_acc at ε: PGD on cross-entropy as computed")]
     if with_complexity:
         handles.append(Patch(color="0.75", label="train points, layer upon layer (first at the bottom)"))
-    if saturates:
-        handles.append(Line2D([], [], label="training images whose softmax rounds to 1", **SATURATED))
-    if broke_out:
+    shown = {name for group in groups for name in panels.shown_shares(group)}
+    handles += [Line2D([], [], label=words, **style) for name, (_, style, words) in SHARES.items() if name in shown]
+    if any(map(outbreak_steps, groups)):
         handles.append(Line2D([], [], color=OUTBREAK, lw=0.7, label="the training loss breaks out"))
-    fig.legend(handles=handles, loc="lower center", ncols=2, fontsize=SMALL, frameon=False)
+    fig.legend(handles=handles, loc="outside lower center", ncols=2, fontsize=SMALL, frameon=False)
 
 
-def draw(histories, path):
-    """Draw histories (dicts) into path.png and path.svg; see figure() and panels.save()."""
+def draw(histories: Sequence[dict], path: str | Path) -> list[Path]:
+    """Draw histories into path.png and path.svg; see figure() and panels.save()."""
     return panels.save(figure(histories), path)

@@ -1,115 +1,151 @@
-"""What the figures share: colours and sizes, the axis of steps, curves named at their ends, the panel of accuracies.
+"""What the figures share: style, colours, the step axis, curves with their names at their ends, the accuracy panel.
 
-Axes are placed by hand, in inches: a layout engine takes longer than the drawing, and here nothing can be clipped.
+Constrained layout places the panels. The names at the ends of curves are spread afterwards, by lay_out().
 """
 
+import contextlib
 import io
+import os
 import textwrap
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
-import matplotlib
 import numpy as np
-from matplotlib.markers import TICKDOWN
-from matplotlib.textpath import TextPath
 
 from analysis.runs import together
 from analysis.statistics import as_array, column_of, interpolation_index
 from flags import epsilon_label
 from runtime import files
 
-TRAIN, TEST, RANDOM = "black", "#D55E00", "#0072B2"  # Okabe and Ito's colours: told apart by colour-blind readers
+try:
+    import matplotlib
+except ValueError:  # a notebook's MPLBACKEND is not installed here; a figure in a file needs no backend
+    del os.environ["MPLBACKEND"]
+    import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.markers import TICKDOWN
+from matplotlib.text import Annotation
+from matplotlib.transforms import offset_copy
+
+TRAIN, TEST, RANDOM = "black", "#D55E00", "#0072B2"  # the palette of Okabe and Ito, safe for colour-blind readers
+SHARES: dict[str, tuple[str, dict[str, Any], str]] = {  # column: name at the curve's end, line, words in the legend
+    "train_saturated": ("saturated", {"color": "0.45", "lw": 0.8, "ls": (0, (1, 1))},
+                        "training images whose softmax rounds to 1"),
+    "zero_gradient": ("zero gradient", {"color": "#E69F00", "lw": 1.4, "ls": (0, (1, 1))},
+                      "attacked images whose cross-entropy gradient is 0"),
+}
 SMALL = 7.5  # points; the smallest text
 LINE = 1.2 * SMALL / 72  # inches from one line of small text to the next
-TITLE_SIZE = SMALL + 2
 DPI = 200
-STRIP = 0.15  # inches above the curves of local complexity: the names of the phases
-SATURATED = {"color": "0.45", "lw": 0.8, "ls": (0, (1, 1))}
 
 
-def add_axes(fig, left, top, width, height, **options):
-    """Axes whose upper left corner lies at (left, top), all in inches from the figure's upper left corner."""
-    place = np.array([left, fig.get_figheight() - top - height, width, height])
-    return fig.add_axes(place / np.tile(fig.get_size_inches(), 2), **options)
+@contextlib.contextmanager
+def default_style() -> Iterator[None]:
+    """Hold matplotlib's own defaults, whatever the user's matplotlibrc or style says. Works as a decorator."""
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()
+        matplotlib.rcParams["svg.hashsalt"] = "plot"  # the same figure gives the same file
+        yield
 
 
-def width_inches(ax):
-    return ax.get_position().width * ax.figure.get_figwidth()
+def new_figure(width: float, height: float, title: str, dpi: int = DPI) -> Figure:
+    """A figure of this size in inches, with its title in as many lines as it needs."""
+    fig = Figure((width, height), dpi=dpi, layout="constrained")
+    fig.get_layout_engine().set(w_pad=0.08, h_pad=0.06)
+    fig.suptitle(textwrap.fill(title, int(11.5 * width)), fontsize=SMALL + 2)
+    return fig
 
 
-def height_inches(ax):
-    return ax.get_position().height * ax.figure.get_figheight()
+def lay_out(fig: Figure) -> None:
+    """Fix the layout, then spread the names of the curves in each panel and tie them to their ends."""
+    fig.get_layout_engine().execute(fig)
+    fig.set_layout_engine("none")
+    for ax in fig.axes:
+        names = [text for text in ax.texts if isinstance(text, Annotation)]
+        if names:
+            width, height = inches(ax)
+            ends = (ax.transData + ax.transAxes.inverted()).transform([name.xy for name in names])
+            for name, (x, y), place in zip(names, ends, spaced(ends[:, 1], LINE / height, 0.02, 0.98), strict=True):
+                name.set_y(place)
+                ax.plot([x, 1 + 0.16 / width], [y, place], color=name.get_color(), lw=0.5, alpha=0.6,
+                        transform=ax.transAxes, clip_on=False)
 
 
-def text_inches(text):
-    """How wide a line of small text is, with a little room around it."""
-    return TextPath((0, 0), text, size=SMALL).get_extents().width / 72 + 0.05
+def inches(ax: Axes) -> np.ndarray:
+    """The width and height of a panel."""
+    return ax.get_position().size * ax.get_figure().get_size_inches()
 
 
-def add_title(fig, text):
-    """Write the title of a figure in as many lines as it needs; see title_inches."""
-    lines = wrapped(text, fig.get_figwidth())
-    fig.text(0.5, 1 - 0.1 / fig.get_figheight(), lines, ha="center", va="top", fontsize=TITLE_SIZE)
+def save(fig: Figure, path: str | Path) -> list[Path]:
+    """Write a figure to path.png and path.svg, each replaced at once; returns the two paths."""
+    path = Path(path)
+    stem = path.with_suffix("") if path.suffix in (".png", ".svg") else path
+    written = [stem.with_name(stem.name + suffix) for suffix in (".png", ".svg")]
+    for file, metadata in zip(written, ({}, {"Date": None}), strict=True):
+        buffer = io.BytesIO()
+        with default_style():
+            fig.savefig(buffer, format=file.suffix[1:], metadata=metadata)
+        files.write_atomically(file, buffer.getvalue())
+    return written
 
 
-def title_inches(text, width):
-    """How high the title of a figure of this width is, the space around it included."""
-    return 0.15 + 1.25 * TITLE_SIZE / 72 * (wrapped(text, width).count("\n") + 1)
+# ---- the step axis --------------------------------------------------------------------------------------------------
 
-
-def wrapped(text, width):
-    return textwrap.fill(text, int((width - 0.4) / (0.6 * TITLE_SIZE / 72)))
-
-
-# ---- the axis of steps ----------------------------------------------------------------------------------------------
-
-def step_axis(ax, first, last, labelled=True):
-    """A logarithmic axis for steps from `first` to `last`, with step 0 at its left edge."""
+def step_axis(ax: Axes, first: int, last: int, width: float, labelled: bool = True) -> None:
+    """A logarithmic axis for steps from `first` to `last` with step 0 at its left edge, about `width` inches wide."""
     ax.set_xscale("symlog", linthresh=first, linscale=0.3)
     ax.set_xlim(0, last)
     grid = [m * 10**k for k in range(12) for m in range(1, 10) if first <= m * 10**k <= last]
     decades = [step for step in grid if str(step).strip("0") == "1"]
     ticks = decades if len(decades) > 2 else [step for step in grid if str(step)[0] in "125"] or grid[-1:]
-    ticks = [0, *ticks[(len(ticks) - 1) % 2::2]] if len(ticks) * 0.45 > width_inches(ax) else [0, *ticks]
+    ticks = [0, *ticks[(len(ticks) - 1) % 2::2]] if len(ticks) * 0.45 > width else [0, *ticks]
     ax.set_xticks(ticks, [step_label(tick) if labelled else "" for tick in ticks])
     ax.minorticks_off()
     ax.plot(grid, [0] * len(grid), "k", ls="", marker=TICKDOWN, ms=2, mew=0.6, clip_on=False,
-            transform=ax.get_xaxis_transform())  # one artist in place of dozens of minor ticks, which take a second
+            transform=ax.get_xaxis_transform())  # dozens of minor ticks would take a second to draw
     ax.tick_params(labelsize=SMALL)
     ax.spines[["top", "right"]].set_visible(False)
     if labelled:
         ax.set_xlabel("step", fontsize=SMALL + 1)
 
 
-def step_label(step):
-    """Steps up to 10 and those that are no power of ten as they are, 100 and more as a power."""
+def step_label(step: int) -> str:
+    """Powers of ten from 100 on as powers, all other steps in full."""
     power = len(str(step)) - 1
     return f"$10^{power}$" if step == 10**power and power > 1 else f"{step:,}"
 
 
-def span(histories):
-    """(first, last): the first step after 0 and the last one of all the histories, for step_axis."""
+def span(histories: Sequence[dict]) -> tuple[int, int]:
+    """The first step after 0 and the last one of all the histories, for step_axis."""
     steps = [step for history in histories for step in history["step"]]
     return min((step for step in steps if step > 0), default=1), max(1, *steps)
 
 
 # ---- curves ---------------------------------------------------------------------------------------------------------
 
-def draw_curve(ax, group, column, band=True, **style):
-    """Draw the mean of a column over the group, with its range; returns (steps, mean).
+def draw_curve(ax: Axes, group: Sequence[dict], column: Callable[[dict], np.ndarray], name: str = "",
+               band: bool = True, **style: Any) -> None:
+    """Draw the mean of a column over the group, with its range as a band, and its name at its end.
 
-    column: function of a history that returns an array, log points first; NaN is a gap.
+    column: maps a history to an array, log points first; NaN is a gap.
     """
     steps, mean, low, high = together(group, column)
-    known = np.pad(np.isfinite(mean), 1)
-    alone = known[1:-1] & ~known[:-2] & ~known[2:]  # a line through one point is not seen
+    known = np.isfinite(mean)
+    around = np.pad(known, 1)
+    alone = known & ~around[:-2] & ~around[2:]  # a line through one point would be invisible
     ax.plot(steps, mean, marker="o", markersize=3, markevery=alone, clip_on=not alone.any(), **style)
     if band and len(group) > 1:
         ax.fill_between(steps, low, high, color=style["color"], alpha=0.2, lw=0)
-    return steps, mean
+    if name and known.any():
+        ax.annotate(name, (steps[known][-1], mean[known][-1]), (1, 0.5), annotation_clip=False, va="center",
+                    textcoords=offset_copy(ax.transAxes, ax.get_figure(), 13, units="points"), color=style["color"],
+                    fontsize=SMALL)
 
 
-def spaced(wanted, gap, low, high):
-    """Positions nearest to the wanted ones (least squares) that lie `gap` apart, in the same order, in [low, high]."""
+def spaced(wanted: Sequence[float] | np.ndarray, gap: float, low: float, high: float) -> np.ndarray:
+    """Positions in [low, high] nearest to the wanted ones (least squares), `gap` apart, in the same order."""
     from scipy.optimize import isotonic_regression
 
     order = np.argsort(wanted, kind="stable")
@@ -120,103 +156,45 @@ def spaced(wanted, gap, low, high):
     return result
 
 
-def label_ends(ax, ends):
-    """Name curves right of their last known values, without overlap. ends: [(text, colour, steps, values)]."""
-    known = [(text, colour, steps[np.isfinite(values)], values[np.isfinite(values)])
-             for text, colour, steps, values in ends]
-    known = [(text, colour, steps[-1], values[-1]) for text, colour, steps, values in known if len(steps)]
-    if not known:
-        return
-    points = (ax.transData + ax.transAxes.inverted()).transform([end[2:] for end in known])
-    places = spaced(points[:, 1], LINE / height_inches(ax), 0.02, 0.98)
-    for (text, colour, *_), point, place in zip(known, points, places, strict=True):
-        line = {"arrowstyle": "-", "color": colour, "lw": 0.5, "alpha": 0.6, "shrinkA": 1, "shrinkB": 0,
-                "relpos": (0, 0.5)}
-        ax.annotate(text, point, (1 + 0.18 / width_inches(ax), place), "axes fraction", "axes fraction", va="center",
-                    color=colour, fontsize=SMALL, annotation_clip=False, arrowprops=line)
+# ---- the accuracy panel ---------------------------------------------------------------------------------------------
 
-
-def room_for(names):
-    """(width, height) in inches that the names of so many curves take beside a panel."""
-    return 0.25 + max(map(text_inches, [*names, "random"])), len(names) * LINE / 0.96
-
-
-# ---- the panel of accuracies ----------------------------------------------------------------------------------------
-
-def shared(group, name):
+def shared(group: Sequence[dict], name: str) -> list[str]:
     """The keys (epsilons) of a column that every run of the group has."""
     return [key for key in group[0][name] if all(key in history[name] for history in group)]
 
 
-def saturates(group):
-    """Whether the group's column train_saturated is there and says something."""
-    return all(np.nanmax([0, *column_of(history, "train_saturated")]) > 0 for history in group)
+def shown_shares(group: Sequence[dict]) -> list[str]:
+    """The columns of SHARES that are above zero somewhere in each run of the group."""
+    return [name for name in SHARES if all(np.nanmax([0, *column_of(history, name)]) > 0 for history in group)]
 
 
-def accuracy_names(group):
-    """The names of the curves that accuracy_panel draws."""
-    return ["train", "test", *["saturated"] * saturates(group),
-            *(f"ε {epsilon_label(key)}" for key in shared(group, "robust_acc"))]
-
-
-def accuracy_panel(ax, group):
+def accuracy_panel(ax: Axes, group: Sequence[dict]) -> None:
     """Train, test, robust_acc (full lines) and adv_acc (dashed, in the same colours) against the step."""
-    def values(name, key=None):
+    def values(name: str, key: str | None = None) -> Callable[[dict], np.ndarray]:
         return lambda history: column_of(history, name) if key is None else as_array(history[name][key])
 
-    ends = [("train", TRAIN, *draw_curve(ax, group, values("train_acc"), color=TRAIN, lw=1.0))]
-    if saturates(group):
-        curve = draw_curve(ax, group, values("train_saturated"), band=False, **SATURATED)
-        ends.append(("saturated", SATURATED["color"], *curve))
-    keys = shared(group, "robust_acc")
-    attacked = shared(group, "adv_acc")
+    draw_curve(ax, group, values("train_acc"), "train", color=TRAIN, lw=1.0)
+    for column in shown_shares(group):
+        name, style, _ = SHARES[column]
+        draw_curve(ax, group, values(column), name, band=False, **style)
+    keys, attacked = shared(group, "robust_acc"), shared(group, "adv_acc")
     for key, shade in zip(keys, matplotlib.colormaps["viridis"](np.linspace(0.75, 0.0, len(keys))), strict=True):
         if key in attacked:
             draw_curve(ax, group, values("adv_acc", key), band=False, color=shade, lw=1.0, ls=(0, (3, 1.5)))
-        curve = draw_curve(ax, group, values("robust_acc", key), color=shade, lw=1.6)
-        ends.append((f"ε {epsilon_label(key)}", shade, *curve))
-    ends.append(("test", TEST, *draw_curve(ax, group, values("test_acc"), color=TEST, lw=1.6)))
+        draw_curve(ax, group, values("robust_acc", key), f"ε {epsilon_label(key)}", color=shade, lw=1.6)
+    draw_curve(ax, group, values("test_acc"), "test", color=TEST, lw=1.6)
     ax.set_ylim(-0.02, 1.02)
     ax.set_yticks(np.linspace(0, 1, 6), [f"{tick}%" for tick in range(0, 101, 20)])
-    label_ends(ax, ends)
+    ax.set_ylabel("accuracy", fontsize=SMALL + 1)
 
 
-def curves_height(ax):
-    """The part of a panel that the strip with the phases' names leaves to the curves."""
-    return 1 - STRIP / height_inches(ax)
-
-
-def mark_step(axes, step, **style):
-    """A line through the panel of accuracies and those of local complexity below it."""
-    for ax in axes:
-        ax.axvline(step, ymax=1 if ax is axes[0] else curves_height(ax), zorder=1, **style)
-
-
-def mark_interpolation(axes, group):
+def mark_interpolation(axes: Sequence[Axes], group: Sequence[dict]) -> None:
     """A line through all panels where training accuracy reaches 99%, with the step above the first."""
     steps, train, _, _ = together(group, lambda history: column_of(history, "train_acc"))
     index = interpolation_index(train)
     if index is None:
         return
-    mark_step(axes, steps[index], color="0.35", lw=0.8, ls=(0, (1, 1.5)))
+    for ax in axes:
+        ax.axvline(steps[index], zorder=1, color="0.35", lw=0.8, ls=(0, (1, 1.5)))
     axes[0].text(steps[index], 1.01, f"train 99% at step {steps[index]:,}", transform=axes[0].get_xaxis_transform(),
                  ha="center", va="bottom", fontsize=SMALL, color="0.35")
-
-
-# ---- files ----------------------------------------------------------------------------------------------------------
-
-def save(fig, path):
-    """Write a figure to path.png and path.svg; returns the two paths.
-
-    Each file is replaced in one go, so that a viewer never meets half a picture.
-    """
-    path = Path(path)
-    stem = path.with_suffix("") if path.suffix in (".png", ".svg") else path
-    written = []
-    with matplotlib.rc_context({"svg.hashsalt": "plot"}):  # the same figure gives the same file
-        for suffix, options in ((".png", {}), (".svg", {"metadata": {"Date": None}})):
-            buffer = io.BytesIO()
-            fig.savefig(buffer, format=suffix[1:], dpi=DPI, **options)
-            written.append(stem.with_name(stem.name + suffix))
-            files.write_atomically(written[-1], buffer.getvalue())
-    return written

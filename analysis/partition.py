@@ -1,25 +1,23 @@
 """Pictures and films of a network's partition of the input space, on a plane through three test images.
 
-A ReLU network is affine on each of the regions that its units' zero sets cut the input space into (Humayun et al.,
-arXiv:2402.15555, Section 3). On a plane these zero sets are lines, broken where they cross the lines of earlier layers.
-Drawn for several checkpoints of a run, they show the regions migrate from the training points to the decision boundary.
-
-    python plot.py --partition CHECKPOINT...
-    python plot.py --partition CHECKPOINT... --out partition.gif
+A ReLU network is affine on each of the regions into which the zero sets of its units cut the input space (Humayun et
+al., arXiv:2402.15555, Section 3). On a plane these are lines that bend where they cross those of earlier layers. Over
+the checkpoints of a run, the regions migrate from the training points to the decision boundary.
 """
 
-import io
 import itertools
+import logging
 import math
-import shutil
 import subprocess
+import sys
 import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any, NamedTuple
 
-import matplotlib
 import numpy as np
 import torch
-from matplotlib.figure import Figure
 from torch import nn
 from tqdm import tqdm
 
@@ -27,23 +25,22 @@ import data
 import local_complexity
 import models
 from analysis import panels, runs, statistics
-from analysis.panels import SMALL
+from analysis.panels import SMALL, Axes, Figure, matplotlib
 from runtime import checkpoints, files
 
 RASTER = 600  # pixels along each side of a panel
 MARGIN = 0.35  # how far the picture reaches beyond the three images, relative to their distance from its centre
 DECISION = (0.84, 0.37, 0.0)  # the colour of the decision boundary: vermillion, after Okabe and Ito
-BATCH_NUMBERS = 2**22  # of one layer's pre-activations held at once: 16 MB in float32
+BATCH_NUMBERS = 2**22  # pre-activations of one layer held at once: 16 MB in float32
 FILM_RASTER, FILM_DPI = 400, 100
-FILM_BYTES = 2_700_000  # for the pictures of the plane in a GIF
-PIXEL_BYTES = 0.36  # that one full of lines takes in a GIF
-FRAME_SECONDS, LAST_FRAME_SECONDS = 0.15, 2.0
+FILM_PIXELS = 8_000_000  # of the plane, in all frames of a film: a GIF stays near 4 MB
+FRAMES_PER_SECOND, LAST_FRAMES = 6, 6  # the last frame is held for a second
 
 
-# ---- what the checkpoints hold --------------------------------------------------------------------------------------
+# ---- checkpoints ----------------------------------------------------------------------------------------------------
 
-def load(path):
-    """Return (checkpoint, network); ValueError names the file that is none of ours or does not fit its own config."""
+def load(path: str | Path) -> tuple[dict, nn.Module]:
+    """Return (checkpoint, network). ValueError names a file that is not a checkpoint or does not fit its config."""
     checkpoint = checkpoints.load_checkpoint(path)
     try:
         return checkpoint, models.load_network(checkpoint)
@@ -51,57 +48,61 @@ def load(path):
         raise ValueError(f"{path}: {error}") from None
 
 
-def load_all(paths):
-    """Return (checkpoints without their tensors, the data set that they all were trained on)."""
-    checkpoints = []
+def load_all(paths: Sequence[str | Path], data_dir: str | None = None) -> tuple[list[dict], data.Dataset]:
+    """Return (checkpoints without their tensors, the data set that they were all trained on)."""
+    found: list[dict] = []
     for path in paths:
         checkpoint, _ = load(path)
-        checkpoints.append({key: value for key, value in checkpoint.items() if not key.endswith("state_dict")})
-        other = [name for name in ("dataset", "image_size")
-                 if checkpoint["config"].get(name) != checkpoints[0]["config"].get(name)]
-        if other:
+        found.append({key: value for key, value in checkpoint.items() if not key.endswith("state_dict")})
+        if any(checkpoint["config"].get(name) != found[0]["config"].get(name)
+               for name in ("dataset", "image_size", "modulus")):
             raise ValueError(f"{path} was trained on other images than {paths[0]}: there is no plane for both")
-    first = checkpoints[0]["config"]
-    try:
-        dataset = data.load_dataset(first["dataset"], first["data_dir"], first["train_size"], first["seed"],
-                                    first["image_size"], first["label_noise"])
-    except KeyError as error:
-        raise ValueError(f"{paths[0]}: its config lacks {error}") from None
-    for path, checkpoint in zip(paths, checkpoints, strict=True):
+    dataset = load_data(paths[0], found[0]["config"], data_dir)
+    for path, checkpoint in zip(paths, found, strict=True):
         if tuple(checkpoint["sizes"]["in_shape"]) != tuple(dataset.x_test.shape[1:]):
-            raise ValueError(f"{path} was trained on images of another shape than those of {first['dataset']} in "
-                             f"{first['data_dir']}")
-    return checkpoints, dataset
+            raise ValueError(f"{path} was trained on images of another shape than those of {dataset.name}")
+    return found, dataset
 
 
-def history_of(checkpoints):
-    """The accuracies that the checkpoints hold, as columns of a history; None where one was no log step's."""
-    def value(entry, *keys):
+def load_data(path: str | Path, config: dict, data_dir: str | None) -> data.Dataset:
+    """The data set of a checkpoint's config, from data_dir or else from the config's own folder."""
+    try:
+        folder = data_dir or config["data_dir"]
+        if not (data_dir or data.source_of(config["dataset"]).package or Path(folder).expanduser().is_dir()):
+            raise ValueError(f"its data were in {folder}, which is not here: name their folder with --data_dir")
+        more = {name: config[name] for name in ("modulus", "train_fraction") if config.get(name) is not None}
+        return data.load_dataset(config["dataset"], folder, config["train_size"], config["seed"],
+                                 config["image_size"], config["label_noise"], **more)
+    except KeyError as error:
+        raise ValueError(f"{path}: its config lacks {error}") from None
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def history_of(found: Sequence[dict]) -> dict:
+    """The accuracies in the checkpoints, as columns of a history; None where a checkpoint has none."""
+    def column(*keys: str) -> list[float | None]:
+        values: list[Any] = list(found)
         for key in keys:
-            entry = entry.get(key) if isinstance(entry, dict) else None
-        return entry if isinstance(entry, float) else None
+            values = [value.get(key) if isinstance(value, dict) else None for value in values]
+        return [value if isinstance(value, float) else None for value in values]
 
-    def column(*keys):
-        return [value(checkpoint, *keys) for checkpoint in checkpoints]
-
-    attacked = {}
+    history: dict = {name: column(name) for name in ("train_acc", "test_acc", *panels.SHARES)}
     for name in ("adv_acc", "robust_acc"):
-        found = [checkpoint.get(name) for checkpoint in checkpoints]
-        keys = dict.fromkeys(key for entry in found if isinstance(entry, dict) for key in entry)
-        attacked[name] = {key: column(name, key) for key in keys}
-    return {"step": [checkpoint["step"] for checkpoint in checkpoints], **attacked,
-            **{name: column(name) for name in ("train_acc", "test_acc", "train_saturated")}}
+        entries = [checkpoint[name] for checkpoint in found if isinstance(checkpoint.get(name), dict)]
+        history[name] = {key: column(name, key) for key in dict.fromkeys(itertools.chain(*entries))}
+    return {"step": [checkpoint["step"] for checkpoint in found], **history}
 
 
 # ---- the plane ------------------------------------------------------------------------------------------------------
 
-def three_images(dataset, seed=0):
-    """Return (x, y): three test images in [0, 1], shape (3, C, H, W), of three classes if there are so many.
+def three_images(dataset: data.Dataset, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return (x, y): three test images in [0, 1], shape (3, C, H, W), of three classes if there are that many.
 
     Raises ValueError if there are fewer than three test images.
     """
     if len(dataset.y_test) < 3:
-        raise ValueError(f"a plane needs three test images, and {dataset.name} holds {len(dataset.y_test)}")
+        raise ValueError(f"a plane needs three test images, and {dataset.name} has {len(dataset.y_test)}")
     order = torch.randperm(len(dataset.y_test), generator=torch.Generator().manual_seed(seed)).tolist()
     first_of_class = {dataset.y_test[i].item(): i for i in reversed(order)}
     chosen = sorted(first_of_class.values(), key=order.index)[:3]
@@ -109,256 +110,223 @@ def three_images(dataset, seed=0):
     return data.pixels(dataset.x_test[chosen], torch.float64), dataset.y_test[chosen]
 
 
-def plane_through(x):
-    """Return (centre, axes, places): the plane through three points.
+class Plane(NamedTuple):
+    """The plane through three images x, (3, C, H, W), of the classes y, and how far it is drawn."""
 
-    x: (3, C, H, W). centre: (C, H, W), their mean. axes: (2, C, H, W), orthonormal, so that distances in the picture
-    are Euclidean distances between images. places: (3, 2), where the points lie on it. Raises ValueError if the three
-    lie on a line.
-    """
+    x: torch.Tensor
+    y: torch.Tensor
+    centre: torch.Tensor  # (C, H, W), the mean of the images
+    axes: torch.Tensor  # (2, C, H, W), orthonormal: distances in the picture are Euclidean distances between images
+    places: torch.Tensor  # (3, 2), the images' coordinates
+    reach: float  # along both axes, from the centre
+
+
+def plane_through(x: torch.Tensor, y: torch.Tensor) -> Plane:
+    """Return the plane through three images; ValueError if they lie on a line."""
     centre = x.mean(0)
-    sides = (x[1:] - x[0]).flatten(1).T
-    axes, triangle = torch.linalg.qr(sides)
+    axes, triangle = torch.linalg.qr((x[1:] - x[0]).flatten(1).T)
     if triangle.diagonal().abs().min() < 1e-6 * max(1.0, triangle.abs().max().item()):
         raise ValueError("the three test images lie on a line: there is no plane through them")
     places = (x - centre).flatten(1) @ axes
-    return centre, axes.T.view(2, *x.shape[1:]), places
+    return Plane(x, y, centre, axes.T.view(2, *x.shape[1:]), places, (1 + MARGIN) * places.abs().max().item())
 
 
-def plane_of(dataset):
-    """Return (images, labels, centre, axes, places, reach): three test images and their plane, as far as drawn."""
-    x, y = three_images(dataset)
-    centre, axes, places = plane_through(x)
-    return x, y, centre, axes, places, (1 + MARGIN) * places.abs().max().item()
-
-
-def boundaries(model, centre, axes, reach, raster=RASTER):
+def boundaries(model: nn.Module, plane: Plane, raster: int) -> tuple[np.ndarray, np.ndarray]:
     """Return (layers, decision): where units of each layer change sign, and where the predicted class changes.
 
-    The plane is sampled at (raster + 1)^2 points from -reach to reach along both axes. layers: bool (layers, raster,
-    raster), true at [l, i, j] if a unit of layer l is positive at point (i, j) and not at its neighbour (i + 1, j) or
-    (i, j + 1), or the other way round; decision: bool (raster, raster), the same of the argmax. i counts along the
-    second axis, j along the first. The memory is bounded whatever the model: the plane is covered tile by tile. The
-    first layer is affine, so it is needed at the centre and along the axes only.
+    The plane is sampled at (raster + 1)^2 points. layers: bool (layers, raster, raster), true at [l, i, j] if the sign
+    of some unit of layer l at point (i, j) differs from that at its neighbour (i + 1, j) or (i, j + 1); decision: bool
+    (raster, raster), the same for the argmax. i counts along the plane's second axis, j along its first. The plane is
+    covered tile by tile, which bounds the memory.
     """
-    units = local_complexity.layer_units(model, tuple(centre.shape))
+    units = local_complexity.layer_units(model, tuple(plane.centre.shape))
     modules = [model.get_submodule(name) for name in units]
     layers = np.zeros((len(units), raster, raster), dtype=bool)
     decision = np.zeros((raster, raster), dtype=bool)
     parameter = next(model.parameters())
-    centre, axes = centre.to(parameter), axes.to(parameter)
-    ticks = torch.linspace(-reach, reach, raster + 1, dtype=torch.float64).to(parameter)
-    encode, decode = (model.encode, model.decode) if isinstance(model, models.Network) else (nn.Identity(), model)
-    with models.evaluating(model), torch.no_grad():
-        origin, (step_u, step_v) = encode(centre[None]), encode(axes) - encode(torch.zeros_like(axes[:1]))
-    side = max(1, min(raster, math.isqrt(BATCH_NUMBERS // max(origin.numel(), *units.values())) - 1))
+    centre, (across, up) = plane.centre.to(parameter), plane.axes.to(parameter)
+    ticks = torch.linspace(-plane.reach, plane.reach, raster + 1, dtype=torch.float64).to(parameter).view(-1, 1, 1, 1)
+    side = max(1, min(raster, math.isqrt(BATCH_NUMBERS // max(centre.numel(), *units.values())) - 1))
 
-    def changes(values):
-        """values: (height + 1, width + 1, …), of neighbouring points -> bool (height, width)."""
+    def changes(values: torch.Tensor) -> np.ndarray:
+        """values: (height + 1, width + 1, …) of neighbouring points -> bool (height, width)."""
         here = values[:-1, :-1]
-        differs = (here != values[1:, :-1]) | (here != values[:-1, 1:])
-        return differs.flatten(2).any(2).cpu().numpy()
+        return ((here != values[1:, :-1]) | (here != values[:-1, 1:])).flatten(2).any(2).cpu().numpy()
 
     # A convolutional network takes minutes.
     tiles = list(itertools.product(range(0, raster, side), repeat=2))
     for top, left in tqdm(tiles, unit="tile", leave=False, disable=None, delay=2):
         v, u = ticks[top:top + side + 1], ticks[left:left + side + 1]
-        shape = len(v), len(u)
-        tile = np.s_[top:top + side, left:left + side]
+        shape, tile = (len(v), len(u)), np.s_[top:top + side, left:left + side]
 
         def watch(module, args, shape=shape, tile=tile):
             layers[modules.index(module)][tile] = changes((args[0] > 0).unflatten(0, shape))
 
-        ones = [1] * step_u.dim()
-        points = origin + v.view(-1, 1, *ones) * step_v + u.view(-1, *ones) * step_u
+        points = (centre + v[:, None] * up + u * across).flatten(0, 1)
         with local_complexity.pre_hooks(modules, watch), models.evaluating(model), torch.no_grad():
-            decision[tile] = changes(decode(points.flatten(0, 1)).argmax(1).view(*shape, 1))
+            decision[tile] = changes(model(points).argmax(1).view(*shape, 1))
     return layers, decision
 
 
-def layer_colours(count):
-    """One colour a layer, from light to dark: (count, 3), RGB."""
+def layer_colours(count: int) -> np.ndarray:
+    """One colour for each layer, from light to dark: (count, 3), RGB."""
     return matplotlib.colormaps["viridis"](np.linspace(0.8, 0.1, count))[:, :3]
 
 
-def paint(layers, decision):
+def paint(layers: np.ndarray, decision: np.ndarray) -> np.ndarray:
     """The picture, (raster, raster, 3): the layers' boundaries on white, the deepest on top, then the decision's."""
     picture = np.ones((*decision.shape, 3))
     for mask, colour in zip(layers, layer_colours(len(layers)), strict=True):
         picture[mask] = colour
     padded = np.pad(decision, 1)  # three pixels wide, to stand out
-    thick = np.any([np.roll(padded, (i, j), (0, 1)) for i in (-1, 0, 1) for j in (-1, 0, 1)], axis=0)[1:-1, 1:-1]
-    picture[thick] = DECISION
+    picture[np.lib.stride_tricks.sliding_window_view(padded, (3, 3)).any(axis=(2, 3))] = DECISION
     return picture
 
 
 # ---- figures --------------------------------------------------------------------------------------------------------
 
-def figure(paths):
-    """Return a matplotlib figure: the partition of each checkpoint on the same plane, side by side.
+@panels.default_style()
+def figure(paths: Sequence[str | Path], data_dir: str | None = None) -> Figure:
+    """Return a figure: the partition of each checkpoint on the same plane, side by side.
 
-    paths: checkpoint files of runs on the same images. Raises ValueError or OSError, with one line, for a file that is
-    no checkpoint, does not fit its own config, or was trained on other images than the first.
+    paths: checkpoints of runs on the same images. data_dir: where the images are, by default the folder in the first
+    checkpoint's config. Raises ValueError or OSError, in one line, for a file that is not a checkpoint, does not fit
+    its own config, or was trained on other images than the first, and where the images are missing.
     """
-    checkpoints, dataset = load_all(paths)
-    x, y, centre, axes, places, reach = plane_of(dataset)
-    flags = runs.differing_flags(checkpoints)
-    titles = ["\n".join(filter(None, [f"step {checkpoint['step']:,}", runs.group_title([checkpoint], flags)]))
-              for checkpoint in checkpoints]
+    found, dataset = load_all(paths, data_dir)
+    plane, flags = plane_through(*three_images(dataset)), runs.differing_flags(found)
     columns = min(len(paths), 3)
     rows = -(-len(paths) // columns)
-    panel, thumb, gap = RASTER / panels.DPI, 0.72, 0.25
-    head = 0.2 + 0.15 * max(title.count("\n") + 1 for title in titles)
-    title = f"{runs.run_title(checkpoints[0], flags)}: the plane through three test images"
-    width = thumb + 2 * gap + columns * (panel + gap)
-    above = panels.title_inches(title, width)
-    fig = Figure((width, above + rows * (head + panel) + 0.75))
-    panels.add_title(fig, title)
-    for k in range(3):
-        draw_image(square(fig, gap, above + head + k * (thumb + 1.5 * gap), thumb), x[k], f"{'ABC'[k]}: class {y[k]}")
-    most_layers = 0
-    for i, (path, over) in enumerate(zip(paths, titles, strict=True)):
-        layers, decision = boundaries(load(path)[1], centre, axes, reach)
-        most_layers = max(most_layers, len(layers))
-        row, column = divmod(i, columns)
-        ax = square(fig, thumb + 2 * gap + column * (panel + gap), above + row * (head + panel) + head, panel)
-        draw_plane(ax, paint(layers, decision), places, reach)
-        ax.set_title(over, fontsize=SMALL + 1, pad=4)
-    add_legend(fig, most_layers, 2 * reach)
+    fig = panels.new_figure(1.2 + 3.3 * columns, 3.45 * rows + 1.1,
+                            f"{runs.run_title(found[0], flags)}: the plane through three test images")
+    grid = fig.add_gridspec(1, 2, width_ratios=[0.8, 3.2 * columns])
+    thumbnails = grid[0].subgridspec(3 * rows, 1)
+    draw_images([fig.add_subplot(thumbnails[k]) for k in range(3)], plane)
+    axes = grid[1].subgridspec(rows, columns).subplots(squeeze=False).flatten()
+    n_layers = 0
+    for ax, path, checkpoint in zip(axes, paths, found, strict=False):
+        layers, decision = boundaries(load(path)[1], plane, RASTER)
+        n_layers = max(n_layers, len(layers))
+        draw_plane(ax, paint(layers, decision), plane)
+        over = f"step {checkpoint['step']:,}\n{runs.group_title([checkpoint], flags)}"
+        ax.set_title(over.strip(), fontsize=SMALL + 1, pad=4)
+    for ax in axes[len(paths):]:
+        ax.remove()
+    add_legend(fig, n_layers, plane)
+    panels.lay_out(fig)
+    for ax in axes[:len(paths)]:
+        snap(ax, RASTER)
     return fig
 
 
-def square(fig, left, top, side, dpi=panels.DPI):
-    """Axes without ticks, in inches; on whole pixels, so that a pixel of the raster is one of the file."""
-    bottom = round(dpi * (fig.get_figheight() - top - side)) / dpi
-    return panels.add_axes(fig, round(dpi * left) / dpi, fig.get_figheight() - bottom - side, side, side,
-                           xticks=[], yticks=[])
+def snap(ax: Axes, raster: int) -> None:
+    """Move a panel to whole pixels, so that a pixel of the picture is a pixel of the file."""
+    size = ax.get_figure().bbox.size
+    corner = np.round(ax.get_position().get_points().mean(axis=0) * size - raster / 2)
+    ax.set_position([*corner / size, *raster / size])
 
 
-def draw_image(ax, image, title):
-    ax.imshow(image.expand(3, -1, -1).permute(1, 2, 0).numpy(), interpolation="nearest")
-    ax.set_title(title, fontsize=SMALL, pad=3)
+def draw_images(axes: Sequence[Axes], plane: Plane) -> None:
+    for ax, image, label, letter in zip(axes, plane.x, plane.y, "ABC", strict=True):
+        ax.imshow(image.expand(3, -1, -1).permute(1, 2, 0).numpy(), interpolation="nearest")
+        ax.set_title(f"{letter}: class {label}", fontsize=SMALL, pad=3)
+        ax.set(xticks=[], yticks=[])
 
 
-def draw_plane(ax, picture, places, reach):
-    """Show the picture and the places of the three images on it; returns what holds the picture."""
-    shown = ax.imshow(picture, origin="lower", extent=(-reach, reach, -reach, reach), interpolation="none")
-    for letter, (u, v) in zip("ABC", places.tolist(), strict=True):
+def draw_plane(ax: Axes, picture: np.ndarray, plane: Plane) -> Any:
+    """Show the picture and the places of the three images in it; returns what holds the picture."""
+    ax.set(xticks=[], yticks=[])
+    for letter, (u, v) in zip("ABC", plane.places.tolist(), strict=True):
         ax.plot(u, v, "o", ms=11, mfc="white", mec="black", mew=1)
         ax.text(u, v, letter, ha="center", va="center_baseline", fontsize=SMALL)
-    return shown
+    return ax.imshow(picture, origin="lower", extent=(-plane.reach, plane.reach) * 2, interpolation="none")
 
 
-def add_legend(fig, n_layers, side):
+def add_legend(fig: Figure, n_layers: int, plane: Plane) -> None:
     from matplotlib.lines import Line2D
 
     colours = layer_colours(n_layers)
-    shown = range(n_layers) if n_layers <= 3 else (0, n_layers // 2, n_layers - 1)  # two lines, for which there is room
+    shown = range(n_layers) if n_layers <= 3 else (0, n_layers // 2, n_layers - 1)
     handles = [Line2D([], [], color=colours[k], lw=2, label=f"units of layer {k + 1} change sign") for k in shown]
     handles.append(Line2D([], [], color=DECISION, lw=3, label="the predicted class changes"))
-    fig.legend(handles=handles, loc="lower center", ncols=2, fontsize=SMALL, frameon=False,
-               title=f"side of a panel: {side:.3g} (Euclidean distance between images in [0, 1])", title_fontsize=SMALL)
+    fig.legend(handles=handles, loc="outside lower center", ncols=2, fontsize=SMALL, frameon=False,
+               title=f"side of a panel: {2 * plane.reach:.3g} (Euclidean distance between images in [0, 1])",
+               title_fontsize=SMALL)
 
 
 # ---- films ----------------------------------------------------------------------------------------------------------
 
-def film(paths, out):
+@panels.default_style()
+def film(paths: Sequence[str | Path], out: str | Path, data_dir: str | None = None) -> Path:
     """Write a film of a run's checkpoints, one frame each in the order of their steps, to out (.gif or .mp4).
 
-    Beside the partition stand the accuracies that the checkpoints hold, with a mark that moves. Returns out. Raises
-    ValueError or OSError as figure() does, for checkpoints of several runs, and for an MP4 without ffmpeg.
+    Next to the partition are the accuracies in the checkpoints, with a mark that moves. Returns out. Raises ValueError
+    or OSError as figure() does, for checkpoints of several runs, and for an MP4 without ffmpeg.
     """
+    from matplotlib.animation import FFMpegWriter, PillowWriter
+
     out = Path(out)
-    if out.suffix == ".mp4" and shutil.which("ffmpeg") is None:
-        raise ValueError(f"{out}: an MP4 is written by ffmpeg, which is not installed; a GIF needs nothing more")
-    checkpoints, dataset = load_all(paths)
-    flags = runs.differing_flags(checkpoints)
+    kind = FFMpegWriter if out.suffix == ".mp4" else PillowWriter
+    if not kind.isAvailable():
+        raise ValueError(f"{out}: an MP4 needs ffmpeg, which is not installed; a GIF does not")
+    found, dataset = load_all(paths, data_dir)
+    flags = runs.differing_flags(found)
     if flags:
         raise ValueError(f"a film shows one run, and these checkpoints differ in --{flags[0]}: write a PNG")
-    order = sorted(range(len(paths)), key=lambda i: checkpoints[i]["step"])
-    checkpoints = [checkpoints[i] for i in order]
-    plane = plane_of(dataset)
-    raster = min(FILM_RASTER, math.isqrt(round(FILM_BYTES / PIXEL_BYTES / len(paths))))
-    fig = show = None
-    frames = []
-    for i in tqdm(order, unit="frame", leave=False, disable=None):
-        checkpoint, network = load(paths[i])
-        layers, decision = boundaries(network, *plane[2:4], plane[5], raster)
-        if fig is None:
-            fig, show = film_figure(checkpoints, plane, raster, len(layers))
-        frames.append(show(paint(layers, decision), checkpoint["step"]))
-    (write_mp4 if out.suffix == ".mp4" else write_gif)(frames, out)
+    order = sorted(range(len(paths)), key=lambda i: found[i]["step"])
+    plane = plane_through(*three_images(dataset))
+    raster = min(FILM_RASTER, math.isqrt(FILM_PIXELS // len(paths)))
+    n_layers = len(local_complexity.layer_units(load(paths[0])[1], tuple(plane.centre.shape)))
+    fig, show = film_figure([found[i] for i in order], plane, raster, n_layers)
+    writer = kind(fps=FRAMES_PER_SECOND)
+    logging.getLogger("matplotlib.animation").setLevel(logging.CRITICAL)  # ffmpeg's words are in the error below
+    with tempfile.TemporaryDirectory() as folder:
+        part = Path(folder) / out.name
+        try:
+            with writer.saving(fig, str(part), FILM_DPI):
+                for i in progress(order):
+                    checkpoint, network = load(paths[i])
+                    show(paint(*boundaries(network, plane, raster)), checkpoint["step"])
+                    writer.grab_frame()
+                for _ in range(LAST_FRAMES):
+                    writer.grab_frame()
+        except subprocess.CalledProcessError as error:
+            raise OSError(f"ffmpeg could not write {out}: {error.stderr.strip()[-200:]!r}") from None
+        files.write_atomically(out, part.read_bytes())
     return out
 
 
-def film_figure(checkpoints, plane, raster, n_layers):
-    """Return (fig, show): show(picture, step) draws a frame and returns it, uint8 (height, width, 3)."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
+def progress(items: Sequence[int]) -> Iterator[int]:
+    """Yield the items behind a progress bar, or, where standard error is not a terminal, a line every ten seconds."""
+    said = time.monotonic()
+    for done, item in enumerate(tqdm(items, unit="frame", leave=False, disable=None)):
+        if time.monotonic() - said > 10 and sys.stderr is not None and not sys.stderr.isatty():
+            print(f"frame {done} of {len(items)}", file=sys.stderr, flush=True)
+            said = time.monotonic()
+        yield item
 
-    x, y, _, _, places, reach = plane
-    history = history_of(checkpoints)
-    right, least = panels.room_for(panels.accuracy_names([history]))
-    title = runs.run_title(checkpoints[0])
-    side, left, thumb, height = raster / FILM_DPI, raster / FILM_DPI + 0.9, 0.8, max(2.2, least)
-    width = 3 * thumb + 0.3
-    top = panels.title_inches(title, left + width + right) + 0.25
-    size = left + width + right, max(top + side, top + height + 0.65 + thumb) + 0.75
-    fig = Figure(np.ceil(np.multiply(size, FILM_DPI / 2)) * 2 / FILM_DPI, dpi=FILM_DPI)  # even: a video's wish
-    canvas = FigureCanvasAgg(fig)
-    ax = square(fig, 0.15, top, side, FILM_DPI)
-    shown = draw_plane(ax, np.ones((raster, raster, 3)), places, reach)
-    beside = panels.add_axes(fig, left, top, width, height)
-    panels.step_axis(beside, *panels.span([history]))
-    beside.set_ylabel("accuracy", fontsize=SMALL + 1)
-    panels.accuracy_panel(beside, [history])
-    if statistics.interpolation_index(history["train_acc"]):  # of later checkpoints alone, the first says nothing
-        panels.mark_interpolation([beside], [history])
-    mark = beside.axvline(0, color="black", lw=1.5, marker="^", markevery=[0], clip_on=False, animated=True)
-    for k in range(3):
-        draw_image(square(fig, left + k * (thumb + 0.15), top + height + 0.65, thumb, FILM_DPI), x[k],
-                   f"{'ABC'[k]}: class {y[k]}")
-    panels.add_title(fig, title)
-    add_legend(fig, n_layers, 2 * reach)
-    canvas.draw()
-    still = canvas.copy_from_bbox(fig.bbox)
 
-    def show(picture, step):
+def film_figure(found: Sequence[dict], plane: Plane, raster: int, n_layers: int) -> tuple[Figure, Callable]:
+    """Return (fig, show): show(picture, step) draws a frame."""
+    history = history_of(found)
+    side = raster / FILM_DPI
+    fig = panels.new_figure(side + 4.8, side + 1.6, runs.run_title(found[0]), FILM_DPI)
+    axes = fig.subplot_mosaic("PLLL;PABC", width_ratios=[side, 0.95, 0.95, 0.95], height_ratios=[3, 1])
+    shown = draw_plane(axes["P"], np.ones((raster, raster, 3)), plane)
+    axes["P"].set_title("step 0", fontsize=SMALL + 1.5, pad=4)
+    curves = axes["L"]
+    panels.step_axis(curves, *panels.span([history]), 2.7)
+    panels.accuracy_panel(curves, [history])
+    if statistics.interpolation_index(history["train_acc"]):  # the first checkpoint does not say when it was fitted
+        panels.mark_interpolation([curves], [history])
+    mark = curves.axvline(0, color="black", lw=1.5, marker="^", markevery=[0], clip_on=False)
+    draw_images([axes[letter] for letter in "ABC"], plane)
+    add_legend(fig, n_layers, plane)
+    panels.lay_out(fig)
+    snap(axes["P"], raster)
+
+    def show(picture: np.ndarray, step: int) -> None:
         shown.set_data(picture)
         mark.set_xdata([step, step])
-        ax.set_title(f"step {step:,}", fontsize=SMALL + 1.5, pad=4)
-        canvas.restore_region(still)
-        fig.draw_artist(ax)
-        beside.draw_artist(mark)
-        return np.array(canvas.buffer_rgba())[..., :3]
+        axes["P"].set_title(f"step {step:,}", fontsize=SMALL + 1.5, pad=4)
     return fig, show
-
-
-def write_gif(frames, path):
-    from PIL import Image
-
-    # The colours that are seen most stay as they are: so far apart, Pillow takes none of them for another.
-    seen = Image.fromarray(np.concatenate([frames[0], frames[len(frames) // 2], frames[-1]])).getcolors(2**24)
-    kept = np.empty((0, 3), dtype=int)
-    for _, colour in sorted(seen, reverse=True):
-        if len(kept) < 64 and np.all(np.abs(kept - colour).max(axis=1) > 8):
-            kept = np.vstack([kept, colour])
-    palette = Image.new("P", (1, 1))
-    palette.putpalette(kept.ravel().tolist())
-    images = [Image.fromarray(frame).quantize(palette=palette, dither=Image.Dither.NONE) for frame in frames]
-    milliseconds = [round(1000 * FRAME_SECONDS)] * (len(frames) - 1) + [round(1000 * LAST_FRAME_SECONDS)]
-    buffer = io.BytesIO()
-    images[0].save(buffer, "GIF", save_all=True, append_images=images[1:], duration=milliseconds, loop=0)
-    files.write_atomically(path, buffer.getvalue())
-
-
-def write_mp4(frames, path):
-    height, width, _ = frames[0].shape
-    with tempfile.TemporaryDirectory() as folder:
-        written = Path(folder) / "film.mp4"
-        done = subprocess.run(
-            ["ffmpeg", "-loglevel", "error", "-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{width}x{height}", "-r",
-             str(1 / FRAME_SECONDS), "-i", "-", "-pix_fmt", "yuv420p", str(written)],
-            input=b"".join(frame.tobytes() for frame in frames), capture_output=True)
-        if done.returncode != 0:
-            raise OSError(f"ffmpeg could not write {path}: {done.stderr.decode(errors='replace').strip()[-200:]!r}")
-        files.write_atomically(path, written.read_bytes())

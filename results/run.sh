@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Every experiment whose history lies in results/: runs those named, or all of them, two at a time, and copies the history
-# of each that is complete to results/NAME.json. What was interrupted continues when it is named again.
+# Every experiment whose history is in results/: runs those named, or all of them, two at a time, and writes the history
+# of each that is complete to results/NAME.json. An interrupted one continues when it is named again.
 #
 #   bash results/run.sh                      all, about twelve hours on two cores
 #   bash results/run.sh mnist mnist_exact    these two
@@ -53,7 +53,7 @@ resnet18_batch_norm     CIFAR --model=resnet18 --n_steps=20000 --weight_decay=0 
 END
 }
 
-# CIFAR-10 as a folder of images, DATA/cifar10-images/{train,test}/CLASS/*.jpg; a tenth of it, so that a CPU gets well
+# CIFAR-10 as a folder of images, DATA/cifar10-images/{train,test}/CLASS/*.jpg; a tenth of it, so that a CPU trains far
 # past interpolation.
 export CIFAR="--dataset=imagefolder --train_size=5000 --width=16 --batch_size=32 --log_points=40"
 CIFAR+=" --adv_size=500 --lc_samples=128 --epsilons 0.5/255 1/255 2/255 4/255"
@@ -63,14 +63,15 @@ one() {
     folder=$DATA
     [[ $flags == *=imagefolder* ]] && folder=$DATA/cifar10-images
     # shellcheck disable=SC2086  # the flags are several words
-    "$PYTHON" train.py $flags --threads=1 --products=mkl --compile=off --data_dir="$folder" \
+    "$PYTHON" train.py $flags --threads=1 --products=mkl --data_dir="$folder" \
         --log_dir="$RUNS/$name/logs" --save_dir="$RUNS/$name/checkpoints" --resume --quiet &&
-        cp "$RUNS/$name/logs/training_history.json" "results/$name.json" && echo "$name is complete"
+        "$PYTHON" -c 'import sys; from runtime.history import *; write_history(sys.argv[2], read_history(sys.argv[1]))' \
+            "$RUNS/$name/logs/training_history.json" "results/$name.json" && echo "$name is complete"
 }
 export -f one
 
 for name in "$@"; do
-    experiments | grep -q "^$name " || { echo "results/run.sh: no experiment is named $name" >&2; exit 2; }
+    experiments | grep -q "^$name " || { echo "results/run.sh: there is no experiment $name" >&2; exit 2; }
 done
 experiments | while read -r line; do
     [[ $# == 0 || " $* " == *" ${line%% *} "* ]] && printf '%s\0' "$line"

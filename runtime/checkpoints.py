@@ -1,44 +1,35 @@
 """Checkpoints: written whole, read without trust, and what a resumed run needs of them."""
 
-import collections
 import contextlib
-import copy
 import io
 import math
 import pickle
 import zipfile
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from runtime.files import CHECKPOINT_PATTERN, HISTORY_NAME, ROLLING_NAME, write_atomically
-from runtime.history import (
-    MAY_CHANGE,
-    NO_FLAG_ANY_MORE,
-    count,
-    fits,
-    forget_after,
-    mapping,
-    number,
-    read_history,
-    tensor,
-    text,
-)
+from flags import EXPERIMENT, FIELDS, MEASUREMENT, Config, flags_of
+from runtime.files import CHECKPOINT_PATTERN, ROLLING_NAME, check_regular, write_atomically
+from runtime.history import HISTORY_NAME, fault_in_origin, forget_after, is_number, read_history, strict
 
-CHECKPOINT = {"epoch": number, "step": count, "seconds": number, "logged": count, "config": mapping, "sizes": mapping,
-              "model_state_dict": {text: tensor}, "optimizer_state_dict": mapping}
-NEWER_IN_CHECKPOINT = {"derived": mapping, "largest_loss": lambda value: type(value) in (int, float)}  # or infinite
+# Flags that do not change what is computed, but how, and with it the last bits of the results.
+ROUNDING = ("device", "threads", "products", "compile", "eval_batch_size")
+ROW = ("epoch", "seconds", "train_loss", "train_acc", "test_loss", "test_acc")  # what a log step's checkpoint repeats
 
 
-def save_checkpoint(folder, state, keep="all"):
-    """Write the checkpoint of a log step; keep "all", the "last", or the last N of them: this one and the N - 1 newest
-    undamaged others, whatever their names."""
+def save_checkpoint(folder: str | Path, state: dict, keep: str | int = "all") -> Path:
+    """Write the checkpoint of a log step; return its path.
+
+    keep: "all", "last", or N: this one and the N - 1 newest undamaged others stay.
+    """
     name = f"checkpoint_epoch_{math.floor(state['epoch']):07d}_step_{state['step']:09d}.pt"
     path = save_state(Path(folder) / name, state)
-    # The newer log step's checkpoint holds all that the rolling file was for.
-    (Path(folder) / ROLLING_NAME).unlink(missing_ok=True)
+    (Path(folder) / ROLLING_NAME).unlink(missing_ok=True)  # it is older
     if keep != "all":
-        left = 0 if keep == "last" else keep - 1
+        left = 0 if keep == "last" else int(keep) - 1
         for old in saved_checkpoints(folder):
             if old == path:
                 continue
@@ -50,32 +41,37 @@ def save_checkpoint(folder, state, keep="all"):
     return path
 
 
-def save_rolling(folder, state):
-    """Write the one checkpoint that is replaced between log steps."""
+def save_rolling(folder: str | Path, state: dict) -> Path:
+    """Write the one checkpoint that is replaced between log steps; return its path."""
     return save_state(Path(folder) / ROLLING_NAME, state)
 
 
-def save_state(path, state):
-    # Through memory, so that a full disk is the OSError that it is and not an error of the zip writer.
+def save_state(path: Path, state: dict) -> Path:
+    # Through memory, so that a full disk is an OSError and not an error of the zip writer.
     buffer = io.BytesIO()
     torch.save(state, buffer)
     write_atomically(path, buffer.getbuffer())
     return path
 
 
-def intact(path):
-    """Whether the checksums of a checkpoint's file, at which torch.load does not look, are right."""
+def intact(path: Path) -> bool:
+    """Whether the checksums of a checkpoint's file are right; torch.load does not look at them."""
+    check_regular(path)
     try:
         with zipfile.ZipFile(path) as archive:
             return archive.testzip() is None
     except (OSError, MemoryError):
         raise
-    except Exception:  # zipfile, zlib and struct have each their own errors for a damaged file
+    except Exception:  # zipfile, zlib and struct raise errors of their own for a damaged file
         return False
 
 
-def load_checkpoint(path):
-    """Return the checkpoint in `path`, on the CPU; ValueError if it is damaged, foreign or holds more than data."""
+def load_checkpoint(path: str | Path) -> dict:
+    """Return the checkpoint in `path`, on the CPU.
+
+    Raises ValueError, in one line, if it is damaged or foreign, holds more than data, or cannot be read.
+    """
+    path = Path(path)
     try:
         state = torch.load(path, map_location="cpu", weights_only=True) if intact(path) else None
     except MemoryError:
@@ -83,167 +79,192 @@ def load_checkpoint(path):
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error.strerror or error}") from None
     except pickle.UnpicklingError:
-        raise ValueError(f"{path} is refused: it is no checkpoint, or its pickle holds more than data") from None
+        raise ValueError(f"{path} is refused: it is not a checkpoint, or its pickle holds more than data") from None
     except Exception:
         state = None
     if state is None:
-        raise ValueError(f"{path} is damaged or no checkpoint")
-    if not (mapping(state) and state.keys() >= CHECKPOINT.keys()
-            and all(fits(state[key], CHECKPOINT[key]) for key in CHECKPOINT)
-            and all(fits(state[key], NEWER_IN_CHECKPOINT[key]) for key in NEWER_IN_CHECKPOINT.keys() & state.keys())):
-        raise ValueError(f"{path} is no checkpoint of this program")
+        raise ValueError(f"{path} is damaged or not a checkpoint")
+    fault = fault_in(state)
+    if fault:
+        raise ValueError(f"{path} is not a checkpoint of this program: {fault}")
     return state
 
 
-def newest_checkpoint(folder, note, before=math.inf, finite=True):
+def fault_in(state: Any) -> str | None:
+    """Return in words what is wrong with the content of a checkpoint, or None."""
+    parts = ("config", "sizes", "model_state_dict", "optimizer_state_dict")
+    if not isinstance(state, dict) or not all(isinstance(state.get(name), dict) for name in parts):
+        return "a part is missing"
+    if not (all(type(state.get(name)) is int and state[name] >= 0 for name in ("step", "logged"))
+            and all(is_number(state.get(name)) for name in ("epoch", "seconds"))
+            and type(state.get("largest_loss", 0.0)) in (int, float)):
+        return "its step, epoch, seconds, logged or largest_loss is not a number"
+    weights, moments = state["model_state_dict"], state["optimizer_state_dict"].get("state")
+    if not isinstance(moments, dict) or not all(isinstance(entries, dict) for entries in moments.values()):
+        return "it holds no state of an optimizer"
+    kept = [value for entries in moments.values() for value in entries.values() if isinstance(value, torch.Tensor)]
+    if not weights or not all(map(is_plain, [*weights.values(), *kept])) or {*map(type, weights)} != {str}:
+        return "its weights or its optimizer's state are not plain tensors"
+    largest = max(value.numel() for value in weights.values())
+    return fault_in_origin(state) or ("its weights are fewer than its config says" if (
+        (state["config"].get("depth") or 0) > len(weights) or (state["config"].get("width") or 0) > largest) else None)
+
+
+def is_plain(value: Any) -> bool:
+    """Whether value is a dense tensor that has each of its elements in memory."""
+    return (isinstance(value, torch.Tensor) and value.layout == torch.strided and value.device.type == "cpu"
+            and not value.is_quantized and value.untyped_storage().nbytes() >= value.numel() * value.element_size())
+
+
+def newest_checkpoint(folder: str | Path, note: Callable[[str], None], before: float = math.inf, finite: bool = True
+                      ) -> tuple[dict, Path] | tuple[None, None]:
     """Return (state, path) of the sound checkpoint with the most steps, fewer than `before`, or (None, None).
 
-    finite: one whose weights are not finite is not sound. note is called with one line for each newer file that had to
-    be passed over.
+    finite: pass over weights that are not finite. note is called with one line for each newer file passed over.
     """
-    def sound(path):
+    newest: tuple[dict, Path] | tuple[None, None] = None, None
+    for path in all_checkpoints(folder):
+        step = step_in_name(path)  # None: the rolling file, which is looked into first
+        if step is not None and (step >= before or newest[0] and newest[0]["step"] >= step):
+            continue
         try:
             state = load_checkpoint(path)
             if finite and not all(weights.isfinite().all() for weights in state["model_state_dict"].values()):
                 raise ValueError(f"{path}: its weights are not finite")
-            return state
         except ValueError as error:
             note(f"{error}; passed over")
-            return None
+            continue
+        if state["step"] < before:
+            newest = state, path
+            if step is not None:
+                break
+    return newest
 
+
+def all_checkpoints(folder: str | Path) -> list[Path]:
+    """Return the rolling checkpoint, if there is one, and those of the log steps, the newest first."""
     rolling = Path(folder) / ROLLING_NAME
-    newest = sound(rolling) if rolling.exists() else None
-    if newest is None or newest["step"] >= before:
-        newest, rolling = None, None
-    for path in saved_checkpoints(folder):
-        if newest is not None and newest["step"] >= step_in_name(path):
-            break
-        state = sound(path) if step_in_name(path) < before else None
-        if state is not None:
-            return state, path
-    return newest, rolling
+    return [*([rolling] if rolling.exists() else []), *saved_checkpoints(folder)]
 
 
-def saved_checkpoints(folder):
+def saved_checkpoints(folder: str | Path) -> list[Path]:
     """Return the paths of the log steps' checkpoints, the newest first."""
-    paths = [path for path in Path(folder).glob(CHECKPOINT_PATTERN) if step_in_name(path) is not None]
-    return sorted(paths, key=step_in_name, reverse=True)
+    steps = {path: step_in_name(path) for path in Path(folder).glob(CHECKPOINT_PATTERN)}
+    return sorted((path for path in steps if steps[path] is not None), key=lambda path: steps[path] or 0, reverse=True)
 
 
-def step_in_name(path):
-    """Return the step in a checkpoint's name, None if the name is not one that this program gives."""
+def step_in_name(path: Path) -> int | None:
+    """Return the step in a checkpoint's name, None if this program does not give such names."""
     digits = path.stem.rpartition("_step_")[2]
     return int(digits) if digits.isdecimal() else None
 
 
-def differences(before, now, defaults):
-    """Return one line for each flag of the experiment that differs between two configs.
+def continue_from(config: Config, fingerprint: str, note: Callable[[str], None]) -> dict | None:
+    """Return the checkpoint to continue from, or None if --save_dir holds none.
 
-    defaults: the flags' defaults, which count for a flag that a config lacks because its program did not know it.
+    It is the newest sound one, with its "path" and, as "history", the one in --log_dir up to its last log point.
+    config: the complete flags. fingerprint: of this run's data. note is called with one line for each thing that the
+    user should know.
+
+    Raises ValueError, or FileNotFoundError without a history, in one line, if the files are damaged, belong to another
+    experiment or other data, do not go together, or if there are checkpoints and none can be used.
     """
-    keys = (before.keys() | now.keys()) - MAY_CHANGE - NO_FLAG_ANY_MORE
-    values = [(key, *(config.get(key, defaults.get(key)) for config in (before, now))) for key in sorted(keys)]
-    return [f"--{key} was {was}, is {is_now}" for key, was, is_now in values if was != is_now]
-
-
-def continue_from(log_dir, save_dir, config, defaults, data, note, finite=True):
-    """Return the checkpoint to continue from, or None if there is none: the newest sound one in save_dir, with its
-    "path", and as "history" the one in log_dir, cut to what the checkpoint knows.
-
-    config, defaults: dicts of this run's flags as they are used, and of the flags' defaults. data: the fingerprint of
-    this run's data. note is called with one line for each thing that the user should know. finite: pass over
-    checkpoints whose weights are not finite.
-
-    Raises ValueError, or FileNotFoundError without a history, with one line, if the files are damaged, belong to
-    another experiment or to other data, or do not go together.
-    """
-    checkpoint, path = newest_checkpoint(save_dir, note, finite=finite)
-    if checkpoint is None:
-        note(f"nothing to resume in {save_dir}: starting")
+    checkpoint, path = newest_checkpoint(config.save_dir, note, finite=config.on_nan == "stop")
+    if checkpoint is None or path is None:
+        names = [path.name for path in all_checkpoints(config.save_dir)]
+        if names:
+            listed = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if names[3:] else "")
+            raise ValueError(f"none of the checkpoints in {config.save_dir} can be used ({listed}): mend or "
+                             "remove them, or start anew without --resume")
+        note(f"nothing to resume in {config.save_dir}: starting")
         return None
-    history_path = Path(log_dir) / HISTORY_NAME
+    history_path = Path(config.log_dir) / HISTORY_NAME
     history = read_history(history_path)
-    check_experiment(path, checkpoint, config, defaults, data)
-    check_experiment(history_path, history, config, defaults, data)
-    if config["n_steps"] < checkpoint["step"]:
-        raise ValueError(f"{path} is at step {checkpoint['step']}, past --n_steps={config['n_steps']}")
-    if len(history["step"]) < checkpoint["logged"]:
-        raise ValueError(f"{history_path} is older than {path}: its log points are missing")
-    forget_after(history, checkpoint["logged"])
-    if history["step"] and history["step"][-1] > checkpoint["step"]:
-        raise ValueError(f"{history_path} and {path} are not of one run: the history is {checkpoint['logged']} log "
-                         f"points long at step {history['step'][-1]}, the checkpoint at step {checkpoint['step']}")
+    check_experiment(path, checkpoint, config, fingerprint)
+    check_experiment(history_path, history, config, fingerprint)
+    planned = max(checkpoint["step"], checkpoint["config"].get("n_steps") or 0)
+    if config.n_steps < planned:
+        raise ValueError(f"--n_steps={config.n_steps} is less than the {planned} of {path}: a resumed run may only "
+                         "become longer")
+    check_history(history_path, history, path, checkpoint)
     note(f"continuing from {path} at step {checkpoint['step']}")
+    if config.n_steps > planned:
+        note(f"--n_steps was {planned}, is {config.n_steps}: later log points, and a learning rate schedule, are those "
+             "of the longer run")
+    used = {**checkpoint["config"], "threads": checkpoint.get("derived", {}).get("threads")}
+    found = differences(used, config, [name for name in ROUNDING if name != "threads" or config.threads])
+    if found:
+        note(f"{'; '.join(found)}: the last bits of the results may differ from those of an uninterrupted run")
     return {**checkpoint, "history": history, "path": path}
 
 
-def check_experiment(path, source, config, defaults, data):
+def differences(before: dict, config: Config, names: Iterable[str]) -> list[str]:
+    """Return one line for each of these flags that differs; a flag that `before` lacks had its default."""
+    values = [(name, before.get(name, FIELDS[name].default), getattr(config, name)) for name in sorted(names)]
+    return [f"--{name} was {was}, is {now}" for name, was, now in values if was != now]
+
+
+def check_experiment(path: Path, source: dict, config: Config, fingerprint: str) -> None:
     """Raise ValueError if source, the checkpoint or history in `path`, is not of this experiment and these data."""
-    n_test, asked = source.get("sizes", {}).get("test"), config["adv_size"]
-    if "derived" not in source and count(n_test):  # an older program kept the number of images in place of the flag
-        attacked = n_test if asked == "all" else min(asked, n_test)
-        config = {**config, "adv_size": attacked if source["config"].get("adv_size") == attacked else asked}
-    found = differences(source["config"], config, defaults)
+    own = "give this run its own --log_dir and --save_dir"
+    found = differences(source["config"], config, flags_of(EXPERIMENT, MEASUREMENT))
     if found:
-        raise ValueError(f"{path} belongs to another experiment: {'; '.join(found)}; give this one its own --log_dir "
-                         "and --save_dir")
-    before = source.get("derived", {}).get("data", data)
-    if before != data:
+        raise ValueError(f"{path} belongs to another experiment: {'; '.join(found)}; {own}")
+    before = source.get("derived", {}).get("data", fingerprint)
+    if before != fingerprint:
         raise ValueError(f"{path} belongs to other data: the images or labels have changed (fingerprint {before}, now "
-                         f"{data}); bring the old ones back, or give this run its own --log_dir and --save_dir")
+                         f"{fingerprint}); restore them, or {own}")
 
 
-def load_state(model, optimizer, checkpoint):
-    """Load a checkpoint (with its "path") into model and optimizer; the settings of the parameter groups stay this
+def check_history(history_path: Path, history: dict, path: Path, checkpoint: dict) -> None:
+    """Cut history to the log points that the checkpoint knows; ValueError if the two are not of one run."""
+    if len(history["step"]) < checkpoint["logged"]:
+        raise ValueError(f"{history_path} is older than {path}: its log points are missing")
+    forget_after(history, checkpoint["logged"])
+    step = history["step"][-1] if history["step"] else 0
+    logged = [name for name in ROW if "train_loss" in checkpoint and history["step"]]  # not in a rolling checkpoint
+    if step > checkpoint["step"] or logged and step < checkpoint["step"] or any(
+            history[name][-1] != strict(checkpoint.get(name)) for name in logged):
+        raise ValueError(f"{history_path} and {path} are not of one run: log point {checkpoint['logged']} is at step "
+                         f"{step}, the checkpoint at step {checkpoint['step']}, or their values differ")
+
+
+def load_state(model: torch.nn.Module, optimizer: torch.optim.Optimizer, checkpoint: dict) -> None:
+    """Load a checkpoint (with its "path") into model and optimizer. The settings of the parameter groups stay this
     run's: a GPU's optimizer needs others than a CPU's.
 
-    Raises ValueError, and changes nothing, if names, shapes or dtypes are not those of the model and of what the
-    optimizer keeps for each parameter. (PyTorch does not look at the latter, and crashes in the next step.)
+    Raises ValueError, and changes nothing, if names, shapes or dtypes do not fit the model and the optimizer. (PyTorch
+    does not check the optimizer's and crashes in the next step.)
     """
-    weights, state = checkpoint["model_state_dict"], checkpoint["optimizer_state_dict"].get("state")
-    if not fits(state, {count: mapping}):
-        raise ValueError(f"{checkpoint['path']} holds no state of an optimizer")
-    expected, found = described(expected_state(optimizer)), described(state)
-    if found or checkpoint["step"] > 0:
-        check_fit(checkpoint["path"], "optimizer", expected, found)
-    check_fit(checkpoint["path"], "network", described({"": model.state_dict()}), described({"": weights}))
-    model.load_state_dict(weights)
+    weights, state = checkpoint["model_state_dict"], checkpoint["optimizer_state_dict"]["state"]
+    group = optimizer.param_groups[0]
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    if "betas" in group:
+        names = {"step", "exp_avg", "exp_avg_sq"} | ({"max_exp_avg_sq"} if group["amsgrad"] else set())
+    else:
+        names = {"momentum_buffer"} if group.get("momentum") else set()
+
+    def fits(entries: dict, parameter: torch.Tensor) -> bool:
+        kept = {name: value for name, value in entries.items() if value is not None}
+        return kept.keys() == names and all(
+            isinstance(value, torch.Tensor) and value.is_floating_point() and (
+                value.ndim == 0 if name == "step" else (value.shape, value.dtype) == (parameter.shape, parameter.dtype))
+            for name, value in kept.items())
+
+    begun = state or checkpoint["step"] > 0 and names
+    if begun and not (state.keys() == set(range(len(parameters)))
+                      and all(fits(state[k], parameter) for k, parameter in enumerate(parameters))):
+        raise ValueError(f"{checkpoint['path']}: its state does not fit the optimizer that its config describes")
+    expected = {name: (value.shape, value.dtype) for name, value in model.state_dict().items()}
+    if expected != {name: (value.shape, value.dtype) for name, value in weights.items()}:
+        raise ValueError(f"{checkpoint['path']}: its weights do not fit the network that its config describes")
+    model.load_state_dict(weights)
     optimizer.load_state_dict({**optimizer.state_dict(), "state": {
-        index: {name: laid_out(value, parameters[index]) for name, value in entries.items()}
-        for index, entries in state.items()}})
+        k: {name: laid_out(value, parameters[k]) for name, value in entries.items()} for k, entries in state.items()}})
 
 
-def check_fit(path, what, expected, found):
-    misfits = {key for key, _ in expected.items() ^ found.items()}
-    if misfits:
-        index, name = min(misfits, key=str)
-        raise ValueError(f"{path}: its state does not fit the {what} that its config describes: see {name} {index}")
-
-
-def described(state):
-    """Return {(index, name): what a tensor has to agree in} of {index: {name: tensor}}."""
-    return {(index, name): (tuple(value.shape), value.dtype, value.layout) if tensor(value) else type(value)
-            for index, entries in state.items() for name, value in entries.items() if value is not None}
-
-
-def expected_state(optimizer):
-    """Return the state that the optimizer will keep: that of a twin after one step on tensors without content."""
-    def blank(parameter):
-        twin = torch.nn.Parameter(torch.empty_like(parameter, device="meta"))
-        twin.grad = torch.empty_like(twin)
-        return twin
-
-    twin = copy.copy(optimizer)
-    twin.state = collections.defaultdict(dict)
-    twin.param_groups = [{**group, "params": [*map(blank, group["params"])], "fused": False, "foreach": False,
-                          "capturable": False} for group in optimizer.param_groups]
-    twin.step()
-    return twin.state_dict()["state"]
-
-
-def laid_out(value, parameter):
-    """Return value in the memory layout of its parameter: the fused optimizers take the same for both for granted."""
-    if not tensor(value) or value.shape != parameter.shape:
+def laid_out(value: Any, parameter: torch.Tensor) -> Any:
+    """Return value in the memory layout of its parameter: the fused optimizers assume that they are the same."""
+    if not isinstance(value, torch.Tensor) or value.shape != parameter.shape:
         return value
     return torch.empty_like(parameter, dtype=value.dtype, requires_grad=False).copy_(value)

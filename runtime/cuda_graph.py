@@ -1,11 +1,11 @@
 """Training steps replayed as CUDA graphs, so that a step costs its arithmetic and not its kernel launches.
 
-The log step is not captured. There are sixty of them to 100,000 steps, and their matrix products are large where those
-of a training step are small. The attack behind robust_acc drops an image as soon as it is decided: on the MNIST MLP it
-makes 37 passes an image in 160 iterations; at the fixed shape that a graph needs it would make 160.
+The log step is not captured: its matrix products are large, and its attacks drop images as soon as they are decided,
+which a graph of fixed shape cannot do.
 """
 
 import warnings
+from collections.abc import Callable
 
 import torch
 
@@ -13,18 +13,17 @@ WARM_UP_STEPS = 3
 STEPS_IN_LONG_GRAPH = 10
 
 
-def repeater(step, report):
+def repeater(step: Callable[[], None], report: Callable[[str], None]) -> Callable[[int], None]:
     """Return repeat(n), which makes n training steps by replaying CUDA graphs of step().
 
     step() must read and write tensors that stay where they are, choose its batch by tensors on the device, and never
-    wait for the device. The first calls run eagerly, as PyTorch asks before a capture; they are real steps of the run.
-    Then two graphs are captured, of one step and of ten. If the capture fails, report() is called with the reason and
-    the steps run eagerly from there on.
+    wait for the device. The first steps run eagerly, as PyTorch requires before a capture. Then a graph of one step and
+    one of ten are captured. If that fails, report() gets the reason, and all steps run eagerly.
     """
-    graphs = {}
+    graphs: dict[int, Callable[[], None]] = {}
     eager_left = WARM_UP_STEPS
 
-    def repeat(n):
+    def repeat(n: int) -> None:
         nonlocal eager_left
         if eager_left > 0:
             eager = min(n, eager_left)
@@ -40,7 +39,7 @@ def repeater(step, report):
     return repeat
 
 
-def run_on_side_stream(step, n):
+def run_on_side_stream(step: Callable[[], None], n: int) -> None:
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream), warnings.catch_warnings():
@@ -51,9 +50,10 @@ def run_on_side_stream(step, n):
     torch.cuda.current_stream().wait_stream(stream)
 
 
-def capture(step, report):
-    """Return {number of steps: function that makes them}, longest first; capturing runs nothing."""
-    graphs, stream = {}, torch.cuda.Stream()
+def capture(step: Callable[[], None], report: Callable[[str], None]) -> dict[int, Callable[[], None]]:
+    """Return {number of steps: function that makes them}, longest first; capturing itself makes none."""
+    graphs: dict[int, Callable[[], None]] = {}
+    stream = torch.cuda.Stream()
     try:
         for length in (STEPS_IN_LONG_GRAPH, 1):
             graph = torch.cuda.CUDAGraph()
@@ -64,7 +64,7 @@ def capture(step, report):
             graphs[length] = graph.replay
     except RuntimeError as error:
         torch.cuda.synchronize()
-        reason = error.__context__ or error  # ending a broken capture raises once more
+        reason = error.__context__ or error  # ending a broken capture raises an error of its own
         report(f"CUDA graph capture failed, the steps run eagerly: {str(reason).splitlines()[0]}")
         return {1: step}
     return graphs

@@ -1,57 +1,75 @@
 """The device a run computes on: its choice, precision, memory and threads."""
 
+import contextlib
 import math
 import os
 import platform
 import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
+OWN_CGROUPS, CGROUPS = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
 
-def choose_device(name):
-    """Return the torch.device that --device means, made the current one; ValueError if this machine has none such.
 
-    "auto" is a GPU if there is one. A GPU that PyTorch cannot use, because its driver is too old, is an error and not
-    a run on the CPU that takes a hundred times as long.
+def choose_device(name: str) -> torch.device:
+    """Return the torch.device that --device names, made the current one; raise ValueError if it cannot compute.
+
+    "auto" is a CUDA GPU if there is one, otherwise the CPU. A GPU that cannot be used is an error with "auto", too: on
+    the CPU the run could take a hundred times as long.
     """
     kind, _, index = name.partition(":")
-    if kind not in ("auto", "cpu", "cuda") or (":" in name and not (kind == "cuda" and index.isdigit())):
-        raise ValueError(f"--device={name}: choose auto, cpu, cuda or cuda:N")
-    if kind == "cpu":
+    if kind not in ("auto", "cpu", "cuda", "mps", "xpu") or (":" in name and not (kind == "cuda" and index.isdigit())):
+        raise ValueError(f"--device={name}: choose auto, cpu, cuda, cuda:N, mps or xpu")
+    problem = failure(torch.cuda.init) if kind in ("auto", "cuda") else ""
+    if kind == "cpu" or (problem and kind == "auto" and "driver on your system is too old" not in problem):
         return torch.device("cpu")
-    obstacle = why_no_cuda()
-    if obstacle and "driver on your system is too old" in obstacle:
-        raise ValueError(f"--device={name}: PyTorch {torch.__version__} cannot use the GPU: {obstacle}; install a "
-                         "PyTorch for this driver, as README says, or run with --device=cpu")
-    if obstacle and kind == "auto":
-        return torch.device("cpu")
-    if obstacle:
-        raise ValueError(f"--device={name}: PyTorch sees no CUDA device here ({obstacle}); use --device=cpu or auto")
-    if index and int(index) >= torch.cuda.device_count():
-        raise ValueError(f"--device={name}: there are {torch.cuda.device_count()} CUDA devices, counted from 0")
+    device = torch.device("cuda" if name == "auto" else name)
+    # One of several processes tries the GPU that it is given, in distributed.start().
+    if not problem and os.environ.get("WORLD_SIZE", os.environ.get("SLURM_STEP_NUM_TASKS", "1")) == "1":
+        problem = problem_with(device)
+    if problem:
+        raise ValueError(f"--device={name}: PyTorch {torch.__version__} cannot use this device: {problem}; free it, "
+                         "install a PyTorch made for it and its driver (see README), or use --device=cpu")
     if index:
-        torch.cuda.set_device(int(index))  # streams, events and graphs are the current device's
-    return torch.device(name if kind == "cuda" else "cuda")
+        torch.cuda.set_device(device)  # streams, events and graphs belong to the current device
+    return device
 
 
-def why_no_cuda():
-    """Return in PyTorch's words why it cannot use a GPU, or None if it can."""
+def problem_with(device: torch.device) -> str:
+    """Return why PyTorch cannot compute on the device (no kernels for it, busy, full), or "" if it can."""
+    return failure(lambda: torch.ones(8, 8, device=device).mm(torch.ones(8, 8, device=device)).sum().item())
+
+
+def failure(function: Callable[[], Any]) -> str:
+    """Return the first sentence of the error that function() raises, or "" if it raises none."""
     try:
-        torch.cuda.init()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # they say at length what the error says
+            function()
     except (RuntimeError, AssertionError) as error:
-        return str(error).split(". ")[0].strip()
-    return None
+        return str(error).split("\n")[0].split(". ")[0].strip()
+    return ""
 
 
-def set_precision(deterministic=False):
-    """float32 means float32, on GPUs as well; subnormal numbers, which slow a CPU tenfold, count as zero."""
+def check_dtype(device: torch.device, dtype: str) -> None:
+    """Raise ValueError for --dtype=float64 on a device that computes in float32 only."""
+    if dtype == "float64" and device.type in ("mps", "xpu"):
+        raise ValueError(f"--dtype=float64: --device={device} computes in float32 only; use --device=cpu")
+
+
+def set_precision(deterministic: bool = False) -> None:
+    """Let float32 mean float32 on GPUs, too, and count subnormal numbers, which slow a CPU tenfold, as zero."""
     for dtype in (np.float32, np.float64):
-        np.finfo(dtype)  # NumPy keeps it; older versions warn when they look at it and subnormals are off
+        np.finfo(dtype)  # cached: older versions of NumPy warn if they compute it while subnormals count as zero
     torch.set_flush_denormal(True)
     if hasattr(torch.backends.cuda.matmul, "fp32_precision"):
         torch.backends.cuda.matmul.fp32_precision = "ieee"
-        torch.backends.cudnn.conv.fp32_precision = "ieee"
+        torch.backends.cudnn.conv.fp32_precision = "ieee"  # type: ignore[attr-defined]
     else:  # before PyTorch 2.9
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     if deterministic:
@@ -59,52 +77,76 @@ def set_precision(deterministic=False):
         torch.use_deterministic_algorithms(True)
 
 
-def total_memory():
-    """Return the bytes of memory that this machine has; infinity where it does not say."""
+def describe(device: torch.device) -> dict[str, str]:
+    """Return what the history records about the machine and the libraries."""
+    named = device.type in ("cuda", "xpu")
+    return {"python": platform.python_version(), "torch": str(torch.__version__), "numpy": np.__version__,
+            "device": torch.get_device_module(device).get_device_name(device) if named else device.type,
+            "machine": platform.machine(), "system": platform.system()}
+
+
+def total_memory() -> float:
+    """Return the bytes of memory of this machine; infinity where the system does not say."""
     try:
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (AttributeError, ValueError, OSError):
         return math.inf
 
 
-def free_memory(device):
-    """Return the bytes that are free on a CUDA device, those that PyTorch holds ready among them."""
+def free_memory(device: torch.device) -> int:
+    """Return the free bytes of a GPU, including those that PyTorch keeps in reserve."""
+    if device.type != "cuda":
+        return 2**32  # not every Apple or Intel GPU says
     free, _ = torch.cuda.mem_get_info(device)
     return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
 
 
-def out_of_memory(error):
-    """Whether an exception says that memory, the GPU's or the CPU's, does not suffice."""
-    # PyTorch has no class for the CPU's, NumPy none for what no address reaches.
+def out_of_memory(error: BaseException) -> bool:
+    """Return whether an exception means that the memory of the GPU or the CPU is too small."""
+    # PyTorch has no exception of its own for the CPU, NumPy none for arrays beyond the address space.
     said = ("can't allocate memory", "Storage size calculation overflowed", "array is too big",
-            "Maximum allowed dimension exceeded")
+            "Maximum allowed dimension exceeded", "backend out of memory")
     return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(words in str(error) for words in said)
 
 
-def fastest_thread_count(work, seconds=0.3):
-    """Return the number of threads, among 1, 2, 4, … and all cores, with which work() runs fastest now.
+def cpu_count() -> int:
+    """Return how many cores this process may keep busy: those of its affinity, or fewer under a cgroup's quota."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    groups = [Path()]
+    with contextlib.suppress(OSError):  # lines such as "0::/job", or in version 1 "4:cpu,cpuacct:/job"
+        for line in OWN_CGROUPS.read_text().splitlines():
+            group = Path(line.split(":", 2)[2].lstrip("/"))
+            groups += [group, *group.parents]
+    for folder in {root / group for group in groups for root in (CGROUPS, CGROUPS / "cpu")}:
+        for names in (["cpu.max"], ["cpu.cfs_quota_us", "cpu.cfs_period_us"]):
+            with contextlib.suppress(OSError, ValueError):  # no such file, or "max", which is no quota
+                quota, period = map(int, " ".join((folder / name).read_text() for name in names).split())
+                cores = min(cores, max(1, quota // period)) if quota > 0 else cores  # version 1: -1 is no quota
+    return cores
 
-    Threads wait for each other by spinning: beside a busy neighbour two can be sixty times slower than one, so this is
-    measured and not assumed.
+
+def check_threads(threads: int) -> None:
+    """Raise ValueError for more --threads than four for each core: they would do little but wait for each other."""
+    cores = os.cpu_count() or 1
+    if threads > 4 * cores:
+        raise ValueError(f"--threads={threads}: this machine has {cores} cores; use {cores} or fewer")
+
+
+def fastest_thread_count(work: Callable[[], Any], seconds: float = 0.3) -> int:
+    """Return the number of threads, among 1, 2, 4, … and cpu_count(), with which work() runs fastest now.
+
+    seconds: how long each number is measured. Threads spin while they wait for each other: next to a busy neighbour two
+    can be sixty times slower than one.
     """
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    counts = sorted({cores, *(2**i for i in range(cores.bit_length()) if 2**i <= cores)})
-    times = {}
-    for count in counts:
+    times: dict[int, float] = {}
+    cores = cpu_count()
+    for count in sorted({cores, *(2**i for i in range(cores.bit_length()))}):
         torch.set_num_threads(count)
         work()
-        runs, start = [], time.perf_counter()
-        while len(runs) < 3 or (time.perf_counter() - start < seconds and len(runs) < 100):
-            before = time.perf_counter()
+        calls, start = 0, time.perf_counter()
+        while calls < 3 or (time.perf_counter() - start < seconds and calls < 100):
             work()
-            runs.append(time.perf_counter() - before)
-        times[count] = sum(runs) / len(runs)
+            calls += 1
+        times[count] = (time.perf_counter() - start) / calls
     # A few percent are not worth a second core.
-    return min(count for count in counts if times[count] < 1.05 * min(times.values()))
-
-
-def describe(device):
-    """Return what the history says of the machine and the libraries."""
-    return {"python": platform.python_version(), "torch": str(torch.__version__), "numpy": np.__version__,
-            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-            "machine": platform.machine(), "system": platform.system()}
+    return next(count for count in times if times[count] < 1.05 * min(times.values()))

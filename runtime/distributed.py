@@ -1,86 +1,124 @@
-"""All that is distributed: data-parallel training under torchrun or srun, one process a GPU (or a gloo process a CPU).
+"""Data-parallel training under torchrun or srun: one process for each GPU, or several gloo processes on CPUs.
 
-Every function does nothing, or the obvious, in a run of one process, so that train.py reads the same for both.
+In a run of one process every function does nothing, or the obvious, so that train.py reads the same for both.
 """
 
 import os
+import re
 import signal
-import subprocess
+import socket
 import sys
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch import nn
 from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
-torchrun = None  # its process id, where it started this process
+from runtime import device as devices
+
+PATIENCE = timedelta(minutes=10)  # a job's nodes may start minutes apart
+T = TypeVar("T")
+torchrun: int | None = None  # its process id, where it started this process
 
 
-def start(device):
-    """Join the process group that the environment describes (RANK, WORLD_SIZE, LOCAL_RANK: torchrun sets them).
+# ---- the processes --------------------------------------------------------------------------------------------------
 
-    Returns the device of this process: the GPU numbered LOCAL_RANK if device is "cuda". Without WORLD_SIZE > 1 there
-    is no group and the device is returned as it is. Raises ValueError, on every process, if not each has a GPU of its
-    own, and if they cannot meet.
+def start(device: torch.device) -> torch.device:
+    """Join the process group that the environment describes (RANK, WORLD_SIZE, LOCAL_RANK, as torchrun sets them).
+
+    Returns the device of this process: the GPU numbered LOCAL_RANK if device is "cuda". Raises ValueError if the
+    variables do not fit, the processes cannot meet, or one of them has no working GPU of its own.
     """
     global torchrun
     if "TORCHELASTIC_RUN_ID" in os.environ:
         torchrun = os.getppid()
-    if "WORLD_SIZE" not in os.environ and int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1:
+    if "WORLD_SIZE" not in os.environ and variable("SLURM_STEP_NUM_TASKS", 1, default="1") > 1:
         describe_srun_step()
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+    processes = variable("WORLD_SIZE", 1, default="1")
+    if processes == 1:
         return device
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"--device={device}: several processes need --device=cpu or cuda")
+    me, local_rank = variable("RANK", 0, processes - 1), variable("LOCAL_RANK", 0, default="0")
+    address, port = os.environ.get("MASTER_ADDR", ""), variable("MASTER_PORT", 1, 65_535)
     try:
-        store, rank, size = next(rendezvous("env://"))
-    except RuntimeError as error:  # PyTorch has a narrower one, dist.DistError, but up to 2.6 not for a taken port
-        where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
-        raise ValueError(f"the processes cannot meet at {where} ({error}): set MASTER_PORT to a free port") from None
-    if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-        has_gpu = device.index < torch.cuda.device_count()
-        refuse_shared_gpus(store, rank, size, torch.cuda.get_device_properties(device).uuid if has_gpu else "none")
-        torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, rank=rank, world_size=size)
+        socket.getaddrinfo(address, port)  # PyTorch would try an unknown name until its time is up
+        store, _, _ = next(rendezvous("env://", timeout=PATIENCE))
+        if device.type == "cuda":
+            device = torch.device("cuda", local_rank)
+            refuse_bad_gpus(store, me, processes, gpu_of(device))
+            torch.cuda.set_device(device)
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, rank=me, world_size=processes)
+        all_reduce_sum(torch.zeros(1, device=device))
+    except (RuntimeError, OSError) as error:  # dist.DistError is narrower, but PyTorch 2.6 raises others, too
+        reason = str(error).split("\n")[0]
+        raise ValueError(f"the {processes} processes cannot meet at {address}:{port} ({reason}): set MASTER_ADDR to "
+                         "the first one's machine, MASTER_PORT to a free port and, where there are several networks, "
+                         "GLOO_SOCKET_IFNAME or NCCL_SOCKET_IFNAME to one of its interfaces") from None
     return device
 
 
-def refuse_shared_gpus(store, rank, size, gpu):
-    """Raise ValueError, on every process, unless each says another gpu than all others and none says "none".
+def variable(name: str, low: int, high: int | None = None, default: str = "") -> int:
+    """Return the whole number in an environment variable; ValueError if it is missing or not in [low, high]."""
+    text = os.environ.get(name, default)
+    if not re.fullmatch("[0-9]+", text) or int(text) < low or (high is not None and int(text) > high):
+        wanted = f"from {low} to {high}" if high is not None else f"of {low} or more"
+        raise ValueError(f"{name}={text} in the environment is not a whole number {wanted}: start the processes with "
+                         "torchrun or srun, or unset WORLD_SIZE for a run of one process")
+    return int(text)
 
-    NCCL would end in an error that does not say so, or not end.
-    """
-    store.set(f"gpu of {rank}", str(gpu))
-    gpus = {store.get(f"gpu of {one}") for one in range(size)} - {b"none"}
-    if len(gpus) < size:
-        raise ValueError(f"{size} processes see {len(gpus)} GPUs: start one process a GPU")
+
+def gpu_of(device: torch.device) -> str:
+    """Return what identifies a GPU: its uuid, "none" if it does not exist, "error: ..." if it cannot be used."""
+    if device.index >= torch.cuda.device_count():
+        return "none"
+    problem = devices.problem_with(device)
+    return f"error: {device}: {problem}" if problem else str(torch.cuda.get_device_properties(device).uuid)
 
 
-def describe_srun_step():
+def refuse_bad_gpus(store: dist.Store, me: int, processes: int, gpu: str) -> None:
+    """Raise ValueError, on every process, unless the gpu_of() of each is another working GPU: NCCL might not end."""
+    store.set(f"gpu of {me}", gpu)
+    gpus = {store.get(f"gpu of {one}").decode() for one in range(processes)} - {"none"}
+    for one in gpus:
+        if one.startswith("error: "):
+            raise ValueError(f"a process cannot use its GPU: {one.removeprefix('error: ')}")
+    if len(gpus) < processes:
+        raise ValueError(f"{processes} processes see {len(gpus)} GPUs: start one process for each GPU")
+
+
+def describe_srun_step() -> None:
     """Set the variables that torchrun would set, from those that srun gives to each task."""
     slurm = os.environ
-    nodes = subprocess.run(["scontrol", "show", "hostnames", slurm["SLURM_STEP_NODELIST"]], check=True,
-                           capture_output=True, text=True).stdout.split()
-    # SLURM may show each task one GPU only; two tasks that this sends to the same are refused by refuse_shared_gpus().
-    local_rank = int(slurm["SLURM_LOCALID"]) % max(1, torch.cuda.device_count())
-    os.environ.update(RANK=slurm["SLURM_PROCID"], WORLD_SIZE=slurm["SLURM_STEP_NUM_TASKS"], LOCAL_RANK=str(local_rank))
-    # Below the ports that systems hand out: 100 for each job, so that the steps of neighbouring jobs do not meet.
-    port = 15_000 + int(slurm["SLURM_JOB_ID"]) % 150 * 100 + int(slurm["SLURM_STEP_ID"]) % 100
-    os.environ.setdefault("MASTER_ADDR", nodes[0])
-    os.environ.setdefault("MASTER_PORT", str(port))
-    if "OMP_NUM_THREADS" not in os.environ:
+    # SLURM may show each task one GPU only; two tasks with the same one are refused by refuse_bad_gpus().
+    local_rank = variable("SLURM_LOCALID", 0) % max(1, torch.cuda.device_count())
+    slurm.update(RANK=slurm.get("SLURM_PROCID", ""), WORLD_SIZE=slurm["SLURM_STEP_NUM_TASKS"],
+                 LOCAL_RANK=str(local_rank))
+    # The first node, as in "node[03-05,9],login".
+    first = re.sub(r"\[([0-9]+)[^]]*\]", r"\1", slurm.get("SLURM_STEP_NODELIST", "")).split(",")[0]
+    slurm.setdefault("MASTER_ADDR", first)
+    if "MASTER_PORT" not in slurm:
+        # Below the ports that systems hand out: 100 for each job, so that the steps of neighbouring jobs do not meet.
+        job, step = variable("SLURM_JOB_ID", 0), variable("SLURM_STEP_ID", 0)
+        slurm["MASTER_PORT"] = str(15_000 + job % 150 * 100 + step % 100)
+    if "OMP_NUM_THREADS" not in slurm:
         torch.set_num_threads(1)  # like torchrun: the processes of a node share its cores
 
 
-def orphaned():
-    """Return SIGHUP if torchrun started this process and is gone, so that nobody stops it any more; else 0."""
+def orphaned() -> int:
+    """Return SIGHUP if torchrun started this process and has ended, so that nobody stops it any more; otherwise 0."""
     return signal.SIGHUP if torchrun is not None and os.getppid() != torchrun else 0
 
 
-def leave(status):
+def leave(status: int) -> NoReturn:
     """End this process with an exit status.
 
-    In a distributed run it ends at once, without taking apart what is left: the destructor of gloo's process group
-    waits, holding Python's lock, for a thread that may itself be waiting for that lock, and then neither ends.
+    In a distributed run it ends at once: the destructor of gloo's process group waits, while it holds Python's lock,
+    for a thread that may be waiting for that lock.
     """
     if dist.is_initialized():
         sys.stdout.flush()
@@ -89,57 +127,48 @@ def leave(status):
     sys.exit(status)
 
 
-def rank():
+def rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 
 
-def size():
+def size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
 # ---- training and measuring -----------------------------------------------------------------------------------------
 
-def wrap(model, device):
-    """Return the module to call in training: its backward pass averages the gradients over the processes.
+def wrap(model: nn.Module, device: torch.device) -> nn.Module:
+    """Return the module to call in training; its backward pass averages the gradients over the processes.
 
     Batch norm then uses the statistics of the global batch. Raises ValueError for batch norm on CPUs, for which PyTorch
     has no such layer.
     """
     if size() == 1:
         return model
-    if any(isinstance(module, torch.nn.modules.batchnorm._BatchNorm) for module in model.modules()):
+    if any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules()):
         if device.type != "cuda":
             raise ValueError("--batch_norm on several processes needs GPUs: PyTorch's SyncBatchNorm has no CPU version")
-        model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     network = DistributedDataParallel(model)
-    # They are constants, or batch norm's statistics, which are the same everywhere already.
+    # The buffers are the same on every process already. (The constructor's argument has another name in each PyTorch.)
     network.broadcast_buffers = False
     return network
 
 
-def shard(n):
-    """Return this process's slice of n items; the slices are contiguous and differ by at most one in length."""
+def shard(n: int) -> slice:
+    """Return this process's slice of n items; the slices are contiguous and their lengths differ by at most one."""
     return slice(n * rank() // size(), n * (rank() + 1) // size())
 
 
-def all_reduce_sum(tensor):
-    """Return the sum of tensor over the processes."""
+def all_reduce_sum(tensor: torch.Tensor) -> torch.Tensor:
+    """Return the sum of tensor over the processes, in place."""
     if size() > 1:
         dist.all_reduce(tensor)
     return tensor
 
 
-def gather_shards(part, n):
-    """Return the tensor of n entries, on every process, of which each process has part, its shard(n)."""
-    if size() == 1:
-        return part
-    whole = part.new_zeros(n, *part.shape[1:], dtype=torch.uint8 if part.dtype == torch.bool else part.dtype)
-    whole[shard(n)] = part  # gloo adds up no bools
-    return all_reduce_sum(whole).to(part.dtype)
-
-
-def all_reduce_max(number, device):
-    """Return the largest of the processes' numbers (or whether any is True)."""
+def all_reduce_max(number: float, device: torch.device) -> float:
+    """Return the largest of the processes' numbers; of bools, whether any is True."""
     if size() == 1:
         return number
     box = torch.tensor(number, dtype=torch.float64 if isinstance(number, float) else torch.int64, device=device)
@@ -147,62 +176,60 @@ def all_reduce_max(number, device):
     return box.item()
 
 
+def gather_shards(part: torch.Tensor, n: int) -> torch.Tensor:
+    """Return, on every process, the tensor of n entries of which each process holds part, its shard(n)."""
+    if size() == 1:
+        return part
+    whole = part.new_zeros(n, *part.shape[1:], dtype=torch.uint8 if part.dtype == torch.bool else part.dtype)
+    whole[shard(n)] = part  # gloo does not add bools
+    return all_reduce_sum(whole).to(part.dtype)
+
+
 # ---- files: what one process does or sees and the others have to know -----------------------------------------------
 
-def run_on_rank0(function):
-    """Let the first process alone call function(); return its value (any picklable object) on every process.
+def run_on_rank0(function: Callable[[], T]) -> T:
+    """Call function() on the first process only; return its value (any picklable object) on every process.
 
     Its ValueError or OSError is raised on every process, so that none waits for one that has given up.
     """
-    if size() == 1:
-        return function()
-    box, error = [None], None
-    if rank() == 0:
-        box[0], error = attempt(function)
-    raise_everywhere(error)
-    dist.broadcast_object_list(box)
+    box = [run_where(rank() == 0, function)]
+    if size() > 1:
+        dist.broadcast_object_list(box)
     return box[0]
 
 
-def rank0_first(function):
-    """Return function() of each process; the first has done before the others begin, as with a download.
+def rank0_first(function: Callable[[], T]) -> T:
+    """Return each process's function(); the first process finishes before the others begin, as with a download.
 
     A ValueError or OSError of any process is raised on every process.
     """
-    if size() == 1:
-        return function()
-    value, error = attempt(function) if rank() == 0 else (None, None)
-    raise_everywhere(error)
-    if rank() > 0:
-        value, error = attempt(function)
-    raise_everywhere(error)
+    first, other = run_where(rank() == 0, function), run_where(rank() > 0, function)
+    return first if rank() == 0 else other
+
+
+def run_where(here: bool, function: Callable[[], Any]) -> Any:
+    """Return function() where `here` is true, otherwise None; the first ValueError or OSError is raised everywhere."""
+    value: Any = None
+    problem: Exception | None = None
+    try:
+        value = function() if here else None
+    except (ValueError, OSError) as error:
+        problem = error
+    problems = [problem] * size()
+    if size() > 1:
+        dist.all_gather_object(problems, problem)
+    for found in filter(None, problems):
+        raise found
     return value
 
 
-def attempt(function):
-    """Return function() and None, or None and its ValueError or OSError."""
-    try:
-        return function(), None
-    except (ValueError, OSError) as error:
-        return None, error
-
-
-def raise_everywhere(error):
-    """Raise, on every process, the error that the first of them has that has one."""
-    errors = [None] * size()
-    dist.all_gather_object(errors, error)
-    for error in errors:
-        if error is not None:
-            raise error
-
-
-def barrier():
+def barrier() -> None:
     """Wait until every process is here."""
     if size() > 1:
         dist.barrier()
 
 
-def lost_another(error):
-    """Return whether error, met while working together, means that another process has ended."""
+def lost_another(error: BaseException) -> bool:
+    """Return whether error, raised by an exchange between processes, means that another process has ended."""
     # gloo's errors have no type of their own
     return size() > 1 and (isinstance(error, dist.DistError) or "gloo" in str(error))

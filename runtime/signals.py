@@ -4,10 +4,16 @@ import contextlib
 import os
 import signal
 import sys
+import threading
+from collections.abc import Callable, Iterator
+from types import FrameType
+
+# Not every system has all of them. Clusters send SIGUSR1, SIGUSR2 or SIGXCPU before a job's time is up.
+STOPPING = ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU")
 
 
-def open_streams():
-    """Let a run go on to its end without a standard output or error (>&-), and with one that knows no "ε"."""
+def open_streams() -> None:
+    """Let the program run without standard output or error (>&-), and with streams that cannot encode "ε"."""
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if stream is None:
@@ -16,34 +22,55 @@ def open_streams():
             stream.reconfigure(errors="replace")
 
 
+@contextlib.contextmanager
+def handled_by(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+    """Call handler(number, frame) for the signals that ask to stop; restore the former handlers at the end.
+
+    SIGHUP stays ignored under nohup. Outside the main thread, where Python allows no handlers, nothing is done.
+    """
+    former = {}
+    for name in STOPPING if threading.current_thread() is threading.main_thread() else ():
+        number = getattr(signal, name, None)
+        if number is not None and (name != "SIGHUP" or signal.getsignal(number) != signal.SIG_IGN):
+            former[number] = signal.signal(number, handler)
+    try:
+        yield
+    finally:
+        for number, before in former.items():
+            signal.signal(number, before or signal.SIG_DFL)
+
+
 class Interrupted(Exception):
-    """Raised in a measurement by a signal: a measurement changes nothing, so it can be dropped and made again."""
+    """Raised in a measurement by a signal. A measurement changes nothing, so it can be dropped and repeated."""
 
 
-class Stop:
-    """Remembers the signal that asks the run to stop: .signal is its number, 0 while there is none.
+class Stop(contextlib.ExitStack):
+    """Remembers, within its block, the signal that asks the run to stop: .signal is its number, or 0.
 
-    A second Ctrl-C ends the process at once. can_interrupt: whether a signal may raise Interrupted in the block of
-    while_measuring; without it the measurement is finished first.
+    A second Ctrl-C ends the process at once. can_interrupt: whether a signal raises Interrupted in the block of
+    while_measuring(); otherwise the measurement is finished first.
     """
 
-    def __init__(self, can_interrupt):
+    def __init__(self, can_interrupt: bool) -> None:
+        super().__init__()
         self.signal, self.measuring, self.can_interrupt = 0, False, can_interrupt
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-            signal.signal(number, self)
 
-    def __call__(self, number, _frame):
+    def __enter__(self) -> "Stop":
+        self.enter_context(handled_by(self.handle))
+        return self
+
+    def handle(self, number: int, _frame: FrameType | None) -> None:
         if number == signal.SIGINT and self.signal:
             os._exit(128 + number)
         self.signal = number
         self.interrupt()
 
-    def interrupt(self):
+    def interrupt(self) -> None:
         if self.signal and self.measuring and self.can_interrupt:
             raise Interrupted
 
     @contextlib.contextmanager
-    def while_measuring(self):
+    def while_measuring(self) -> Iterator[None]:
         self.measuring = True
         try:
             self.interrupt()

@@ -1,9 +1,11 @@
 """Local complexity against its definition, computed one image at a time in float64."""
 
 import math
+import warnings
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 import models
@@ -58,15 +60,12 @@ def points_and_directions(in_shape, n_points=3, n_directions=4):
 
 MODELS = [
     ("mlp", (1, 8, 8), dict(depth=2, width=30)),
-    ("mlp", (1, 8, 8), dict(depth=5, width=30, batch_norm=True)),
-    ("mlp", (1, 28, 28), dict(depth=4, width=50, activation="leaky_relu")),
-    ("mlp", (3, 32, 32), dict(depth=3, width=40, activation="tanh", batch_norm=True)),
+    ("mlp", (3, 8, 8), dict(depth=4, width=30, batch_norm=True, activation="leaky_relu")),
+    ("mlp", (1, 28, 28), dict(depth=3, width=40, activation="tanh")),
     ("cnn", (1, 8, 8), dict(width=4, activation="gelu")),
-    ("cnn", (1, 28, 28), dict(width=4)),
-    ("cnn", (3, 32, 32), dict(width=3, batch_norm=True)),
+    ("cnn", (3, 16, 16), dict(width=3, batch_norm=True)),
     ("resnet18", (1, 8, 8), dict(width=4, batch_norm=True)),
-    ("resnet18", (1, 28, 28), dict(width=2, activation="gelu")),
-    ("resnet18", (3, 32, 32), dict(width=3, batch_norm=True, activation="leaky_relu")),
+    ("resnet18", (3, 12, 12), dict(width=2, activation="gelu")),
 ]
 
 
@@ -107,8 +106,8 @@ def test_float32_on_a_network_trained_on_digits():
     y = torch.tensor(digits.target)
     torch.manual_seed(0)
     model = build_model("mlp", (1, 8, 8), 10, width=100)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    for step in range(300):
+    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
+    for step in range(100):
         batch = slice(step * 100 % 1000, step * 100 % 1000 + 100)
         nn.functional.cross_entropy(model(x[batch]), y[batch]).backward()
         optimizer.step()
@@ -165,8 +164,8 @@ def test_several_radii_equal_single_calls(name):
     assert torch.equal(local_complexity(model, x, [0.5], directions), together[:1])
 
 
-@pytest.mark.parametrize("name", ["mlp", "cnn", "resnet18"])
-@pytest.mark.parametrize("batch_size", [1, 3, 8, 17, 1000])
+@pytest.mark.parametrize("name", ["mlp", "cnn"])
+@pytest.mark.parametrize("batch_size", [1, 8, 17, 1000])
 def test_batch_size_bounds_every_pass_and_keeps_the_counts(name, batch_size):
     model = make(name, (1, 8, 8), width=4)
     x, directions = points_and_directions((1, 8, 8), n_points=5)
@@ -240,8 +239,7 @@ def test_an_activation_is_one_entry_of_the_registry(monkeypatch):
     assert counts.shape == (3, 6) and torch.equal(counts, definition(model, x, 0.3, directions, Sine))
 
 
-@pytest.mark.parametrize("kind", [nn.SiLU, nn.ELU, nn.Softplus, nn.Sigmoid, nn.Hardtanh, nn.ReLU6, nn.PReLU, nn.Mish,
-                                  nn.Softsign, nn.Hardswish, nn.CELU, nn.SELU, nn.RReLU, nn.Hardshrink])
+@pytest.mark.parametrize("kind", [nn.SiLU, nn.ELU, nn.Sigmoid, nn.Hardtanh, nn.PReLU, nn.RReLU])
 def test_pytorchs_activations_are_layers(kind):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Flatten(), nn.Linear(64, 30), kind(), nn.Linear(30, 20), kind()).double()
@@ -401,6 +399,77 @@ def test_models_whose_layers_cannot_be_counted():
     shared = nn.Sequential(nn.Flatten(), nn.Linear(64, 10), relu, nn.Linear(10, 10), relu).double()
     with pytest.raises(ValueError, match="used twice"):
         local_complexity(shared, x, 0.1, directions)
+
+
+class Folded(nn.Module):
+    """Eight rows of the batch for each image, as in a network over patches, or one for all images together."""
+
+    def __init__(self, fold):
+        super().__init__()
+        self.fold, self.relu, self.first, self.last = fold, nn.ReLU(), nn.Linear(8, 16), nn.Linear(16, 4)
+
+    def forward(self, x):
+        return self.last(self.relu(self.fold(self.first(x.flatten(1).view(-1, 8)), len(x))))
+
+
+@pytest.mark.parametrize("fold", [lambda z, n: z, lambda z, n: z.view(n, 8, 16).transpose(0, 1),
+                                  lambda z, n: z.view(n, 8, 16).mean((0, 1))])
+def test_rows_that_are_not_the_images_are_refused(fold):
+    x, directions = points_and_directions((1, 8, 8))
+    for batch_size in (None, 1, 7):
+        with pytest.raises(ValueError, match="'relu' receives"):
+            local_complexity(Folded(fold).double(), x, 0.1, directions, batch_size)
+    unfolded = Folded(lambda z, n: z.view(n, 8, 16)).double()
+    counts = local_complexity(unfolded, x, 0.1, directions)
+    assert torch.equal(counts, definition(unfolded, x, 0.1, directions))
+    assert torch.equal(counts, local_complexity(unfolded, x, 0.1, directions, 7))
+
+
+@pytest.mark.filterwarnings("error")
+def test_activations_called_as_functions_are_warned_of():
+    model = Odd("none")
+    assert layer_units(model, (1, 8, 8)) == {"act1": 20, "act2": 10}  # silent: warnings are errors here
+    for function in (F.relu, torch.relu, F.gelu, torch.Tensor.relu_):
+        mixed = nn.Sequential(model, Apply(function))
+        with pytest.warns(UserWarning, match=f"calls {function.__name__} as a function"):
+            assert len(layer_units(mixed, (1, 8, 8))) == 2
+
+
+class Apply(nn.Module):
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, x):
+        return self.function(x)
+
+
+def test_autocast_and_inference_mode_do_not_change_the_counts():
+    x, directions = points_and_directions((1, 8, 8))
+    for model in (make("mlp", (1, 8, 8), width=40).float(), Odd("none")):
+        expected = local_complexity(model, x.float(), 0.3, directions.float())
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.equal(local_complexity(model, x.float(), 0.3, directions.float()), expected)
+        with torch.inference_mode():
+            assert torch.equal(local_complexity(model, x.float() * 1, 0.3, directions.float()), expected)
+
+
+def test_a_scripted_model_is_refused():
+    x, directions = points_and_directions((1, 8, 8))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch.jit is deprecated, and still in use
+        scripted = torch.jit.trace(Odd("none").double(), x)
+    for model in (scripted, nn.Sequential(scripted, nn.ReLU())):
+        with pytest.raises(ValueError, match="scripted"):
+            local_complexity(model, x, 0.1, directions)
+
+
+def test_the_images_are_not_changed_by_a_model_that_works_in_place():
+    model = nn.Sequential(Apply(lambda x: x.sub_(0.5)), nn.Flatten(), nn.Linear(64, 9), nn.ReLU(inplace=True)).double()
+    x, directions = points_and_directions((1, 8, 8))
+    before = x.clone()
+    local_complexity(model, x, 0.1, directions)
+    assert torch.equal(x, before)
 
 
 def test_no_points_give_no_counts():

@@ -1,51 +1,86 @@
-"""What a run finds out about its machine before it begins, and what it does without a terminal."""
+"""What a run finds out about its machine, what it does without a terminal, and how it is asked to stop."""
 
-import subprocess
+import io
+import os
+import signal
+import sys
+import threading
 
 import numpy as np
 import pytest
 import torch
-from conftest import ENVIRONMENT, SMALL, command, history_of
+from conftest import FORKS, PATIENCE, SMALL, history_of
 
 from runtime import device as devices
+from runtime import signals
 
 TOO_OLD = ("The NVIDIA driver on your system is too old (found version 11040). Please update your GPU driver by "
            "downloading and installing a new version from the URL: http://www.nvidia.com/Download/index.aspx")
+NO_KERNEL = "CUDA error: no kernel image is available for execution on the device\nCUDA kernel errors might be\n\n"
 
 
-def fails_with(monkeypatch, message):
-    def init():
-        raise RuntimeError(message)
+# ---- the device -----------------------------------------------------------------------------------------------------
 
-    monkeypatch.setattr(torch.cuda, "init", init)
+def raising(error):
+    def raise_it(*_args, **_options):
+        raise error
+    return raise_it
 
 
 @pytest.mark.parametrize("name", ["auto", "cuda", "cuda:0"])
-def test_a_gpu_whose_driver_is_too_old_is_not_passed_over_in_silence(monkeypatch, name):
-    fails_with(monkeypatch, TOO_OLD)
-    with pytest.raises(ValueError, match=r"too old \(found version 11040\); install a PyTorch for this driver.*=cpu"):
+@pytest.mark.parametrize("function, error, reason", [
+    ("cuda.init", RuntimeError(TOO_OLD), r"too old \(found version 11040\)"),
+    ("ones", RuntimeError(NO_KERNEL), "no kernel image is available for execution on the device"),
+    ("ones", RuntimeError("CUDA error: CUDA-capable device(s) is/are busy or unavailable\n"), "busy or unavailable"),
+    ("ones", torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 MiB."), "CUDA out of memory"),
+], ids=["driver", "kernels", "busy", "full"])
+def test_a_gpu_that_cannot_be_used_is_refused_in_one_line(monkeypatch, name, function, error, reason):
+    monkeypatch.setattr(torch.cuda, "init", lambda: None)
+    module, _, attribute = function.rpartition(".")
+    monkeypatch.setattr(torch.cuda if module else torch, attribute, raising(error))
+    with pytest.raises(ValueError, match=f"--device={name}: .*{reason}; .*install .* or use --device=cpu") as caught:
         devices.choose_device(name)
+    assert "\n" not in str(caught.value)
     assert devices.choose_device("cpu") == torch.device("cpu")
 
 
-@pytest.mark.parametrize("message", ["Found no NVIDIA driver on your system. Please check that you have one",
-                                     "No CUDA GPUs are available", "Torch not compiled with CUDA enabled"])
-def test_without_a_gpu_auto_is_the_cpu(monkeypatch, message):
-    fails_with(monkeypatch, message)
+@pytest.mark.parametrize("error", [
+    RuntimeError("Found no NVIDIA driver on your system. Please check that you have one"),
+    AssertionError("Torch not compiled with CUDA enabled")])
+def test_without_a_gpu_auto_is_the_cpu(monkeypatch, error):
+    monkeypatch.setattr(torch.cuda, "init", raising(error))
     assert devices.choose_device("auto") == torch.device("cpu")
-    with pytest.raises(ValueError, match=message.split(".")[0]):
+    with pytest.raises(ValueError, match=str(error).split(".")[0]):
         devices.choose_device("cuda")
 
 
-def test_with_a_gpu_auto_is_the_gpu(monkeypatch):
+def test_a_device_that_works_is_taken(monkeypatch):
     monkeypatch.setattr(torch.cuda, "init", lambda: None)
+    monkeypatch.setattr(devices, "problem_with", lambda device: "")
+    for name, device in {"auto": "cuda", "cuda": "cuda", "mps": "mps", "xpu": "xpu", "cpu": "cpu"}.items():
+        assert devices.choose_device(name) == torch.device(device)
+
+
+@pytest.mark.parametrize("variable", ["WORLD_SIZE", "SLURM_STEP_NUM_TASKS"])
+def test_one_of_several_processes_does_not_try_the_first_gpu(monkeypatch, variable):
+    monkeypatch.setattr(torch.cuda, "init", lambda: None)
+    monkeypatch.setattr(devices, "problem_with", pytest.fail)
+    monkeypatch.setenv(variable, "2")
     assert devices.choose_device("auto") == torch.device("cuda")
 
 
-@pytest.mark.parametrize("name", ["foo", "", "cpu:0", "cuda:", "cuda:x", "cuda:-1", "auto:0"])
+@pytest.mark.parametrize("name", ["foo", "", "cpu:0", "cuda:", "cuda:x", "cuda:-1", "auto:0", "mps:0"])
 def test_an_unknown_device_is_named(name):
-    with pytest.raises(ValueError, match="choose auto, cpu, cuda or cuda:N"):
+    with pytest.raises(ValueError, match="choose auto, cpu, cuda, cuda:N, mps or xpu"):
         devices.choose_device(name)
+
+
+def test_float64_is_refused_where_the_device_has_none():
+    for kind in ("mps", "xpu"):
+        with pytest.raises(ValueError, match=f"--dtype=float64: --device={kind} computes in float32 only"):
+            devices.check_dtype(torch.device(kind), "float64")
+        devices.check_dtype(torch.device(kind), "float32")
+    devices.check_dtype(torch.device("cuda"), "float64")
 
 
 @pytest.mark.parametrize("allocate", [
@@ -55,23 +90,145 @@ def test_too_much_memory_is_recognised_whoever_says_so(allocate):
     with pytest.raises(Exception) as caught:
         allocate()
     assert devices.out_of_memory(caught.value)
-
-
-def test_other_errors_are_not_taken_for_a_lack_of_memory():
     assert not devices.out_of_memory(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
 
 
-@pytest.mark.parametrize("redirection", [">&-", "2>&-", ">&- 2>&-", "<&- >&- 2>&-"])
-def test_a_run_needs_no_open_streams(tmp_path, redirection):
-    line = subprocess.list2cmdline(command(*SMALL, "--n_steps=2"))
-    done = subprocess.run(f"{line} {redirection}", shell=True, cwd=tmp_path, env=ENVIRONMENT, timeout=120)
-    assert done.returncode == 0
+# ---- processors -----------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("lines, files, cores", [
+    ("0::/job/task\n", {"cpu.max": "max 100000\n"}, 6),
+    ("0::/job/task\n", {"job/cpu.max": "200000 100000\n", "job/task/cpu.max": "max 100000\n"}, 2),
+    ("0::/\n", {"cpu.max": "50000 100000\n"}, 1),
+    ("0::/\n", {"cpu.max": "99900000 100000\n"}, 6),
+    ("5:cpu,cpuacct:/job\n4:memory:/x\n", {"cpu/job/cpu.cfs_quota_us": "350000\n",
+                                           "cpu/job/cpu.cfs_period_us": "100000\n"}, 3),
+    ("5:cpu:/docker/1\n", {"cpu/cpu.cfs_quota_us": "-1\n", "cpu/cpu.cfs_period_us": "100000\n"}, 6),
+    (None, {}, 6)], ids=["none", "of a parent", "half", "large", "version 1", "none in version 1", "no groups"])
+def test_the_cores_are_those_that_a_quota_leaves(tmp_path, monkeypatch, lines, files, cores):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(6), raising=False)
+    monkeypatch.setattr(devices, "CGROUPS", tmp_path)
+    monkeypatch.setattr(devices, "OWN_CGROUPS", tmp_path / "own")
+    for name, text in {**files, **({"own": lines} if lines else {})}.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    assert devices.cpu_count() == cores
+
+
+def test_far_more_threads_than_cores_are_refused(monkeypatch):
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    devices.check_threads(8)
+    with pytest.raises(ValueError, match="--threads=1024: this machine has 2 cores"):
+        devices.check_threads(1024)
+
+
+# ---- signals --------------------------------------------------------------------------------------------------------
+
+NUMBERS = [getattr(signal, name) for name in signals.STOPPING]
+
+
+@pytest.fixture
+def former():
+    """Install a handler for each signal that asks to stop; yields it."""
+    def handler(number, frame):
+        raise AssertionError(f"signal {number} was not caught")
+
+    before = {number: signal.signal(number, handler) for number in NUMBERS}
+    yield handler
+    for number, handler_before in before.items():
+        signal.signal(number, handler_before)
+
+
+@pytest.mark.parametrize("number", NUMBERS, ids=signals.STOPPING)
+def test_each_signal_stops_a_run_and_its_handler_is_restored(former, number):
+    with signals.Stop(can_interrupt=False) as stop:
+        assert stop.signal == 0
+        signal.raise_signal(number)
+        assert stop.signal == number
+    assert {signal.getsignal(number) for number in NUMBERS} == {former}
+
+
+def test_a_signal_interrupts_a_measurement_only_where_it_may(former):
+    with signals.Stop(can_interrupt=True) as stop:
+        with pytest.raises(signals.Interrupted), stop.while_measuring():
+            signal.raise_signal(signal.SIGTERM)
+        with pytest.raises(signals.Interrupted), stop.while_measuring():
+            pytest.fail("a stopped run began to measure")
+        signal.raise_signal(signal.SIGTERM)
+    with signals.Stop(can_interrupt=False) as stop, stop.while_measuring():
+        signal.raise_signal(signal.SIGTERM)
+    assert stop.signal == signal.SIGTERM
+
+
+def test_a_second_ctrl_c_ends_at_once_but_only_in_the_run(former, monkeypatch):
+    ended = []
+    monkeypatch.setattr(os, "_exit", ended.append)
+    with signals.Stop(can_interrupt=False):
+        signal.raise_signal(signal.SIGINT)
+        assert ended == []
+        signal.raise_signal(signal.SIGINT)
+        assert ended == [130]
+    with pytest.raises(AssertionError, match="was not caught"):
+        signal.raise_signal(signal.SIGINT)
+
+
+def test_under_nohup_a_hangup_stays_ignored(former):
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    with signals.Stop(can_interrupt=False) as stop:
+        signal.raise_signal(signal.SIGHUP)
+        assert stop.signal == 0
+    assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+
+
+def test_outside_the_main_thread_a_run_catches_no_signals(former):
+    seen = []
+
+    def run():
+        with signals.Stop(can_interrupt=True) as stop:
+            seen.append(stop.signal)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join(PATIENCE)
+    assert seen == [0]
+
+
+def small_run(folder):
+    import train
+
+    return train.main([*SMALL, "--n_steps=2", f"--log_dir={folder}/logs", f"--save_dir={folder}/checkpoints"])
+
+
+def test_a_run_needs_nothing_that_windows_lacks_and_leaves_no_handlers(former, tmp_path, monkeypatch):
+    with monkeypatch.context() as windows:
+        for name in ("SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU"):
+            windows.delattr(signal, name)
+        windows.delattr(os, "sched_getaffinity")
+        windows.delattr(os, "sysconf")
+        assert small_run(tmp_path) == 0
+    assert {signal.getsignal(number) for number in NUMBERS} == {former}
     assert history_of(tmp_path)["step"] == [0, 1, 2]
 
 
-def test_a_run_prints_to_a_terminal_that_knows_ascii_only(tmp_path):
-    done = subprocess.run(command(*SMALL, "--n_steps=2"), cwd=tmp_path, capture_output=True, timeout=120,
-                          env={**ENVIRONMENT, "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"})
-    assert done.returncode == 0, done.stderr.decode()
-    assert b"Error" not in done.stderr
-    assert done.stdout.isascii()
+# ---- the streams ----------------------------------------------------------------------------------------------------
+
+def run_without_streams(folder):
+    for number in (0, 1, 2):
+        os.close(number)
+    sys.stdin = sys.stdout = sys.stderr = None  # as Python has them then
+    os._exit(small_run(folder))
+
+
+def test_a_run_needs_no_open_streams(tmp_path):
+    process = FORKS.Process(target=run_without_streams, args=(tmp_path,))
+    process.start()
+    process.join(PATIENCE)
+    assert process.exitcode == 0
+    assert history_of(tmp_path)["step"] == [0, 1, 2]
+
+
+def test_a_run_prints_to_a_terminal_that_knows_ascii_only(tmp_path, monkeypatch):
+    output = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(output, encoding="ascii"))
+    assert small_run(tmp_path) == 0
+    sys.stdout.flush()
+    assert b"training 2 steps" in output.getvalue() and output.getvalue().isascii()

@@ -1,7 +1,6 @@
 """run_mnist_mlp.sh: what it asks of train.py, how it hands on signals, and, on a real SLURM of one node, that a job
 that is stopped comes back and ends as if it had not been."""
 
-import functools
 import getpass
 import os
 import shutil
@@ -14,7 +13,7 @@ import torch
 from conftest import ENVIRONMENT, PATIENCE, ROOT, SMALL, columns, run_here, wait_for
 
 import sweep
-import train
+from flags import parse_args
 from runtime import checkpoints
 
 SCRIPT = ROOT / "run_mnist_mlp.sh"
@@ -39,34 +38,16 @@ def final_weights(folder):
     return state["model_state_dict"]
 
 
-def assert_same_run(folder, reference):
-    assert columns(folder) == columns(reference)
-    ours, theirs = final_weights(folder), final_weights(reference)
-    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
-
-
-@pytest.fixture(scope="module")
-def uninterrupted(tmp_path_factory):
-    """Return a function: seed -> the folder of the run with FLAGS and that seed that nothing stopped."""
-    @functools.cache
-    def folder_for(seed):
-        folder = tmp_path_factory.mktemp("uninterrupted")
-        run_here(folder, *FLAGS, f"--seed={seed}")
-        return folder
-
-    return folder_for
-
-
 # ---- the script with stand-ins for Python and SLURM -----------------------------------------------------------------
 
 RUNS_UNTIL_STOPPED = "trap 'exit 138' USR1; trap 'exit 143' TERM; touch started; while :; do sleep 0.05; done"
 SAVES_WHEN_STOPPED = RUNS_UNTIL_STOPPED.replace("exit", "mkdir -p checkpoints; touch checkpoints/rolling.pt; exit")
-# A Python that has torch, or, with this answer, none; that names folders as sweep.py does; that writes what train.py
-# would get into a file and then does $RUN.
+# A Python that has torch or, with the other answer, has not; that reads flags as train.py and sweep.py do; that writes
+# what train.py would get into a file and then runs $RUN.
 PYTHON = f"""#!/bin/sh
-case $1 in
-    -c) touch probed; sleep ${{PROBE_TAKES:-0}}; exit ANSWER;;
-    *sweep.py) exec {sys.executable} "$@";;
+case "$1 $2" in
+    *sweep.py*|"-c import flags"*) PYTHONPATH={ROOT} exec {sys.executable} "$@";;
+    -c*) touch probed; sleep ${{PROBE_TAKES:-0}}; exit ANSWER;;
 esac
 printf "%s\\n" "$0" "$@" > arguments
 exec sh -c "$RUN"
@@ -115,13 +96,12 @@ def arguments_of(folder, environment, *flags):
     run_script(folder, environment, *flags)
     _python, program, *arguments = (folder / "arguments").read_text().splitlines()
     assert program == str(ROOT / "train.py")
-    return train.parse_args(arguments)
+    return parse_args(arguments)
 
 
 def test_bash_finds_no_fault_in_the_scripts():
-    for script in (SCRIPT, ROOT / "tests" / "start_slurm.sh"):
+    for script in (SCRIPT, ROOT / "tests" / "start_slurm.sh", ROOT / "results" / "run.sh"):
         assert subprocess.run(["bash", "-n", script], capture_output=True, text=True, timeout=PATIENCE).stderr == ""
-        assert os.access(script, os.X_OK)
 
 
 def test_the_default_is_the_papers_experiment(tmp_path, stand_ins):
@@ -147,30 +127,28 @@ def test_a_task_of_an_array_has_its_seed_and_the_folder_that_a_sweep_has(tmp_pat
     assert (args.log_dir, args.save_dir) == (f"{folder}/logs", f"{folder}/checkpoints")
 
 
-@pytest.mark.parametrize("flags", [["--seed=7"], ["--width=3", "--seed", "7"], ["--log_dir=x"], ["--save_dir", "x"]],
-                         ids=" ".join)
-def test_an_array_refuses_what_would_make_its_tasks_one_run(tmp_path, job, flags):
+@pytest.mark.parametrize("flags, name", [(["--seed=7"], "seed"), (["--width=3", "--seed", "7"], "seed"),
+                                         (["--log_dir=x"], "log_dir"), (["--save_dir", "x"], "save_dir")])
+def test_an_array_refuses_what_would_make_its_tasks_one_run(tmp_path, job, flags, name):
     task = {**job, "SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "12"}
     said = run_script(tmp_path, task, *flags, status=2).splitlines()
-    name = flags[-2 if len(flags) == 3 or flags[-1] == "x" else -1].split("=")[0]
-    assert said[1:] == [f"run_mnist_mlp.sh: error: in an array the task's number is the seed, and each has its own "
-                        f"folder: leave {name} out"]
+    assert said[1:] == ["run_mnist_mlp.sh: error: in an array the task's number is the seed, and each task has its own "
+                        f"folder: leave out --{name}"]
     assert not (tmp_path / "arguments").exists()
 
 
-def test_a_flag_that_is_wrong_ends_an_array_with_its_one_line(tmp_path, job):
-    task = {**job, "SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "12"}
-    said = run_script(tmp_path, task, "--width=x", status=2).splitlines()
-    assert len(said) == 2 and "'x' is no whole number" in said[1]
+@pytest.mark.parametrize("task", [{}, {"SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "12"}])
+def test_a_wrong_flag_ends_a_job_with_one_line(tmp_path, job, task):
+    said = run_script(tmp_path, {**job, **task}, "--width=x", status=2).splitlines()
+    assert len(said) == 2 and "'x' is not a whole number" in said[1]
 
 
 # ---- where the program and its Python are ---------------------------------------------------------------------------
 
-@pytest.mark.parametrize("project, flags", [
-    ("work", []), ("work", ["--data_dir=/home/jane.shaw/mnist.sh/x"]),
-    ("jane.shaw/a project.sh by me", ["--data_dir=/a b/c.sh d", ""])])
-@pytest.mark.parametrize("linked", [False, True])
-def test_a_job_finds_the_program_beside_its_script(tmp_path, job, project, flags, linked):
+@pytest.mark.parametrize("linked, project, flags", [
+    (False, "work", []), (True, "work", ["--data_dir=/home/jane.shaw/mnist.sh/x"]),
+    (False, "jane.shaw/a project.sh by me", ["--data_dir=/a b/c.sh d"])])
+def test_a_job_finds_the_program_next_to_its_script(tmp_path, job, linked, project, flags):
     script = tmp_path / project / "run_mnist_mlp.sh"
     script.parent.mkdir(parents=True)
     shutil.copy(SCRIPT, script)
@@ -184,7 +162,7 @@ def test_a_job_finds_the_program_beside_its_script(tmp_path, job, project, flags
 
 def test_a_script_that_came_through_a_pipe_looks_where_it_was_submitted(tmp_path, job):
     piped = {**job, "COMMAND": "(null)"}
-    assert f"error: no train.py beside the script nor in {tmp_path}" in run_script(tmp_path, piped, status=2)
+    assert f"error: no train.py next to the script nor in {tmp_path}" in run_script(tmp_path, piped, status=2)
     (tmp_path / "train.py").touch()
     run_script(tmp_path, piped)
     assert (tmp_path / "arguments").read_text().splitlines()[1] == str(tmp_path / "train.py")
@@ -278,23 +256,11 @@ def test_what_was_saved_is_looked_for_where_it_is_saved(tmp_path, job, flags):
 
 # ---- without SLURM --------------------------------------------------------------------------------------------------
 
-def test_without_slurm_ctrl_c_saves_and_the_same_command_continues(tmp_path, uninterrupted):
-    flags = [*FLAGS, "--seed=3"]
-    folder = tmp_path / "run"
-    folder.mkdir()
-    environment = same_python(tmp_path)
-    first = subprocess.Popen(["bash", SCRIPT, *flags], cwd=folder, env=environment, stdout=subprocess.PIPE, text=True)
-    try:
-        wait_for(lambda: first.poll() is not None or len(list(folder.glob("checkpoints/*.pt"))) > 2)
-        first.send_signal(signal.SIGINT)
-        said = first.communicate(timeout=PATIENCE)[0]
-    finally:
-        first.kill()
-    assert first.returncode == 128 + signal.SIGINT and "stopped by SIGINT at step" in said
-    again = subprocess.run(["bash", SCRIPT, *flags], cwd=folder, env=environment, capture_output=True, text=True,
-                           timeout=PATIENCE)
-    assert again.returncode == 0 and "continuing from checkpoints/" in again.stdout
-    assert_same_run(folder, uninterrupted(3))
+def test_without_slurm_the_script_becomes_the_run(tmp_path, stand_ins):
+    script = subprocess.Popen(["bash", SCRIPT], cwd=tmp_path, env={**stand_ins, "RUN": "echo $$; exit 5"}, text=True,
+                              stdout=subprocess.PIPE)
+    assert script.communicate(timeout=PATIENCE)[0] == f"{script.pid}\n"  # so Ctrl-C and kill reach it
+    assert script.returncode == 5
 
 
 # ---- a real SLURM ---------------------------------------------------------------------------------------------------
@@ -322,8 +288,9 @@ def slurm(tmp_path_factory):
     subprocess.run([*start, "stop", place / "node"], timeout=PATIENCE)
 
 
+@pytest.mark.slow
 @pytest.mark.slurm
-def test_an_array_that_is_stopped_twice_ends_like_runs_that_were_not(slurm, tmp_path, uninterrupted):
+def test_an_array_that_is_stopped_twice_ends_like_runs_that_were_not(slurm, tmp_path):
     job = slurm("sbatch", "--parsable", "--array=3-4", SCRIPT, *FLAGS, cwd=tmp_path).strip()
 
     def output(seed):
@@ -347,10 +314,15 @@ def test_an_array_that_is_stopped_twice_ends_like_runs_that_were_not(slurm, tmp_
         # SLURM's own message; of a job that requeues itself SLURM says it only if the script has not ended by then.
         assert requeued or "DUE TO JOB REQUEUE" in said
         assert "JobState=COMPLETED" in slurm("scontrol", "show", "job", f"{job}_{seed}")
-        assert_same_run(folder(seed), uninterrupted(seed))
+        reference = tmp_path / f"uninterrupted{seed}"
+        run_here(reference, *FLAGS, f"--seed={seed}")
+        assert columns(folder(seed)) == columns(reference)
+        ours, theirs = final_weights(folder(seed)), final_weights(reference)
+        assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
     assert columns(folder(3))["train_loss"] != columns(folder(4))["train_loss"]
 
 
+@pytest.mark.slow
 @pytest.mark.slurm
 def test_a_job_with_a_mistake_fails_once_and_says_why(slurm, tmp_path):
     job = slurm("sbatch", "--parsable", SCRIPT, "--dataset=imagefolder", "--data_dir=nowhere", cwd=tmp_path).strip()
@@ -360,6 +332,7 @@ def test_a_job_with_a_mistake_fails_once_and_says_why(slurm, tmp_path):
     assert "train.py: error: " in (tmp_path / f"slurm-{job}.out").read_text()
 
 
+@pytest.mark.slow
 @pytest.mark.slurm
 def test_a_job_whose_time_does_not_hold_one_log_step_is_not_requeued_for_ever(slurm, tmp_path):
     flags = [*FLAGS, "--adv_size=all", "--pgd_steps=1000000"]

@@ -1,113 +1,60 @@
-"""sweep.py: how it names and combines runs, and that a sweep that is stopped, continued or half wrong ends as it
-should."""
+"""sweep.py: which runs a command line stands for, which of them are complete, and that a sweep that is stopped,
+continued or half wrong ends as it should."""
 
+import contextlib
+import json
 import os
+import shutil
 import signal
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
-import torch
-from conftest import ENVIRONMENT, PATIENCE, SMALL, command, handlers_kept, history_of, run_command, wait_for
+from conftest import ENVIRONMENT, PATIENCE, ROOT, SMALL, command, history_of, wait_for
+from PIL import Image
 
 import sweep
 import train
-from runtime import checkpoints, files
+from flags import folder_name, parse_args
+from runtime import checkpoints, pool
 
 LONG = "--n_steps=300000"  # and not for ever: where a test fails, nobody ends the runs
-FLAGS = [flag for flag in SMALL if flag not in ("--no_plot", "--threads=1")]
+FLAGS = [*(flag for flag in SMALL if flag not in ("--no_plot", "--threads=1", "--width=16")), "--width=8",
+         "--log_points=3"]
 
 
-def folder(*flags):
-    return str(sweep.folder_name(train.parse_args(flags)))
-
-
-# ---- names ----------------------------------------------------------------------------------------------------------
-
-@pytest.mark.parametrize("flags, name", [
-    ([], "seed_42"),
-    (["--width=1000", "--seed=0"], "width_1000_seed_0"),
-    (["--lr", "1e-2", "--width", "1000"], "lr_0.01_width_1000_seed_42"),
-    (["--batch_norm", "--model=cnn", "--dataset=cifar10"], "batch_norm_dataset_cifar10_model_cnn_seed_42"),
-    (["--lr=0.00012345678"], "lr_0.00012345678_seed_42"),
-    (["--epsilons", "0.2", "0.1", "--lc_radius=0.05,0.1"], "epsilons_0.1,0.2_lc_radius_0.05,0.1_seed_42"),
-    (["--dataset=imagefolder", "--data_dir=/some/where/my cats/"], "data_dir_my_cats_dataset_imagefolder_seed_42"),
-], ids=lambda value: value if isinstance(value, str) else "")
-def test_a_folder_is_named_by_the_flags_that_are_the_experiment(flags, name):
-    assert folder(*flags) == f"runs/{name}"
-
-
-@pytest.mark.parametrize("flags", [
-    ["--depth=3", "--width=50"],  # their order
-    ["--n_steps=7"], ["--n_epochs=7"], ["--threads=2"], ["--no_plot"], ["--log_dir=x"], ["--save_dir=x"], ["--resume"],
-    ["--device=cpu"], ["--data_dir=x"], ["--keep_checkpoints=last"], ["--checkpoint_minutes=1"], ["--on_nan=continue"],
-    ["--seed=42"], ["--dataset=mnist"], ["--train_size=1000"],  # what they are without the flag
-], ids=" ".join)
-def test_the_name_does_not_depend_on_what_is_no_part_of_the_experiment(flags):
-    experiment = ["--width=50", "--depth=3"]
-    assert folder(*flags, *experiment) == folder(*experiment, *flags) == "runs/depth_3_width_50_seed_42"
-
-
-def test_what_a_flag_left_out_stands_for_depends_on_the_model_and_the_data():
-    assert folder("--width=200", "--depth=4") == folder()
-    assert folder("--model=cnn", "--width=32") == folder("--model=cnn") != folder("--model=cnn", "--width=200")
-    assert folder("--model=cnn", "--depth=4") != folder("--model=cnn")
-    assert folder("--dataset=cifar10", "--train_size=all") == folder("--dataset=cifar10")
-    assert folder("--dataset=cifar10", "--train_size=1000") != folder("--dataset=cifar10")
-
-
-def test_a_long_name_is_cut_and_stays_its_own():
-    def long(last, seed=1):
-        return Path(folder("--epsilons", *(f"0.{i}" for i in range(100, 200)), f"0.{last}", f"--seed={seed}")).name
-
-    assert long(95) == long(95) != long(96)
-    assert len(long(95)) < 200 and long(95).endswith("_seed_1")
-    assert long(95).removesuffix("_seed_1") == long(95, seed=2).removesuffix("_seed_2")
-
-
-def test_the_folder_can_be_asked_for(tmp_path):
-    done = run_command(tmp_path, "--folder", "--seed=3", "--n_steps=5", "--width=7", script="sweep.py")
-    assert done.stdout == "runs/width_7_seed_3\n" and done.stderr == ""
-    assert not list(tmp_path.iterdir())
-
-
-# ---- combinations ---------------------------------------------------------------------------------------------------
+# ---- which runs -----------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("flags, names", [
     ([], ["seed_42"]),
-    (["--seed=0-3"], ["seed_0", "seed_1", "seed_2", "seed_3"]),
     (["--seed", "0-1,5", "--depth=2,6"], ["depth_2_seed_0", "depth_6_seed_0", "depth_2_seed_1", "depth_6_seed_1",
                                           "depth_2_seed_5", "depth_6_seed_5"]),
     (["--model=cnn,mlp", "--batch_norm"], ["batch_norm_model_cnn_seed_42", "batch_norm_seed_42"]),
-    (["--weight_decay=1e-3,0"], ["weight_decay_0.001_seed_42", "weight_decay_0_seed_42"]),
     (["--epsilons=0.1,0.2", "--lc_radius", "0.1,0.2", "0.3", "--seed=1,1"],
      ["epsilons_0.1,0.2_lc_radius_0.1,0.2,0.3_seed_1"]),
     (["--data_dir=a,1-3", "--width=100,200"], ["width_100_seed_42", "seed_42"]),
+    (["--width=100", "--width=300"], ["width_300_seed_42"]),  # the last wins, as with train.py
 ], ids=lambda value: " ".join(value))
 def test_lists_and_ranges_are_combined(flags, names):
     runs = sweep.combinations(flags)
     assert [path.name for path in runs] == names
-    for path, (words, args) in runs.items():
-        assert sweep.folder_name(args) == path and train.parse_args(words) == args
+    for path, (words, config) in runs.items():
+        assert folder_name(config) == path and parse_args(words) == config
 
 
 @pytest.mark.parametrize("flags, message", [
-    (["--n_steps=5,6"], "--n_steps: several values make no other experiment"),
-    (["--seed=1-2", "--device=cpu,cuda"], "--device: several values make no other experiment"),
-    (["--log_dir=elsewhere"], "leave --log_dir and --save_dir out"),
-])
-def test_what_cannot_have_a_folder_of_its_own_is_refused(flags, message):
-    with pytest.raises(ValueError, match=message):
-        sweep.combinations(flags)
-
-
-@pytest.mark.parametrize("flag, message", [
-    ("--seed=3-1", "'3-1' is no whole number"), ("--depth=2,x", "'x' is no whole number"), ("--depth=", "''"),
-    ("--nonsense=1,2", "unrecognized arguments: --nonsense=1"), ("--n_steps=5,6", "several values")])
-def test_a_wrong_command_ends_in_one_line_before_anything_is_made(tmp_path, monkeypatch, capsys, flag, message):
+    (["--seed=3-1"], "--seed: the range 3-1 runs backwards"), (["--seed", "4-2,7"], "the range 4-2 runs backwards"),
+    (["--seed=0-4000000000"], "the range 0-4000000000 is too long"),
+    (["--seed=0-1", "--seed=5"], "--seed is given twice"), (["--seed=5", "--seed", "0-1"], "--seed is given twice"),
+    (["--depth=2,x"], "'x' is not a whole number"), (["--depth="], "''"),
+    (["--nonsense=1,2"], "unrecognized arguments: --nonsense=1"),
+    (["--n_steps=5,6"], "--n_steps: several values"), (["--log_dir=elsewhere"], "leave out --log_dir and --save_dir"),
+], ids=lambda value: " ".join(value) if isinstance(value, list) else "")
+def test_a_wrong_command_ends_in_one_line_before_anything_is_made(tmp_path, monkeypatch, capsys, flags, message):
     monkeypatch.chdir(tmp_path)
     try:
-        status = sweep.main([*FLAGS, flag])
+        status = sweep.main(flags)
     except SystemExit as end:
         status = end.code
     said, error = capsys.readouterr()
@@ -115,34 +62,56 @@ def test_a_wrong_command_ends_in_one_line_before_anything_is_made(tmp_path, monk
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("flags, gpus, devices", [
-    ([], 0, ["cpu"] * 6), (["--threads=2"], 0, ["cpu"] * 3), (["--threads=99"], 0, ["cpu"]),
-    ([], 2, ["cuda:0", "cuda:1"]), (["--device=cuda"], 2, ["cuda:0", "cuda:1"]), (["--device=cuda:1"], 2, ["cuda:1"]),
-    (["--device=cpu"], 2, ["cpu"] * 6), (["--device=cuda"], 0, ["cuda"])])
-def test_a_run_has_a_core_or_a_gpu_of_its_own(monkeypatch, flags, gpus, devices):
-    monkeypatch.setattr(sweep.os, "sched_getaffinity", lambda _process: set(range(6)), raising=False)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
-    assert sweep.places(train.parse_args(flags)) == devices
+def test_folders_help_and_errors_come_without_pytorch(tmp_path):
+    program = ("import sys; sys.modules |= {'torch': None, 'matplotlib': None, 'numpy': None}; import runtime.pool; "
+               "import sweep; sweep.main(['--folder', '--seed=3', '--n_steps=5', '--width=7']); "
+               "sweep.main(['--help']); sys.exit(sweep.main(['--seed=2-1']))")
+    done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, env=ENVIRONMENT, capture_output=True,
+                          text=True, timeout=PATIENCE)
+    assert done.stdout == f"runs/width_7_seed_3\n{sweep.__doc__.strip()}\n" and done.returncode == 2
+    assert done.stderr == "sweep.py: error: --seed: the range 2-1 runs backwards\n"
 
 
-# ---- whole sweeps ---------------------------------------------------------------------------------------------------
+# ---- whole sweeps, their runs in this process -----------------------------------------------------------------------
+
+class HereAndNow:
+    """A stand-in for subprocess.Popen that runs train.py in this process."""
+
+    def __init__(self, words, stdout, **_):
+        with (os.fdopen(os.dup(stdout.fileno()), "w", errors="replace") as output, contextlib.redirect_stdout(output),
+              contextlib.redirect_stderr(output)):
+            try:
+                self.returncode = train.main(words[2:])
+            except SystemExit as end:
+                self.returncode = end.code
+
+    def poll(self):
+        return self.returncode
+
+
+@pytest.fixture
+def swept(tmp_path, monkeypatch, capsys):
+    """Return a function that runs a sweep of FLAGS and more in tmp_path; it returns what the sweep printed."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(pool.subprocess, "Popen", HereAndNow)
+    monkeypatch.setattr(pool, "SECONDS_BETWEEN_LOOKS", 0)
+
+    def run(*flags, status=0):
+        assert sweep.main([*FLAGS, *flags]) == status
+        return capsys.readouterr()
+
+    return run
+
 
 def files(place):
     return {path: path.stat().st_mtime_ns for path in place.rglob("*") if path.is_file()}
 
 
-def test_a_failed_run_is_named_and_the_others_go_on_and_are_not_made_again(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-
-    def swept(*flags, status=0):
-        with handlers_kept():
-            assert sweep.main([*FLAGS, *flags]) == status
-        return capsys.readouterr()
-
+def test_a_failed_run_is_named_and_the_others_go_on_and_are_not_made_again(swept, monkeypatch):
+    monkeypatch.setattr("analysis.figure.draw", lambda histories, path: [f"{path}.png of {len(histories)} runs"])
     said, error = swept("--train_size=2000,500,600", "--n_steps=30", status=1)
     failed, first, second = sweep.combinations([*FLAGS, "--train_size=2000,500,600"])
-    assert {path.parent for path in tmp_path.glob("runs/*/output.txt")} == {
-        tmp_path / folder for folder in (failed, first, second)}
+    assert {*Path("runs").glob("*/output.txt")} == {folder / "output.txt" for folder in (failed, first, second)}
     assert "3 runs, 0 of them complete already" in said
     assert f"{failed}: failed: train.py: error: train_size 2000 is more than the 1000 training" in said
     assert error == f"1 of 3 runs failed: {failed}\n"
@@ -151,58 +120,140 @@ def test_a_failed_run_is_named_and_the_others_go_on_and_are_not_made_again(tmp_p
         history = history_of(folder)
         assert history["step"][-1] == 30 and history["config"]["threads"] == 1
         assert "training 30 steps" in (folder / "output.txt").read_text()
-    assert "wrote runs/sweep.png" in said and Path("runs/sweep.png").stat().st_size > 10_000
+    assert "wrote runs/sweep.png of 2 runs" in said
 
     # Only what has something to do is started again.
     before = files(first), files(second)
     said, _ = swept("--n_steps=30", "--train_size=500,600", "--no_plot")
     assert (files(first), files(second)) == before and "complete" not in said and f"{first.name}  " in said
-    said, _ = swept("--n_steps=40", "--train_size=600", "--no_plot")
+    swept("--n_steps=40", "--train_size=600", "--no_plot")
     assert files(first) == before[0] and history_of(second)["step"][-2:] == [30, 40]
     assert "at step 30" in (second / "output.txt").read_text()
 
 
+def test_a_run_is_complete_only_with_its_last_checkpoint_its_config_and_its_data(swept):
+    swept("--n_steps=10", "--no_plot")
+    (folder,) = Path("runs").iterdir()
+    last, _ = max((folder / "checkpoints").glob("checkpoint_*.pt")), folder.rename("kept")
+
+    def again(change):
+        shutil.rmtree(folder, ignore_errors=True)
+        shutil.copytree("kept", folder)
+        change()
+        return sweep.is_complete(folder, parse_args([*FLAGS, "--n_steps=10"]))
+
+    def edit(where, name, value):
+        path = folder / "logs" / "training_history.json"
+        history = json.loads(path.read_text())
+        history[where][name] = value
+        path.write_text(json.dumps(history))
+
+    assert again(lambda: None) and again(lambda: edit("config", "threads", 2))
+    assert not again(lambda: (folder / last.relative_to(folder)).unlink())
+    assert not again(lambda: last.write_bytes(last.read_bytes()[:1000]))
+    assert not again(lambda: edit("config", "lr", 0.5)) and not again(lambda: edit("derived", "data", "other"))
+    assert not sweep.is_complete(folder, parse_args([*FLAGS, "--n_steps=20"]))
+    again(last.unlink)
+    assert f"{folder}: complete" in swept("--n_steps=10", "--no_plot").out and last.exists()
+
+
+def test_other_images_in_the_folder_of_a_complete_run_are_refused(swept, tmp_path):
+    def draw(place, colour):
+        for i in range(8):
+            path = tmp_path / place / ("train" if i < 4 else "test") / "ab"[i % 2] / f"{i}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (8, 8), (colour, 25 * i, 0)).save(path)
+
+    flags = ["--dataset=imagefolder", "--n_steps=4", "--batch_size=2", "--no_plot", "--adv_size=2"]
+    for place in ("x/pets", "y/pets"):
+        draw(place, 100)
+        assert ": complete\n" in swept(*flags, f"--data_dir={place}").out
+    draw("x/pets", 200)
+    said = swept(*flags, "--data_dir=x/pets", status=1).out
+    assert ": failed: train.py: error: " in said and "0 of them complete already" in said
+
+
+@pytest.mark.parametrize("link", ["output.txt", "logs", "checkpoints", "."])
+def test_nothing_of_a_run_is_written_through_a_link(swept, link, tmp_path):
+    folder = folder_name(parse_args(FLAGS))
+    (tmp_path / "private").mkdir()
+    (folder / link).parent.mkdir(parents=True)
+    (folder / link if link != "." else folder).symlink_to(tmp_path / "private")
+    error = swept("--n_steps=4", "--no_plot", status=2).err
+    assert "is a symbolic link: remove it" in error and error.count("\n") == 1
+    assert not list((tmp_path / "private").iterdir())
+
+
+def test_a_figure_that_cannot_be_drawn_is_one_line(swept, monkeypatch):
+    def fail(*_):
+        raise RuntimeError("no LaTeX\nhere")
+
+    monkeypatch.setattr("analysis.figure.draw", fail)
+    assert "the figure cannot be drawn: no LaTeX here\n" in swept("--n_steps=4").out
+
+
+@pytest.mark.slow
+def test_the_figure_of_a_sweep_holds_all_its_runs(swept):
+    assert "wrote runs/sweep.png" in swept("--n_steps=10", "--seed=0-1").out
+    assert Path("runs/sweep.png").stat().st_size > 10_000 and Path("runs/sweep.svg").exists()
+
+
+# ---- whole sweeps, their runs in processes --------------------------------------------------------------------------
+
+@contextlib.contextmanager
+def started(folder, *flags):
+    process = subprocess.Popen(command(*FLAGS, *flags, script="sweep.py"), cwd=folder, env=ENVIRONMENT,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+
+
+def processes_of(folder):
+    """Return the ids of the running train.py processes of a sweep in folder."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if str(ROOT / "train.py").encode() in (path / "cmdline").read_bytes() and (path / "cwd").samefile(folder):
+                found.append(int(path.name))
+    return found
+
+
+def is_training(folder, runs):
+    return lambda: sum(len(list(path.glob("checkpoints/*.pt"))) > 1 for path in folder.glob("runs/*")) == runs
+
+
+@pytest.mark.slow
 def test_ctrl_c_stops_all_runs_each_saved_and_the_same_command_continues(tmp_path):
-    flags = [*FLAGS, "--seed=0-2", "--log_points=30", "--no_plot"]
-    first = subprocess.Popen(command(*flags, LONG, script="sweep.py"), cwd=tmp_path, env=ENVIRONMENT,
-                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
-    at_once = min(3, len(sweep.places(train.parse_args(FLAGS))))
-    try:
-        wait_for(lambda: first.poll() is not None or
-                 sum(len(list(path.glob("checkpoints/*.pt"))) > 2 for path in tmp_path.glob("runs/*")) == at_once)
-        os.killpg(first.pid, signal.SIGINT)  # as a terminal does
-        said, error = first.communicate(timeout=PATIENCE)
-    finally:
-        first.kill()
-    assert first.returncode == 128 + signal.SIGINT and error == ""
-    assert said.endswith("stopped by SIGINT; continue with the same command\n") and "failed" not in said
-    started = sorted(tmp_path.glob("runs/*"))
-    assert len(started) == at_once == said.count(": stopped\n")
-    steps = []
-    for path in started:
-        steps.append(checkpoints.newest_checkpoint(path / "checkpoints", pytest.fail)[0]["step"])
-        assert f"stopped by SIGINT at step {steps[-1]};" in (path / "output.txt").read_text()
-        files.lock_folders(path / "checkpoints")  # ValueError if a run still held it
-    done = run_command(tmp_path, *flags, f"--n_steps={max(steps) + 100}", script="sweep.py", timeout=2 * PATIENCE)
-    assert done.stdout.count(": complete\n") == 3
-    for path, step in zip(started, steps, strict=True):
-        assert f".pt at step {step}\n" in (path / "output.txt").read_text()
-        assert history_of(path)["step"][-1] == max(steps) + 100
+    def stopped(when):
+        with started(tmp_path, "--seed=0-2", LONG) as process:
+            wait_for(lambda: process.poll() is not None or when())
+            os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+            said, error = process.communicate(timeout=PATIENCE)
+        assert process.returncode == 128 + signal.SIGINT and error == ""
+        assert said.endswith("stopped by SIGINT; continue with the same command\n") and "failed" not in said
+        return said.count(": stopped\n")
+
+    at_once = min(3, len(pool.places("cpu")))
+    assert stopped(is_training(tmp_path, at_once)) == at_once
+    outputs = sorted(tmp_path.glob("runs/*/output.txt"))
+    assert len(outputs) == at_once
+    steps = [checkpoints.newest_checkpoint(path.parent / "checkpoints", pytest.fail)[0]["step"] for path in outputs]
+    for path, step in zip(outputs, steps, strict=True):
+        assert f"stopped by SIGINT at step {step};" in path.read_text()
+    assert stopped(lambda: all(f".pt at step {step}\n" in path.read_text()
+                               for path, step in zip(outputs, steps, strict=True))) == at_once
 
 
-def test_a_run_that_was_killed_is_named(tmp_path):
-    first = subprocess.Popen(command(*FLAGS, LONG, "--no_plot", script="sweep.py"), cwd=tmp_path,
-                             env={**ENVIRONMENT, "LC_ALL": "C", "PYTHONUTF8": "0"}, stdout=subprocess.PIPE,
-                             stderr=subprocess.PIPE, text=True)
-    try:
-        wait_for(lambda: first.poll() is not None or list(tmp_path.glob("runs/*/checkpoints/.holder.lock")))
-        (holder,) = tmp_path.glob("runs/*/checkpoints/.holder.lock")
-        wait_for(holder.read_text)
-        run = files.read_holder(holder)["pid"]
-        assert os.getsid(run) == run  # Ctrl-C in a terminal does not reach it beside the sweep's own signal
-        os.kill(run, signal.SIGKILL)
-        said, error = first.communicate(timeout=PATIENCE)
-    finally:
-        first.kill()
-    assert first.returncode == 1 and f"{sweep.folder_name(train.parse_args(FLAGS))}: failed: ended by SIGKILL\n" in said
-    assert error.startswith("1 of 1 runs failed: ") and "Traceback" not in error
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/cmdline").exists(), reason="no /proc here")
+def test_the_runs_of_a_killed_sweep_stop_and_save(tmp_path):
+    with started(tmp_path, LONG) as first:
+        wait_for(lambda: first.poll() is not None or is_training(tmp_path, 1)())
+        assert len(processes_of(tmp_path)) == 1
+        first.send_signal(signal.SIGKILL)
+        wait_for(lambda: not processes_of(tmp_path))
+    (output,) = tmp_path.glob("runs/*/output.txt")
+    assert "stopped by SIGHUP at step" in output.read_text()

@@ -1,0 +1,419 @@
+"""Checkpoints: what is kept, what is refused, what a resumed run continues from and what it loads."""
+
+import copy
+import dataclasses
+import errno
+import math
+import os
+import re
+
+import pytest
+import torch
+
+from flags import Config
+from runtime import checkpoints
+from runtime.history import HISTORY_NAME, append, write_history
+
+SIZES = {"train": 60, "test": 797, "attacked": 797, "num_classes": 10, "in_shape": [1, 8, 8]}
+
+
+def config_of(folder, **flags):
+    return dataclasses.replace(Config(), **{
+        "n_steps": 100, "lr": 0.1, "width": 2, "depth": 1, "log_dir": str(folder / "logs"),
+        "save_dir": str(folder / "checkpoints"), **flags})
+
+
+def row(step):
+    return {"epoch": step / 2, "step": step, "train_loss": 0.5, "train_acc": 0.25, "test_loss": 0.5, "test_acc": 0.25,
+            "adv_acc": {"0.1": 0.5}, "robust_acc": {"0.1": 0.5}, "local_complexity": {}, "weight_norm": 3.0,
+            "seconds": 1.0 + step}
+
+
+def make_state(step, logged=0, weight=1.0, config=None, **more):
+    return {"epoch": step / 2, "step": step, "seconds": 1.0 + step, "logged": logged, "config": config or {},
+            "sizes": dict(SIZES), "derived": {"data": "0123", "threads": 1},
+            "model_state_dict": {"weight": torch.full((2, 2), weight)}, "optimizer_state_dict": {"state": {}}, **more}
+
+
+def refuse(line):
+    pytest.fail(f"unexpected note: {line}")
+
+
+def one_line(error):
+    text = str(error.value)
+    assert text and "\n" not in text
+    return text
+
+
+# ---- the files ------------------------------------------------------------------------------------------------------
+
+def meta(**options):
+    return torch.zeros(2, 2, device="meta", **options)
+
+
+@pytest.mark.parametrize("edit", [
+    {"step": -1}, {"step": 1.0}, {"step": None}, {"step": True}, {"logged": "1"}, {"epoch": math.nan},
+    {"seconds": None}, {"largest_loss": "1"}, {"config": None}, {"config": {"seed": "1"}}, {"config": {"depth": 10**6}},
+    {"config": {"width": 10**6}}, {"sizes": 5}, {"sizes": {**SIZES, "in_shape": None}}, {"derived": []},
+    {"derived": {"threads": 10**9}}, {"derived": {"threads": 0}}, {"derived": {"data": 5}}, {"model_state_dict": None},
+    {"model_state_dict": {}}, {"model_state_dict": {"weight": 5}}, {"model_state_dict": {1: torch.ones(2)}},
+    {"model_state_dict": {"weight": torch.eye(2).to_sparse()}}, {"model_state_dict": {"weight": meta()}},
+    {"model_state_dict": {"weight": torch.quantize_per_tensor(torch.ones(2), 1.0, 0, torch.qint8)}},
+    {"model_state_dict": {"weight": torch.ones(1).expand(10**12)}}, {"optimizer_state_dict": None},
+    {"optimizer_state_dict": {}}, {"optimizer_state_dict": {"state": {0: 5}}},
+    {"optimizer_state_dict": {"state": {0: {"exp_avg": torch.ones(1).expand(10**12)}}}},
+], ids=lambda edit: "-".join([*edit, *map(str, edit.values())])[:60])
+@pytest.mark.filterwarnings("ignore")  # of quantised and sparse tensors
+def test_an_edited_checkpoint_is_refused_in_one_line(tmp_path, edit):
+    path = checkpoints.save_checkpoint(tmp_path, make_state(5, largest_loss=-math.inf))
+    assert checkpoints.load_checkpoint(path)["step"] == 5
+    state = {**make_state(5), **edit}
+    torch.save(state, path)
+    with pytest.raises(ValueError, match="is not a checkpoint of this program: |is damaged or not") as error:
+        checkpoints.load_checkpoint(path)
+    assert str(path) in one_line(error)
+    notes = []
+    assert checkpoints.newest_checkpoint(tmp_path, notes.append) == (None, None) and len(notes) == 1
+
+
+def test_a_checkpoint_that_cannot_be_read_says_why(tmp_path):
+    os.mkfifo(tmp_path / "fifo")
+    for name, said in (("none", "No such file"), (".", "not a regular file"), ("fifo", "not a regular file")):
+        with pytest.raises(ValueError, match=f"cannot be read: .*{said}") as error:
+            checkpoints.load_checkpoint(tmp_path / name)
+        one_line(error)
+
+
+def test_a_pickle_that_holds_more_than_data_is_refused(tmp_path):
+    torch.save({"step": os.path.join}, tmp_path / "checkpoint.pt")
+    with pytest.raises(ValueError, match="more than data"):
+        checkpoints.load_checkpoint(tmp_path / "checkpoint.pt")
+
+
+@pytest.mark.parametrize("rolling", [False, True])
+def test_weights_that_are_not_finite_are_passed_over_unless_asked_for(tmp_path, rolling):
+    good = checkpoints.save_checkpoint(tmp_path, make_state(5))
+    state = make_state(9)
+    state["model_state_dict"] |= {"counts": torch.tensor(3), "last": torch.tensor([1.0, -math.inf])}
+    newest = checkpoints.save_rolling(tmp_path, state) if rolling else checkpoints.save_checkpoint(tmp_path, state)
+    notes = []
+    found, path = checkpoints.newest_checkpoint(tmp_path, notes.append)
+    assert (found["step"], path) == (5, good) and notes == [f"{newest}: its weights are not finite; passed over"]
+    found, path = checkpoints.newest_checkpoint(tmp_path, refuse, finite=False)
+    assert (found["step"], path) == (9, newest)
+
+
+def test_the_newest_checkpoint_before_a_step(tmp_path):
+    for step in (0, 5, 9):
+        checkpoints.save_checkpoint(tmp_path, make_state(step))
+    checkpoints.save_rolling(tmp_path, make_state(12))
+    expected = {0: None, 1: 0, 9: 5, 10: 9, 12: 9, 13: 12}
+    for before, step in expected.items():
+        state, _ = checkpoints.newest_checkpoint(tmp_path, refuse, before=before)
+        assert (state and state["step"]) == step
+
+
+def steps_left(folder):
+    return sorted(checkpoints.step_in_name(path) for path in checkpoints.saved_checkpoints(folder))
+
+
+@pytest.mark.parametrize("keep, left", [("all", [1, 2, 3, 4]), ("last", [4]), (1, [4]), (2, [3, 4]), (9, [1, 2, 3, 4])])
+def test_so_many_checkpoints_are_kept(tmp_path, keep, left):
+    for step in (1, 2, 3, 4):
+        rolling = checkpoints.save_rolling(tmp_path, make_state(step))
+        checkpoints.save_checkpoint(tmp_path, make_state(step), keep)
+    assert steps_left(tmp_path) == left and not rolling.exists()
+
+
+@pytest.mark.parametrize("keep, sound", [("last", [5]), (1, [5]), (2, [4, 5]), (3, [2, 4, 5])])
+def test_damaged_checkpoints_do_not_count_among_those_kept(tmp_path, keep, sound):
+    """A run went back from a damaged step 9 to 4 (3 is damaged, too) and now writes 5."""
+    for step in (1, 2, 3, 4, 9):
+        path = checkpoints.save_checkpoint(tmp_path, make_state(step))
+        if step in (3, 9):
+            path.write_bytes(path.read_bytes()[:-50])
+    path = checkpoints.save_checkpoint(tmp_path, make_state(5), keep)
+    assert [step for step in steps_left(tmp_path) if step not in (3, 9)] == sound
+    assert checkpoints.load_checkpoint(path)["step"] == 5
+
+
+def test_a_checkpoint_that_cannot_be_read_stays(tmp_path, monkeypatch):
+    for step in (3, 4, 5):
+        checkpoints.save_checkpoint(tmp_path, make_state(step))
+
+    def intact(path, intact=checkpoints.intact):
+        if checkpoints.step_in_name(path) == 5:
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return intact(path)
+
+    monkeypatch.setattr(checkpoints, "intact", intact)
+    checkpoints.save_checkpoint(tmp_path, make_state(6), 2)
+    assert steps_left(tmp_path) == [4, 5, 6]
+
+
+# ---- continuing -----------------------------------------------------------------------------------------------------
+
+def run_on_disk(folder, step=5, logged=3, steps=(0, 1, 5), rolling=False, weight=1.0, **flags):
+    """Write a run's history and its newest checkpoint, with these flags in both."""
+    for name in ("logs", "checkpoints"):
+        (folder / name).mkdir(exist_ok=True)
+    config = dataclasses.asdict(config_of(folder, **flags))
+    history = {"version": 1, "step": [], "config": config, "sizes": dict(SIZES), "derived": {"data": "0123"},
+               "environment": {}, "warnings": []}
+    for log_step in steps:
+        append(history, row(log_step))
+    write_history(folder / "logs" / HISTORY_NAME, history)
+    if rolling:
+        return checkpoints.save_rolling(folder / "checkpoints", make_state(step, logged, weight, config))
+    state = {**make_state(step, logged, weight, config), **row(step)}
+    return checkpoints.save_checkpoint(folder / "checkpoints", state)
+
+
+def continued(folder, note=lambda line: None, data="0123", **flags):
+    return checkpoints.continue_from(config_of(folder, **flags), data, note)
+
+
+def refused(folder, said, **options):
+    with pytest.raises(ValueError, match=said) as error:
+        continued(folder, **options)
+    return one_line(error)
+
+
+def edit_history(folder, **edits):
+    path = folder / "logs" / HISTORY_NAME
+    history = checkpoints.read_history(path)
+    for name, value in edits.items():
+        history[name] = value if not isinstance(value, dict) else {**history[name], **value}
+    write_history(path, history)
+
+
+def test_with_nothing_to_resume_a_run_starts(tmp_path):
+    notes = []
+    assert continued(tmp_path, notes.append) is None
+    assert notes == [f"nothing to resume in {tmp_path / 'checkpoints'}: starting"]
+
+
+@pytest.mark.parametrize("rolling", [False, True])
+def test_a_run_continues_from_its_newest_checkpoint_with_the_history_cut(tmp_path, rolling):
+    notes = []
+    path = run_on_disk(tmp_path, step=3 if rolling else 1, logged=2, rolling=rolling)
+    found = continued(tmp_path, notes.append)
+    assert found["path"] == path and found["step"] in (1, 3) and found["history"]["step"] == [0, 1]
+    assert notes == [f"continuing from {path} at step {found['step']}"]
+
+
+def test_checkpoints_of_which_none_can_be_read_are_not_passed_over_in_silence(tmp_path):
+    paths = [run_on_disk(tmp_path, step=step) for step in (1, 2, 3, 4)]
+    for path in paths:
+        path.write_bytes(b"damaged")
+    text = refused(tmp_path, "none of the checkpoints in .* can be used")
+    assert paths[3].name in text and "and 1 more" in text and all(path.exists() for path in paths)
+    sound = run_on_disk(tmp_path, step=1, logged=2)
+    assert continued(tmp_path)["path"] == sound  # one sound checkpoint will do
+
+
+@pytest.mark.parametrize("flags, said", [
+    ({"lr": 0.2}, "belongs to another experiment: --lr was 0.1, is 0.2; give this run its own --log_dir and"),
+    ({"adv_size": 100}, "--adv_size was 1000, is 100"), ({"log_points": 9}, "--log_points was 60, is 9"),
+    ({"n_steps": 99}, "--n_steps=99 is less than the 100 of "), ({"data": "4567"}, "fingerprint 0123, now 4567")])
+def test_another_experiment_other_data_and_a_shorter_run_are_refused(tmp_path, flags, said):
+    path = run_on_disk(tmp_path)
+    assert str(path) in refused(tmp_path, said, **flags)
+
+
+@pytest.mark.parametrize("edits, said", [
+    ({"config": {"lr": 0.3}}, "--lr was 0.3, is 0.1"), ({"derived": {"data": "4567"}}, "fingerprint 4567, now 0123")])
+def test_the_history_is_compared_too(tmp_path, edits, said):
+    run_on_disk(tmp_path)
+    edit_history(tmp_path, **edits)
+    assert HISTORY_NAME in refused(tmp_path, said)
+
+
+def test_where_and_how_a_run_is_computed_may_change_and_a_flag_that_is_missing_had_its_default(tmp_path):
+    path = run_on_disk(tmp_path, data_dir="elsewhere", checkpoint_minutes=1.0)
+    state = torch.load(path)
+    for name in ("momentum", "pgd_start", "log_from", "compile"):
+        del state["config"][name]
+    checkpoints.save_state(path, state)
+    assert continued(tmp_path, quiet=True, plot=False, keep_checkpoints="last")["step"] == 5
+    refused(tmp_path, "--pgd_start was random, is image", pgd_start="image")
+
+
+@pytest.mark.parametrize("flags, said", [
+    ({"threads": 2}, "--threads was 1, is 2: the last bits"), ({"compile": "on"}, "--compile was off, is on: the last"),
+    ({"products": "mkl", "device": "cpu"}, "--device was auto, is cpu; --products was auto, is mkl: the last bits"),
+    ({"n_steps": 200}, "--n_steps was 100, is 200: later log points")])
+def test_what_changes_the_results_a_little_is_noted(tmp_path, flags, said):
+    notes = []
+    run_on_disk(tmp_path)
+    continued(tmp_path, notes.append, **flags)
+    assert len(notes) == 2 and notes[1].startswith(said)
+
+
+@pytest.mark.parametrize("steps, logged, said", [
+    ((0, 1), 3, "is older than .*: its log points are missing"), ((0, 1, 6), 3, "are not of one run"),
+    ((0, 1, 4), 3, "are not of one run")])
+def test_a_history_and_a_checkpoint_that_do_not_go_together_are_refused(tmp_path, steps, logged, said):
+    path = run_on_disk(tmp_path, steps=steps, logged=logged)
+    assert str(path) in refused(tmp_path, said)
+
+
+def test_a_history_with_other_values_or_none_is_refused(tmp_path):
+    run_on_disk(tmp_path)
+    edit_history(tmp_path, train_loss=[None] * 3)
+    refused(tmp_path, "or their values differ")
+    run_on_disk(tmp_path)
+    edit_history(tmp_path, seconds=[None] * 3)
+    refused(tmp_path, "is damaged: its 'seconds'")
+    (tmp_path / "logs" / HISTORY_NAME).unlink()
+    with pytest.raises(FileNotFoundError, match="no history at"):
+        continued(tmp_path)
+
+
+def test_a_run_goes_on_from_weights_that_are_not_finite_only_if_asked_to(tmp_path):
+    run_on_disk(tmp_path, step=1, logged=2)
+    path, notes = run_on_disk(tmp_path, weight=math.nan), []
+    assert continued(tmp_path, notes.append)["step"] == 1
+    assert notes[0] == f"{path}: its weights are not finite; passed over"
+    assert continued(tmp_path, on_nan="continue")["step"] == 5
+
+
+# ---- loading the state ----------------------------------------------------------------------------------------------
+
+OPTIMIZERS = {
+    "sgd": lambda parameters: torch.optim.SGD(parameters, lr=0.1, fused=True),
+    "momentum": lambda parameters: torch.optim.SGD(parameters, lr=0.1, momentum=0.9, fused=True),
+    "adam": lambda parameters: torch.optim.Adam(parameters, lr=0.1, fused=True),
+    "adamw": lambda parameters: torch.optim.AdamW(parameters, lr=0.1, amsgrad=True),
+}
+
+
+def network(dtype=torch.float32):
+    torch.manual_seed(0)
+    return torch.nn.Sequential(torch.nn.Conv2d(2, 3, 2, bias=False), torch.nn.BatchNorm2d(3), torch.nn.Flatten(),
+                               torch.nn.Linear(27, 4)).to(dtype)
+
+
+def train(model, optimizer, steps):
+    for step in steps:
+        images = torch.rand(5, 2, 4, 4, generator=torch.Generator().manual_seed(step))
+        optimizer.zero_grad()
+        model(images.to(next(model.parameters()))).square().mean().backward()
+        optimizer.step()
+
+
+def trained(kind, steps=2, dtype=torch.float32, memory_format=torch.contiguous_format):
+    model = network(dtype).to(memory_format=memory_format)
+    optimizer = OPTIMIZERS[kind](model.parameters())
+    train(model, optimizer, range(steps))
+    return model, optimizer
+
+
+def checkpoint_of(model, optimizer, step=2):
+    return {"step": step, "path": "checkpoints/5.pt", "model_state_dict": copy.deepcopy(model.state_dict()),
+            "optimizer_state_dict": copy.deepcopy(optimizer.state_dict())}
+
+
+def assert_same(model, other):
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, other.state_dict()[name]), name
+
+
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_loaded_state_goes_on_as_if_it_had_not_been_saved(kind, dtype):
+    model, optimizer = trained(kind, dtype=dtype)
+    checkpoint = checkpoint_of(model, optimizer)
+    train(model, optimizer, range(2, 5))
+    again, its_optimizer = trained(kind, 0, dtype)
+    checkpoints.load_state(again, its_optimizer, checkpoint)
+    train(again, its_optimizer, range(2, 5))
+    assert_same(again, model)
+
+
+@pytest.mark.parametrize("kind", ["momentum", "adam"])
+@pytest.mark.parametrize("formats", [(torch.contiguous_format, torch.channels_last),
+                                     (torch.channels_last, torch.contiguous_format)])
+def test_the_moments_take_on_the_memory_layout_of_this_runs_weights(kind, formats):
+    """Fused optimizers read weights and moments as if they had the same layout."""
+    model, optimizer = trained(kind, memory_format=formats[0])
+    again, its_optimizer = trained(kind, 0, memory_format=formats[1])
+    checkpoints.load_state(again, its_optimizer, checkpoint_of(model, optimizer))
+    for parameter, state in its_optimizer.state.items():
+        assert all(value.stride() == parameter.stride() for value in state.values() if value.ndim)
+    train(model, optimizer, [2])
+    train(again, its_optimizer, [2])
+    for name, value in model.state_dict().items():
+        torch.testing.assert_close(again.state_dict()[name], value)
+
+
+def test_the_settings_of_the_parameter_groups_stay_this_runs():
+    again = network()
+    its_optimizer = torch.optim.Adam(again.parameters(), lr=0.5, weight_decay=0.25)
+    checkpoints.load_state(again, its_optimizer, checkpoint_of(*trained("adam")))
+    (group,) = its_optimizer.param_groups
+    assert group["lr"] == 0.5 and group["weight_decay"] == 0.25 and not group["fused"]
+
+
+def does_not_load(kind, checkpoint, said):
+    """Loading fails in one line that names the file, and leaves model and optimizer as they were."""
+    model, optimizer = trained(kind, 0)
+    weights = copy.deepcopy(model)
+    with pytest.raises(ValueError, match=f"does not fit the {said}|do not fit the {said}") as error:
+        checkpoints.load_state(model, optimizer, checkpoint)
+    assert checkpoint["path"] in one_line(error)
+    assert_same(model, weights)
+    assert not optimizer.state_dict()["state"]
+
+
+@pytest.mark.parametrize("kind, name", [("momentum", "momentum_buffer"), ("adam", "exp_avg"), ("adam", "step"),
+                                        ("adamw", "max_exp_avg_sq")])
+@pytest.mark.parametrize("wrong", [
+    lambda value: torch.ones(7), lambda value: value.long(), lambda value: torch.zeros(0), lambda value: 1.0,
+    lambda value: None, lambda value: torch.ones(()) if value.ndim else torch.ones(1)])
+def test_moments_of_the_wrong_shape_or_dtype_are_refused(kind, name, wrong):
+    checkpoint = checkpoint_of(*trained(kind))
+    entries = checkpoint["optimizer_state_dict"]["state"][0]
+    entries[name] = wrong(entries[name])
+    does_not_load(kind, checkpoint, "optimizer")
+    does_not_load(kind, {**checkpoint, "step": 0}, "optimizer")
+
+
+@pytest.mark.parametrize("edit", [
+    lambda state: state.clear(), lambda state: state.pop(3), lambda state: state[3].clear(),
+    lambda state: state.update({17: state[0]}), lambda state: state[1].update(extra=torch.ones(3)),
+    lambda state: [entries.pop("exp_avg") for entries in state.values()]])
+def test_missing_or_additional_moments_are_refused(edit):
+    checkpoint = checkpoint_of(*trained("adam"))
+    edit(checkpoint["optimizer_state_dict"]["state"])
+    does_not_load("adam", checkpoint, "optimizer")
+
+
+@pytest.mark.parametrize("before, now", [("adam", "sgd"), ("momentum", "adam"), ("sgd", "adam"), ("adam", "adamw")])
+def test_the_state_of_another_optimizer_is_refused(before, now):
+    does_not_load(now, checkpoint_of(*trained(before)), "optimizer")
+
+
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+def test_before_the_first_step_there_is_no_state_yet(kind):
+    model, optimizer = trained(kind, 0)
+    again = trained(kind, 1)
+    checkpoints.load_state(*again, checkpoint_of(model, optimizer, step=0))
+    assert_same(again[0], model)
+    assert not again[1].state_dict()["state"]
+
+
+@pytest.mark.parametrize("edit", [
+    lambda weights: weights.pop("3.bias"), lambda weights: weights.update(extra=torch.ones(2)),
+    lambda weights: weights.update({"3.weight": weights["3.weight"].T}),
+    lambda weights: weights.update({"3.weight": weights["3.weight"].double()}),
+    lambda weights: weights.update({"1.num_batches_tracked": torch.tensor(1.0)})])
+def test_weights_that_do_not_fit_are_refused(edit):
+    checkpoint = checkpoint_of(*trained("adam"))
+    edit(checkpoint["model_state_dict"])
+    does_not_load("adam", checkpoint, "network")
+
+
+def test_a_rolling_checkpoint_names_no_step(tmp_path):
+    path = checkpoints.save_rolling(tmp_path, make_state(7))
+    assert checkpoints.step_in_name(path) is None and re.fullmatch(r"rolling\.pt", path.name)

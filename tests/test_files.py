@@ -1,0 +1,280 @@
+"""Files are whole at any moment, nothing is written through a link, and a folder belongs to one run at a time."""
+
+import errno
+import fcntl
+import os
+import re
+import signal
+
+import pytest
+
+from runtime import files
+
+
+def one_line(error):
+    text = str(error.value)
+    assert text and "\n" not in text
+    return text
+
+
+def names_in(folder):
+    return {path.name for path in folder.iterdir()}
+
+
+def test_content_is_synced_before_it_is_renamed_and_the_folder_after(tmp_path, monkeypatch):
+    calls = []
+
+    def fsync(descriptor):
+        calls.append((os.path.dirname(os.readlink(f"/proc/self/fd/{descriptor}")), os.fstat(descriptor).st_size))
+
+    def replace(source, target, replace=os.replace):
+        calls.append("replace")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(os, "replace", replace)
+    files.write_atomically(tmp_path / "file", b"12345")
+    assert calls[:2] == [(str(tmp_path), 5), "replace"] and calls[2][0] == str(tmp_path.parent)
+    assert (tmp_path / "file").read_bytes() == b"12345" and names_in(tmp_path) == {"file"}
+
+
+@pytest.mark.parametrize("fault", ["fsync", "replace"])
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), KeyboardInterrupt()])
+def test_a_write_that_fails_leaves_the_earlier_file_and_no_part(tmp_path, monkeypatch, fault, error):
+    def fail(*_args):
+        raise error
+
+    path = tmp_path / "file"
+    path.write_bytes(b"earlier")
+    monkeypatch.setattr(os, fault, fail)
+    with pytest.raises(type(error)) as raised:
+        files.write_atomically(path, b"new")
+    assert isinstance(error, KeyboardInterrupt) or str(path) in one_line(raised) and "No space left" in one_line(raised)
+    assert path.read_bytes() == b"earlier" and names_in(tmp_path) == {"file"}
+
+
+@pytest.mark.parametrize("code, raised", [(errno.EINVAL, False), (errno.EIO, True)])
+def test_a_file_system_that_does_not_sync_folders(tmp_path, monkeypatch, code, raised):
+    def fsync(descriptor, fsync=os.fsync):
+        if os.path.isdir(f"/proc/self/fd/{descriptor}"):
+            raise OSError(code, os.strerror(code))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    if raised:
+        with pytest.raises(OSError, match=re.escape(str(tmp_path))):
+            files.write_atomically(tmp_path / "file", b"new")
+    else:
+        files.write_atomically(tmp_path / "file", b"new")
+    assert (tmp_path / "file").read_bytes() == b"new"
+
+
+def test_two_writers_of_one_file_do_not_disturb_each_other(tmp_path, monkeypatch):
+    def replace(source, target, replace=os.replace):
+        monkeypatch.setattr(os, "replace", replace)
+        files.write_atomically(tmp_path / "file", b"other")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", replace)
+    files.write_atomically(tmp_path / "file", b"mine")
+    assert (tmp_path / "file").read_bytes() == b"mine" and names_in(tmp_path) == {"file"}
+
+
+def test_nothing_is_written_through_a_link(tmp_path, monkeypatch):
+    victim, folder = tmp_path / "victim", tmp_path / "logs"
+    victim.write_bytes(b"precious")
+    folder.mkdir()
+    monkeypatch.setattr(files.secrets, "token_hex", lambda _n: "0")
+    for name in ("file", "rows", ".lock", ".part.0.part"):
+        (folder / name).symlink_to(victim)
+    files.write_atomically(folder / "file", b"new")
+    assert (folder / "file").read_bytes() == b"new" and not (folder / "file").is_symlink()
+    with pytest.raises(OSError, match="rows"):
+        files.append_line(folder / "rows", b"line")
+    with pytest.raises(OSError, match="part"):
+        files.write_atomically(folder / "part", b"new")
+    with pytest.raises(OSError, match=f"^cannot write to {re.escape(str(folder))}: "):
+        files.lock_folders(folder, folder)
+    assert victim.read_bytes() == b"precious"
+
+
+def test_a_fifo_is_refused_and_does_not_block(tmp_path):
+    os.mkfifo(tmp_path / ".lock")
+    with pytest.raises(OSError):
+        files.append_line(tmp_path / ".lock", b"line")
+    with pytest.raises(OSError, match="not a regular file") as error:
+        files.check_regular(tmp_path / ".lock")
+    one_line(error)
+    with pytest.raises(OSError, match="cannot write to .*not a regular file"):
+        files.lock_folders(tmp_path, tmp_path)
+
+
+def test_room_is_checked_by_writing_and_nothing_stays(tmp_path, monkeypatch):
+    written = []
+    monkeypatch.setattr(os, "fsync", lambda descriptor: written.append(os.fstat(descriptor).st_size))
+    files.check_room(tmp_path, 12_345)
+    assert written == [12_345] and not names_in(tmp_path)
+
+    def full(_descriptor):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left") as error:
+        files.check_room(tmp_path, 1)
+    assert error.value.errno == errno.ENOSPC and str(tmp_path) in one_line(error)
+
+
+# ---- locks ----------------------------------------------------------------------------------------------------------
+
+def test_a_locked_folder_is_refused_until_it_is_released(tmp_path):
+    a, b, c = (tmp_path / name for name in "abc")
+    locks = files.lock_folders(a, b)
+    for other in ((b, b), (c, b)):
+        with pytest.raises(ValueError, match=f"^another run is writing to {re.escape(str(b))}: ") as error:
+            files.lock_folders(*other)
+        one_line(error)
+        del error  # its traceback holds the lock on c
+    locks.check()
+    locks.release()
+    files.lock_folders(b, c).release()
+
+
+def test_one_folder_under_two_names_is_locked_once(tmp_path):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "a")
+    locks = files.lock_folders(tmp_path / "a", tmp_path / "link")
+    assert len(locks.locks) == 1
+    locks.check()
+
+
+def test_the_lock_ends_with_a_process_that_is_killed(tmp_path):
+    child = os.fork()
+    if child == 0:
+        locks = files.lock_folders(tmp_path, tmp_path)
+        os.kill(os.getpid(), signal.SIGKILL if locks else signal.SIGTERM)
+    _, status = os.waitpid(child, 0)
+    assert os.WTERMSIG(status) == signal.SIGKILL
+    files.lock_folders(tmp_path, tmp_path).release()
+
+
+@pytest.mark.parametrize("code, kind, said", [
+    (errno.ENOSYS, ValueError, "has no locks"), (errno.ENOLCK, ValueError, "has no locks"),
+    (errno.EIO, OSError, "Input/output error; choose another")])
+def test_a_folder_without_locks_is_refused(tmp_path, monkeypatch, recwarn, code, kind, said):
+    def flock(_descriptor, _operation):
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    for _ in range(2):  # the second run finds what the first left there
+        with pytest.raises(kind, match=said) as error:
+            files.lock_folders(tmp_path, tmp_path)
+        assert str(tmp_path) in one_line(error)
+    assert not recwarn.list
+
+
+def test_a_requeued_job_waits_for_the_lock_of_its_dead_node(tmp_path, monkeypatch):
+    waited = []
+
+    def acquire(_lock, timeout):
+        waited.append(timeout)
+
+    monkeypatch.setattr(files.filelock.FileLock, "acquire", acquire)
+    for count in (None, "0", "1"):
+        monkeypatch.delenv("SLURM_RESTART_COUNT", raising=False)
+        if count:
+            monkeypatch.setenv("SLURM_RESTART_COUNT", count)
+        files.lock_folders(tmp_path, tmp_path)
+    assert waited[0] == waited[1] < 10 and waited[2] > 90  # an NFS server's lease lasts 90 seconds
+
+
+def test_a_run_whose_folder_vanished_or_was_replaced_notices_it(tmp_path):
+    logs, saves = tmp_path / "logs", tmp_path / "checkpoints"
+    locks = files.lock_folders(logs, saves)
+    logs.rename(tmp_path / "moved")
+    with pytest.raises(FileNotFoundError, match=f"^{re.escape(str(logs))} was removed") as error:
+        locks.check()
+    one_line(error)
+    logs.mkdir()
+    with pytest.raises(OSError, match="was removed or replaced"):
+        locks.check()
+    other = files.lock_folders(logs, tmp_path / "c")
+    with pytest.raises(OSError, match="was removed or replaced") as error:
+        locks.check()
+    assert not isinstance(error.value, FileNotFoundError) and str(logs) in one_line(error)
+    other.check()
+    (logs / ".lock").unlink()
+    logs.rmdir()
+    logs.symlink_to(tmp_path / "moved")  # the lock that is held, again
+    locks.check()
+
+
+def test_what_a_killed_run_was_writing_is_removed(tmp_path):
+    stale = [".checkpoint_epoch_0000001_step_000000005.pt.0a.part", ".rolling.pt.0a.part",
+             ".training_history.json.0a.part", ".training_history.rows.jsonl.0a.part"]
+    others = [".mine.part", "rolling.pt", ".training_history.png.0a.part"]  # plot.py may be writing the last
+    for name in [*stale, *others]:
+        (tmp_path / name).touch()
+    files.lock_folders(tmp_path, tmp_path)
+    assert names_in(tmp_path) == {*others, ".lock"}
+
+
+@pytest.mark.parametrize("make", [lambda path: path.symlink_to(path), lambda path: path.write_text("")],
+                         ids=["a link to itself", "a file"])
+def test_a_folder_that_cannot_be_made(tmp_path, make):
+    make(tmp_path / "logs")
+    with pytest.raises(OSError, match=f"^cannot write to {re.escape(str(tmp_path / 'logs'))}: ") as error:
+        files.lock_folders(tmp_path / "logs", tmp_path)
+    one_line(error)
+    with pytest.raises(OSError, match="^cannot write to /proc: "):
+        files.lock_folders("/proc", tmp_path)
+
+
+def test_a_full_disk_at_the_start_keeps_its_number(tmp_path, monkeypatch):
+    def mkdir(path, *_args, **_options):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+
+    monkeypatch.setattr(os, "mkdir", mkdir)
+    with pytest.raises(OSError, match="No space left on device") as error:
+        files.lock_folders(tmp_path / "logs", tmp_path / "logs")
+    assert error.value.errno == errno.ENOSPC and str(tmp_path / "logs") in one_line(error)
+
+
+# ---- an earlier run -------------------------------------------------------------------------------------------------
+
+CHECKPOINTS = ("checkpoint_epoch_0000001_step_000000005.pt", "rolling.pt")
+LOGS = ("training_history.json", "training_history.png", "training_history.rows.jsonl")
+
+
+def earlier_run(tmp_path):
+    for name in ("logs", "checkpoints"):
+        (tmp_path / name).mkdir(exist_ok=True)
+    for folder, names in (("checkpoints", CHECKPOINTS), ("logs", LOGS)):
+        for name in names:
+            (tmp_path / folder / name).write_text(name)
+    return tmp_path / "logs", tmp_path / "checkpoints"
+
+
+def test_an_earlier_run_is_moved_aside_whole_and_nothing_else(tmp_path):
+    folders = earlier_run(tmp_path)
+    (tmp_path / "checkpoints" / "mine.pt").touch()
+    aside, its_logs = files.move_aside(*folders)
+    assert names_in(aside) == {*CHECKPOINTS} and names_in(its_logs) == {*LOGS}
+    assert names_in(tmp_path / "checkpoints") == {"mine.pt", aside.name}
+    assert files.move_aside(*folders) == []
+    earlier_run(tmp_path)
+    assert {*files.move_aside(*folders)}.isdisjoint({aside, its_logs})  # in the same second
+
+
+def test_ctrl_c_while_files_are_moved_aside_waits_until_all_are(tmp_path, monkeypatch):
+    folders = earlier_run(tmp_path)
+    rename, before = files.Path.rename, signal.getsignal(signal.SIGINT)
+
+    def interrupted(path, target):
+        signal.raise_signal(signal.SIGINT)
+        return rename(path, target)
+
+    monkeypatch.setattr(files.Path, "rename", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        files.move_aside(*folders)
+    assert all(len(names_in(folder)) == 1 for folder in folders)
+    assert signal.getsignal(signal.SIGINT) is before

@@ -1,0 +1,302 @@
+"""The history: columns in memory, two files on the disk of which a kill loses nothing, and no faith in what is read."""
+
+import copy
+import json
+import math
+import os
+from pathlib import Path
+
+import pytest
+
+from runtime.history import HistoryFile, append, forget_after, read_history, write_history
+
+RESULTS = sorted(Path(__file__).parent.parent.joinpath("results").glob("*.json"))
+BESIDE = {"version": 1, "config": {"lr": 0.1, "width": None, "epsilons": [0.1, 0.2]}, "asked": ["lr"],
+          "derived": {"data": "0123", "threads": 1}, "environment": {"python": "3"}, "layers": {"names": ["a", "b"]},
+          "sizes": {"train": 60, "test": 7, "attacked": 4, "num_classes": 10, "in_shape": [1, 8, 8]}, "warnings": []}
+
+
+def row(step, **more):
+    return {"epoch": step / 2, "step": step, "train_loss": 0.5, "train_acc": 0.25, "test_loss": 0.5, "test_acc": 0.25,
+            "adv_acc": {"0.1": 0.5, "0.2": 0.25}, "robust_acc": {"0.1": 0.5, "0.2": 0.25},
+            "local_complexity": {"train": {"0.05": [1.5, 2.5]}}, "weight_norm": 3.0, "seconds": 1.0 + step,
+            "outcomes": {"test": "f8", "robust": "0001", "adv": {"0.1": "8"}}, **more}
+
+
+def make_history(*steps):
+    history = {**copy.deepcopy(BESIDE), "step": []}
+    for step in steps:
+        append(history, row(step))
+    return history
+
+
+def strictly(path):
+    """Parse a file as strictly as JSON is defined."""
+    def refuse(constant):
+        raise ValueError(f"{constant} is not JSON")
+
+    return json.loads(path.read_text(), parse_constant=refuse)
+
+
+# ---- in memory ------------------------------------------------------------------------------------------------------
+
+def test_append_fills_what_is_missing_on_either_side_with_null():
+    history = {"version": 1, "step": [], "config": {}, "warnings": []}
+    append(history, {"step": 0, "loss": 1.0, "acc": {"a": 0.1}})
+    append(history, {"step": 1, "loss": math.nan, "acc": {"a": 0.2, "b": 0.3}, "new": 5, "nested": {"x": {"y": "f8"}}})
+    append(history, {"step": 2, "acc": {"b": 0.4}, "nested": None})
+    assert history == {"version": 1, "config": {}, "warnings": [], "step": [0, 1, 2], "loss": [1.0, None, None],
+                       "acc": {"a": [0.1, 0.2, None], "b": [None, 0.3, 0.4]}, "new": [None, 5, None],
+                       "nested": {"x": {"y": [None, "f8", None]}}}
+
+
+def test_forgetting_log_points_takes_their_warnings_along_and_leaves_the_rest():
+    history = make_history(0, 1, 2)
+    append(history, row(3, later=1.0))
+    history["warnings"] = [{"step": 1, "text": "a"}, {"step": 3, "text": "b"}]
+    forget_after(history, 2)
+    expected = make_history(0, 1)
+    assert history == {**expected, "later": [None, None], "warnings": [{"step": 1, "text": "a"}]}
+    forget_after(history, 0)
+    assert history["step"] == [] and history["warnings"] == []
+
+
+# ---- one file -------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.stem)
+def test_every_recorded_history_is_read_as_it_is(path):
+    assert read_history(path) == json.loads(path.read_text())
+
+
+def test_a_written_history_is_read_as_it_was_with_null_for_what_is_not_finite(tmp_path):
+    path, history = tmp_path / "history.json", make_history(0, 1)
+    append(history, row(2, weight_norm=math.inf, local_complexity={"train": {"0.05": [None, math.nan]}}, curvature=1.5,
+                        max_batch_loss=None))
+    write_history(path, history)
+    assert strictly(path) == read_history(path) == history
+    assert history["weight_norm"] == [3.0, 3.0, None] and history["curvature"] == [None, None, 1.5]
+    write_history(path, {**history, "weight_norm": [3.0, math.inf, math.nan]})
+    assert strictly(path)["weight_norm"] == [3.0, None, None]
+
+
+def test_a_history_that_has_just_begun_and_one_of_an_older_program(tmp_path):
+    path, history = tmp_path / "history.json", make_history()
+    write_history(path, history)
+    assert read_history(path)["step"] == []
+    history = make_history(0)
+    for name in ("environment", "outcomes", "layers", "derived"):
+        del history[name]
+    write_history(path, history)
+    assert read_history(path) == {**history, "environment": {}}
+
+
+@pytest.mark.parametrize("edit, said", [
+    ({"step": [0, "1"]}, "step"), ({"step": [0, None]}, "step"), ({"step": [-1, 0]}, "step does not rise"),
+    ({"step": [0, 0]}, "step does not rise"), ({"step": [False, True]}, "step"), ({"step": None}, "step"),
+    ({"seconds": [None, None]}, "seconds"), ({"test_acc": [0.5, None]}, "test_acc"),
+    ({"train_loss": [0.5, True]}, "train_loss"), ({"train_loss": [0.5, 10**400]}, "train_loss"),
+    ({"train_loss": {"a": [0.5, 0.5]}}, "train_loss"), ({"max_batch_loss": ["1", "2"]}, "max_batch_loss"),
+    ({"adv_acc": [0.5, 0.5]}, "adv_acc"), ({"adv_acc": {"0.1": [0.5, "0.5"]}}, "adv_acc"),
+    ({"adv_acc": {"small": [0.5, 0.5]}}, "adv_acc"), ({"robust_acc": {"0.1": [[0.5], 0.5]}}, "robust_acc"),
+    ({"local_complexity": {"train": [1.5, 1.5]}}, "local_complexity"),
+    ({"local_complexity": {"train": {"wide": [[1.5], [1.5]]}}}, "local_complexity"),
+    ({"local_complexity": {"train": {"0.05": [1.5, 1.5]}}}, "local_complexity"),
+    ({"local_complexity": {"train": {"0.05": [[1.5] * 3, [1.5] * 3]}}}, "another number of layers"),
+    ({"layers": {}, "local_complexity": {"train": {"0.05": [[1.5], [1.5, 2.5]]}}}, "another number of layers"),
+    ({"layers": {"names": 5}}, "layers"), ({"layers": []}, "layers"), ({"environment": 5}, "layers or env"),
+    ({"outcomes": ["f8", "f8"]}, "outcomes"), ({"outcomes": {"test": ["f8", "g8"]}}, "outcomes"),
+    ({"outcomes": {"test": ["f8", "f"]}}, "outcomes"), ({"outcomes": {"test": ["f8", "f80"]}}, "outcomes"),
+    ({"outcomes": {"robust": ["0001", "00011"]}}, "outcomes"), ({"outcomes": {"adv": ["8", "8"]}}, "outcomes"),
+    ({"outcomes": {"adv": {"0.1": ["8", "88"]}}}, "outcomes"),
+    ({"train_acc": [0.5]}, "differ in length"), ({"unknown": {"deep": [1, 2, 3]}}, "differ in length"),
+    ({"note": "mine"}, "note"), ({"unknown": [{}, {}]}, "unknown"),
+    ({"unknown": {"a": {"b": {"c": {"d": [1, 2]}}}}}, "unknown"),
+    ({"warnings": None}, "warnings"), ({"warnings": ["late"]}, "warnings"),
+    ({"warnings": [{"step": None, "text": "late"}]}, "warnings"),
+    ({"warnings": [{"step": 0, "text": "late", "kind": []}]}, "warnings"),
+    ({"config": []}, "config"), ({"config": {"seed": "1"}}, "config"),
+    ({"config": {"epsilons": 0.1}}, "config"), ({"derived": ["x"]}, "derived"),
+    ({"derived": {"data": 5}}, "derived"), ({"derived": {"threads": 10**9}}, "threads"),
+    ({"sizes": None}, "sizes"), ({"sizes": {**BESIDE["sizes"], "test": 0}}, "sizes"),
+    ({"sizes": {**BESIDE["sizes"], "in_shape": [1, 8]}}, "sizes"),
+    ({"sizes": {**BESIDE["sizes"], "in_shape": None}}, "sizes"), ({"sizes": {"train": 5, "test": 7}}, "sizes"),
+    ({"version": 2}, "of version 2"), ({"version": "1\n"}, "of version '1\\n'"),
+], ids=str)
+def test_an_edited_history_is_refused_in_one_line(tmp_path, edit, said):
+    path = tmp_path / "history.json"
+    path.write_text(json.dumps({**make_history(0, 1), **edit}))
+    with pytest.raises(ValueError) as error:
+        read_history(path)
+    assert said in str(error.value) and str(path) in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("lacking", ["test_acc", "local_complexity", "robust_acc", "seconds"])
+def test_a_history_without_what_every_program_wrote_is_refused(tmp_path, lacking):
+    history = make_history(0, 1)
+    del history[lacking]
+    write_history(tmp_path / "history.json", history)
+    with pytest.raises(ValueError, match=f"it has no {lacking}"):
+        read_history(tmp_path / "history.json")
+
+
+@pytest.mark.parametrize("content, said", [
+    ("", "is not a JSON file"), ("{", "is not a JSON file"), ("[" * 100_000, "is not a JSON file"),
+    ("[]", "is not a training history"), ('{"version": 1, "step": []}', "is not a training history"),
+    (json.dumps(make_history(0))[:-1] + ', "deep": ' + "[" * 900 + "1" + "]" * 900 + "}", "deep"),
+    (json.dumps(make_history(0))[:-1] + ', "deep": ' + '{"a":' * 900 + "1" + "}" * 900 + "}", "deep")])
+def test_what_is_not_a_history_is_refused_in_one_line(tmp_path, content, said):
+    (tmp_path / "history.json").write_text(content)
+    with pytest.raises(ValueError, match=said):
+        read_history(tmp_path / "history.json")
+
+
+def test_a_missing_file_a_folder_and_a_fifo_are_no_history(tmp_path):
+    os.mkfifo(tmp_path / "fifo")
+    for path in (tmp_path / "none", tmp_path, tmp_path / "fifo"):
+        with pytest.raises(FileNotFoundError, match="no history at"):
+            read_history(path)
+
+
+# ---- two files ------------------------------------------------------------------------------------------------------
+
+@pytest.fixture
+def clock(monkeypatch):
+    """A clock that stands still unless it is moved."""
+    class Clock:
+        now = 100.0
+
+    monkeypatch.setattr("runtime.history.time.monotonic", lambda: Clock.now)
+    return Clock
+
+
+def start(folder, history):
+    file = HistoryFile(folder / "logs" / "training_history.json")
+    file.begin(history)
+    return file
+
+
+def log(file, history, step, **more):
+    entry = row(step, **more)
+    append(history, entry)
+    file.log(history, entry)
+
+
+def test_the_two_files_of_a_run_are_read_as_one_history_at_any_moment(tmp_path, clock):
+    history = make_history()
+    file = start(tmp_path, history)
+    for step in range(5):
+        history["warnings"].append({"step": step, "kind": str(step), "text": "a"})
+        log(file, history, step, weight_norm=math.nan)
+        assert read_history(file.path) == history
+        assert len(strictly(file.path)["step"]) == 0  # the clock stands still
+    assert [line["step"] for line in map(json.loads, file.rows_path.read_text().splitlines())] == [0, 1, 2, 3, 4]
+    clock.now += 1.1
+    log(file, history, 5)
+    written = strictly(file.path)
+    assert written == {key: value for key, value in history.items() if key != "outcomes"}
+    log(file, history, 6)
+    assert strictly(file.path) == written and read_history(file.path) == history
+    file.flush(history)
+    assert len(strictly(file.path)["step"]) == 7 and read_history(file.path) == history
+    write_history(tmp_path / "result.json", read_history(file.path))
+    assert read_history(tmp_path / "result.json") == history
+
+
+def test_the_json_is_written_less_often_when_writing_takes_long(tmp_path, clock, monkeypatch):
+    def slow(path, history):
+        clock.now += 2.0
+        written.append(len(history["step"]))
+
+    written = []
+    monkeypatch.setattr("runtime.history.write_history", slow)
+    history = make_history()
+    file = start(tmp_path, history)
+    for step in range(100):
+        clock.now += 1.0
+        log(file, history, step)
+    assert 3 <= len(written) <= 6  # each takes 2 seconds of 20 or more
+    file.flush(history)
+    file.flush(history)
+    assert written[-1] == 100 and written.count(100) == 1
+
+
+def test_a_last_line_cut_off_by_a_kill_is_ignored_and_another_run_s_rows_are(tmp_path, clock):
+    history = make_history()
+    file = start(tmp_path, history)
+    for step in range(3):
+        log(file, history, step)
+    content = file.rows_path.read_bytes()
+    for torn in (content[:-5], content[:-1], content[:-5] + b"\n"):
+        file.rows_path.write_bytes(torn)
+        assert read_history(file.path)["step"] == [0, 1]
+    file.rows_path.write_bytes(content.replace(b'"train_loss"', b'"train', 1))
+    with pytest.raises(ValueError, match="damaged: training_history.rows.jsonl; remove that file") as error:
+        read_history(file.path)
+    assert "\n" not in str(error.value)
+    file.rows_path.write_bytes(content.replace(b'"0001"', b'"001"', 1))
+    with pytest.raises(ValueError, match="outcomes"):
+        read_history(file.path)
+    file.rows_path.write_bytes(content.replace(b'"seconds": 1.0', b'"seconds": 1.5'))
+    file.flush(history)
+    assert read_history(file.path) == {key: value for key, value in history.items() if key != "outcomes"}
+
+
+@pytest.mark.parametrize("line", [b"5", b"[]", b"{}", b'{"step": 9}', b'{"step": 9, "warnings": 5}',
+                                  json.dumps({**row(9), "warnings": [], "adv_acc": 5}).encode(),
+                                  json.dumps({**row(9), "warnings": [5]}).encode(),
+                                  json.dumps({**row(0), "warnings": []}).encode()])
+def test_a_foreign_line_among_the_rows_is_refused_in_one_line(tmp_path, clock, line):
+    history = make_history()
+    file = start(tmp_path, history)
+    log(file, history, 1)
+    with open(file.rows_path, "ab") as rows:
+        rows.write(line + b"\n")
+    with pytest.raises(ValueError, match="is damaged: ") as error:
+        read_history(file.path)
+    assert "\n" not in str(error.value)
+
+
+def test_a_continued_run_writes_its_rows_anew_and_a_kill_between_the_files_loses_nothing(tmp_path, clock, monkeypatch):
+    history = make_history()
+    file = start(tmp_path, history)
+    for step in range(4):
+        log(file, history, step)
+    file.flush(history)
+    cut = read_history(file.path)
+    forget_after(cut, 2)
+    expected = copy.deepcopy(cut)
+    with monkeypatch.context() as patch:
+        patch.setattr("runtime.history.write_history", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            start(tmp_path, cut)
+    read = read_history(file.path)  # the old JSON and the new rows
+    forget_after(read, 2)
+    assert read == expected
+    file = start(tmp_path, cut)
+    assert read_history(file.path) == expected
+    log(file, cut, 9)
+    assert read_history(file.path) == cut
+
+
+def test_a_history_of_one_file_is_continued_in_two(tmp_path, clock):
+    path, history = tmp_path / "logs" / "training_history.json", make_history(0, 1)
+    path.parent.mkdir()
+    write_history(path, history)
+    file = start(tmp_path, history)
+    assert "outcomes" not in strictly(path) and read_history(path) == history
+    for written in (file.path, file.rows_path):
+        written.unlink()
+    path.parent.rmdir()
+    file.begin(history)  # the folder vanished: the run still holds it all
+    assert read_history(path) == history
+
+
+def test_the_cost_of_a_log_step_does_not_grow(tmp_path, clock, monkeypatch):
+    written = []
+    monkeypatch.setattr("runtime.history.append_line", lambda path, line: written.append(len(line)))
+    history = make_history()
+    file = start(tmp_path, history)
+    for step in range(300):
+        log(file, history, step)
+    assert max(written[10:]) <= written[10] + 20  # the digits of the numbers
+    assert strictly(file.path)["step"] == []
