@@ -25,7 +25,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # for `python b
 
 import torch
 import torch.nn.functional as F
-from torch.utils.benchmark import Timer
 from torch.utils.data import DataLoader
 from torchvision import transforms
 
@@ -55,6 +54,8 @@ class Clock:
 
     def take_turns(self, variants: dict[str, Work]) -> dict[str, list[float]]:
         """Return {name: [seconds of one unit of work in each turn]}."""
+        from torch.utils.benchmark import Timer  # its import may print a warning about CUDA
+
         n = 10 if self.device.type == "cuda" else 1  # on a GPU ten steps are one graph
         threads = torch.get_num_threads()
         timers = {name: Timer("work(n)", globals={"work": work, "n": n}, num_threads=threads)
@@ -151,9 +152,11 @@ def program_steps(config: flags.Config, dataset: data.Dataset, device: torch.dev
 
 def repeated(work: Callable[[], object], device: torch.device) -> Work:
     """Return work(n); on a GPU it replays a graph, so that the kernel launches do not count."""
-    if device.type == "cuda":
-        return cuda_graph.repeater(work, to_stderr)
-    return lambda n: [work() for _ in range(n)]
+    def repeat(n: int) -> None:
+        for _ in range(n):
+            work()
+
+    return cuda_graph.repeater(lambda: repeat(1), to_stderr) if device.type == "cuda" else repeat
 
 
 def matrix_products(config: flags.Config, dataset: data.Dataset, device: torch.device) -> Work:
