@@ -1,16 +1,22 @@
-"""How close robust_acc is to AutoAttack, and what it costs: one table for each checkpoint that train.py wrote.
+"""How close robust_acc comes to AutoAttack, and what it costs: one table for each checkpoint.
 
-    python bench_attacks.py checkpoints/checkpoint_epoch_*_step_000100000.pt --images=500
+    python -m benchmarks.attacks checkpoints/checkpoint_epoch_*_step_000100000.pt --images=500
 
-AutoAttack (Croce and Hein 2020, arXiv:2003.01690) comes from torchattacks, where that is installed
-(`pip install --no-deps torchattacks requests tqdm`); it takes minutes. Accuracies are in percent. The attack behind
-robust_acc runs once over the whole grid, the others once for each epsilon; seconds are for all epsilons together: of
-this process on a CPU, so that a busy machine counts for little, and of the wall clock on a GPU.
+Run it from the repository's root. AutoAttack (Croce and Hein 2020, arXiv:2003.01690) comes from torchattacks
+(pip install --no-deps torchattacks requests tqdm) and takes minutes. Accuracies are in percent. The attack behind
+robust_acc runs once for all epsilons, the others once for each. The seconds are for all epsilons together: process time
+on a CPU, so that a busy machine counts for little, and wall-clock time on a GPU.
 """
+# ruff: noqa: E402
 
 import argparse
+import sys
 import time
+from collections.abc import Callable, Sequence
 from functools import partial
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # for `python benchmarks/attacks.py`
 
 import torch
 
@@ -18,32 +24,32 @@ import attacks
 import data
 import flags
 import models
-from benchmarks.speed import print_markdown, synchronize
+from benchmarks.speed import print_markdown
 from runtime import checkpoints
 from runtime import device as devices
 
 
-def main(argv=None):
-    parser = flags.OneLineParser(prog="bench_attacks.py", description=__doc__,
+def main(argv: list[str] | None = None) -> None:
+    whole = flags.number(int, low=1)
+    parser = flags.OneLineParser(prog="benchmarks.attacks", description=__doc__,
                                  formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoints", nargs="+", metavar="CHECKPOINT")
-    parser.add_argument("--images", type=flags.number(int, low=1), default=500,
-                        help="attack so many of the test images (default 500)")
+    parser.add_argument("--images", type=whole, default=500, help="how many test images to attack (default 500)")
     parser.add_argument("--epsilons", type=flags.parse_epsilon, nargs="+", metavar="EPS",
                         help="radii in pixel units, such as 0.1 or 8/255 (default: those of the run)")
-    parser.add_argument("--autoattack_steps", type=flags.number(int, low=1), nargs="*", default=[10], metavar="N",
-                        help="steps of AutoAttack's gradient attacks: 10 is torchattacks' default, 100 the paper's; "
-                             "several give several columns, none leaves AutoAttack out (default 10)")
+    parser.add_argument("--autoattack_steps", type=whole, nargs="*", default=[10], metavar="N",
+                        help="steps of AutoAttack's gradient attacks, a column for each; none leaves AutoAttack out "
+                             "(default: 10, which is torchattacks' own; the paper has 100)")
     parser.add_argument("--data_dir", help="default: that of the run")
     parser.add_argument("--device", default="cpu", help="auto, cpu, cuda or cuda:N (default cpu)")
-    parser.add_argument("--threads", type=flags.number(int, low=1), default=1, help="default 1")
+    parser.add_argument("--threads", type=whole, default=1, help="CPU threads (default 1)")
     args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
-    devices.set_precision()  # as in training
+    devices.set_precision()
     try:
         import torchattacks  # noqa: F401
     except ImportError:
-        print("torchattacks is not installed: no AutoAttack column")
+        print("torchattacks is not installed: the table has no AutoAttack column")
         args.autoattack_steps = []
     for path in args.checkpoints:
         try:
@@ -54,46 +60,48 @@ def main(argv=None):
         config = checkpoint["config"]
         epsilons = args.epsilons or config["epsilons"]
         print(f"\n{path}: {config['model']} on {config['dataset']}, step {checkpoint['step']}, {len(x)} test images, "
-              f"{x.device.type}, {args.threads} thread{'s'[:args.threads != 1]}\n", flush=True)
+              f"{x.device.type}, --threads={args.threads}\n", flush=True)
         columns = measure(model, x, y, epsilons, args.autoattack_steps)
         labels = [flags.epsilon_label(flags.history_key(epsilon)) for epsilon in epsilons]
-        print_markdown(["epsilon", *columns], zip([*labels, "seconds"], *columns.values(), strict=True))
+        print_markdown(["epsilon", *columns], [*zip([*labels, "seconds"], *columns.values(), strict=True)])
 
 
-def load(checkpoint, args):
-    """Return the network of a checkpoint and the images to attack."""
+def load(checkpoint: dict, args: argparse.Namespace) -> tuple[torch.nn.Module, torch.Tensor, torch.Tensor]:
+    """Return the network of a checkpoint, the images to attack and their labels."""
     device, config = devices.choose_device(args.device), checkpoint["config"]
-    options = ("train_size", "seed", "image_size", "label_noise")
-    dataset = data.load_dataset(config["dataset"], args.data_dir or config["data_dir"],
-                                **{name: config[name] for name in options if name in config})
+    options = {name: config[name] for name in ("train_size", "seed", "image_size", "label_noise")}
+    dataset = data.load_dataset(config["dataset"], args.data_dir or config["data_dir"], **options)
     model = models.load_network(checkpoint).to(device)
     x = data.pixels(dataset.x_test[:args.images].to(device), next(model.parameters()).dtype)
     return model, x, dataset.y_test[:args.images].to(device)
 
 
-def measure(model, x, y, epsilons, autoattack_steps):
+def measure(model: torch.nn.Module, x: torch.Tensor, y: torch.Tensor, epsilons: Sequence[float],
+            autoattack_steps: Sequence[int]) -> dict[str, list[str]]:
     """Return {column: cells}: an accuracy for each epsilon, then the seconds."""
-    columns = {}
+    def accuracy(images: torch.Tensor) -> float:
+        with torch.no_grad():
+            return attacks.correct(model(images), y).double().mean().item()
 
-    def add(name, accuracies):
-        seconds = clock(x.device)
-        cells = [f"{100 * value:.1f}" for value in accuracies()]
-        columns[name] = [*cells, f"{clock(x.device) - seconds:.2f}"]
+    def each(attack: Callable[[float], torch.Tensor]) -> Callable[[], list[float]]:
+        return lambda: [accuracy(attack(epsilon)) for epsilon in epsilons]
 
-    def add_each(name, attack):
-        add(name, lambda: [accuracy(model, attack(epsilon), y) for epsilon in epsilons])
-
-    add("clean", lambda: [accuracy(model, x, y)] * len(epsilons))
+    work: dict[str, Callable[[], list[float]]] = {"clean": each(lambda _: x)}
     for objective in ("ce", "exact"):
-        add_each(f"PGD-10 {objective}", partial(attacks.pgd, model, x, y, objective=objective))
+        work[f"PGD-10 {objective}"] = each(partial(attacks.pgd, model, x, y, objective=objective))
     for budget in attacks.BUDGETS:
-        add(budget, partial(attacks.robust_accuracy, model, x, y, epsilons, budget=budget))
+        work[budget] = partial(attacks.robust_accuracy, model, x, y, epsilons, budget=budget)
     for steps in autoattack_steps:
-        add_each(f"AutoAttack-{steps}", partial(autoattack, model, x, y, steps=steps))
+        work[f"AutoAttack-{steps}"] = each(partial(autoattack, model, x, y, steps=steps))
+    columns = {}
+    for name, accuracies in work.items():
+        start = seconds(x.device)
+        cells = [f"{100 * value:.1f}" for value in accuracies()]
+        columns[name] = [*cells, f"{seconds(x.device) - start:.2f}"]
     return columns
 
 
-def autoattack(model, x, y, epsilon, steps):
+def autoattack(model: torch.nn.Module, x: torch.Tensor, y: torch.Tensor, epsilon: float, *, steps: int) -> torch.Tensor:
     """AutoAttack standard: APGD on cross-entropy, APGD and FAB on each of nine wrong classes, Square."""
     import torchattacks
 
@@ -103,13 +111,9 @@ def autoattack(model, x, y, epsilon, steps):
     return attack(x, y).detach()
 
 
-@torch.no_grad()
-def accuracy(model, x, y):
-    return attacks.correct(model(x), y).double().mean().item()
-
-
-def clock(device):
-    synchronize(device)
+def seconds(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
     return time.process_time() if device.type == "cpu" else time.perf_counter()
 
 

@@ -25,11 +25,6 @@ FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["train", "sklearn.datasets", "conftest"])
 
 
-def pytest_configure(config):
-    config.addinivalue_line("markers", "cuda: needs a CUDA device")
-    config.addinivalue_line("markers", "slurm: needs a SLURM cluster (sbatch)")
-
-
 def pytest_collection_modifyitems(items):
     for item in items:
         if item.get_closest_marker("cuda") and not torch.cuda.is_available():
