@@ -28,6 +28,7 @@ import sys
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from typing import Any
 
 from flags import Config, asked, parse_args
 
@@ -137,7 +138,8 @@ class Trainer:
     def __init__(self, model: torch.nn.Module, config: Config, dataset: data.Dataset, report: Callable = print):
         where, self.dtype = dataset.x_train.device, getattr(torch, config.dtype)
         self.config, self.dataset, self.parameters = config, dataset, list(model.parameters())
-        self.network = distributed.wrap(torch.compile(model) if config.compile == "on" else model, where)
+        network: Any = torch.compile(model) if config.compile == "on" else model
+        self.network = distributed.wrap(network, where)
         self.loss_function = losses.build_loss(config.loss, config.label_smoothing)
         # Several processes exchange gradients in a step, which a graph does not capture here.
         captured = where.type == "cuda" and config.cuda_graph and distributed.size() == 1
@@ -267,7 +269,7 @@ def train(run: Run, dataset: data.Dataset, probes: measure.Probes, stop: signals
                 log_step(run, dataset, probes, stop)
                 if figure and figure.due():
                     distributed.run_on_rank0(figure.redraw)
-        stopped_by = distributed.all_reduce_max(stop.signal or distributed.orphaned(), run.device)
+        stopped_by = int(distributed.all_reduce_max(stop.signal or distributed.orphaned(), run.device))
         if stopped_by or run.step == config.n_steps:
             break
         target = schedule[following] if following < len(schedule) else config.n_steps
@@ -294,12 +296,13 @@ def complete(args: Config, dataset: data.Dataset, device: torch.device) -> Confi
     n_train, n_test, features = len(dataset.x_train), len(dataset.x_test), dataset.x_test[0].numel()
     grey, size, steps_in_epoch = dataset.x_test.shape[1] != 3, distributed.size(), n_train // args.batch_size
     default = models.MODELS[args.model]
-    config = dataclasses.replace(
-        args, device=str(device), train_size=n_train, adv_size=n_test if args.adv_size == "all" else args.adv_size,
+    decided: dict[str, Any] = dict(
+        device=str(device), train_size=n_train, adv_size=n_test if args.adv_size == "all" else args.adv_size,
         epsilons=sorted(args.epsilons or (GREY_EPSILONS if grey else COLOUR_EPSILONS)),
         lc_radius=args.lc_radius or [0.05 if grey else 0.005], width=args.width or default.width,
         depth=args.depth or default.depth, n_steps=args.n_steps or args.n_epochs * steps_in_epoch,
         n_epochs=None if args.n_steps else args.n_epochs)
+    config = dataclasses.replace(args, **decided)
     checks = [
         (args.batch_size > n_train,
          f"--batch_size={args.batch_size} is larger than the training set of {n_train} images"),
@@ -355,7 +358,8 @@ def empty_history(config: Config, args: Config, dataset: data.Dataset, model: to
     n = measure.attacked(config, dataset)
     return {
         "version": history.HISTORY_VERSION, "step": [], "config": dataclasses.asdict(config), "asked": asked(args),
-        "derived": {"attacked": n, "data": print_},
+        "derived": {"attacked": n, "data": print_, "products": "oneDNN" if any(
+            isinstance(module, models.OneDNNLinear) for module in model.modules()) else "MKL"},
         "environment": {**devices.describe(dataset.x_train.device), "processes": distributed.size()},
         "sizes": {"train": config.train_size, "test": len(dataset.x_test), "attacked": n,
                   "parameters": sum(p.numel() for p in model.parameters()),
@@ -365,7 +369,7 @@ def empty_history(config: Config, args: Config, dataset: data.Dataset, model: to
 
 def choose_threads(config: Config, model: torch.nn.Module, dataset: data.Dataset, earlier: dict | None) -> dict:
     """Return {"threads": in training, "eval_threads": in log steps}: as given, as before a resume, or as is fastest."""
-    if config.threads is None and earlier and {"threads", "eval_threads"} <= earlier["derived"].keys():
+    if config.threads is None and earlier:
         return {name: earlier["derived"][name] for name in ("threads", "eval_threads")}
     if config.threads or distributed.size() > 1 or dataset.x_train.device.type != "cpu":
         return dict.fromkeys(("threads", "eval_threads"), config.threads or torch.get_num_threads())
@@ -385,6 +389,8 @@ def start(args: Config) -> tuple[Run, data.Dataset, measure.Probes]:
     """
     trackers.check(args.tracker or [])
     device = distributed.start(devices.choose_device(args.device))
+    devices.check_dtype(device, args.dtype)
+    devices.check_threads(args.threads or 1)
     devices.set_precision(args.deterministic)
     dataset = distributed.rank0_first(lambda: data.load_dataset(
         args.dataset, args.data_dir, args.train_size, args.seed, args.image_size, args.label_noise))
@@ -393,6 +399,8 @@ def start(args: Config) -> tuple[Run, data.Dataset, measure.Probes]:
     dataset = resident(dataset, device)
     model = build_model(config, dataset)
     run = Run(config, empty_history(config, args, dataset, model, fingerprint), fingerprint, device)
+    if run.earlier and args.lr_schedule != "constant" and config.n_steps != run.earlier["config"]["n_steps"]:
+        raise ValueError(f"--lr_schedule={args.lr_schedule} spans the run: --n_steps cannot change when it is resumed")
     parent = parent_of(config, fingerprint) if config.branch_from and not run.earlier else None
     if parent:
         run.history["branch"] = {"of": str(parent["path"]), "step": parent["step"]}
@@ -413,6 +421,7 @@ def draw(run: Run) -> None:
 def finish(run: Run, stopped_by: int, figure: Figure | None) -> None:
     from analysis import report
 
+    run.check_folders()
     run.history_file.flush(run.history)
     if stopped_by:
         run.console.note(f"stopped by {signal.Signals(stopped_by).name} at step {run.step}; continue with the same "

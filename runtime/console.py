@@ -56,7 +56,7 @@ class Console:
             f"\ndevice   {environment['device']}{processes}{compiled}")
         if config["device"] == "cpu":
             self.note(f"threads  {derived['threads']} in training, {derived['eval_threads']} in log steps; matrix "
-                      f"products by {'oneDNN' if config['products'] == 'onednn' else 'MKL'}")
+                      f"products by {derived['products']}")
         self.note(f"files    {config['log_dir']}/training_history.json, {config['save_dir']}/checkpoint_epoch_*.pt\n")
 
     def start(self, step: int, n_steps: int, log_steps_left: int) -> None:

@@ -110,8 +110,9 @@ def describe_srun_step() -> None:
 
 
 def orphaned() -> int:
-    """Return SIGHUP if torchrun started this process and has ended, so that nobody stops it any more; otherwise 0."""
-    return signal.SIGHUP if torchrun is not None and os.getppid() != torchrun else 0
+    """Return SIGHUP if torchrun or sweep.py started this process and has ended, so that nobody stops it any more."""
+    parent = torchrun or int(os.environ.get("STOP_WITH_PARENT", 0))
+    return signal.SIGHUP if parent and os.name == "posix" and os.getppid() != parent else 0
 
 
 def leave(status: int) -> NoReturn:

@@ -41,6 +41,8 @@ def parent_of(config: Config, fingerprint: str) -> dict:
         raise ValueError(f"--branch_from={path} is at step {checkpoint['step']}: raise --n_steps={config.n_steps}")
     record = history.read_history(found)
     history.forget_after(record, checkpoint["logged"])
+    if any(before.get(name) != getattr(config, name) for name in ("seed", "adv_size", "epsilons")):
+        record.pop("outcomes", None)  # they are of other images, or of another grid of epsilons
     return {**checkpoint, "path": path, "history": record}
 
 
@@ -134,8 +136,16 @@ class Run:
         distributed.run_on_rank0(lambda: self.write_log_step(row, remarks))
         self.saved_at, self.saved_step = time.perf_counter(), self.step
 
+    def check_folders(self) -> None:
+        """Raise OSError if a folder is no longer this run's; if one has vanished, write the history again first."""
+        try:
+            self.held.check()
+        except FileNotFoundError:
+            self.history_file.begin(self.history)
+            raise
+
     def write_log_step(self, row: dict, remarks: dict[str, str]) -> None:
-        self.held.check()
+        self.check_folders()
         self.history_file.log(self.history, row)
         metrics = {name: value for name, value in row.items() if name != "outcomes"}
         checkpoints.save_checkpoint(self.config.save_dir, self.state(**metrics), self.config.keep_checkpoints)
@@ -152,7 +162,8 @@ class Run:
         self.saved_at = time.perf_counter()
 
     def write_rolling(self) -> None:
-        self.held.check()
+        self.check_folders()
+        self.history_file.flush(self.history)
         checkpoints.save_rolling(self.config.save_dir, self.state())
 
     def save_due(self) -> bool:
@@ -172,7 +183,7 @@ class Run:
 
     def check_finite(self) -> None:
         """Raise RunFailed if a step's loss was not finite, unless --on_nan=continue."""
-        bad = distributed.all_reduce_max(self.step - self.trainer.finite_steps.item(), self.device)
+        bad = int(distributed.all_reduce_max(self.step - self.trainer.finite_steps.item(), self.device))
         if bad:
             step = self.step - bad + 1
             # The loss of step n is that of the weights after n - 1 steps: they are already bad.

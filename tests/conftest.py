@@ -22,7 +22,7 @@ ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 # server finds modules by PYTHONPATH only.
 os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["train", "sklearn.datasets", "conftest"])
+FORKS.set_forkserver_preload(["train", "analysis.report", "sklearn.datasets", "conftest"])
 
 
 def pytest_collection_modifyitems(items):
