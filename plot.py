@@ -110,7 +110,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"plot.py: {error}", file=sys.stderr)
         return 2
     except (TypeError, LookupError, AttributeError) as error:  # a history or config that somebody edited
-        print(f"plot.py: {' '.join(args.partition or args.histories)}: not as train.py writes it ({error!r})",
+        print(f"plot.py: {' '.join(args.partition or args.histories)}: cannot be read or drawn ({error!r})",
               file=sys.stderr)
         return 2
     return 0

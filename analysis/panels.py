@@ -18,11 +18,13 @@ from analysis.statistics import as_array, column_of, interpolation_index
 from flags import epsilon_label
 from runtime import files
 
-try:
+try:  # matplotlib does not import where MPLBACKEND names a missing module; a figure in a file needs no backend
+    backend = os.environ.pop("MPLBACKEND", None)
     import matplotlib
-except ValueError:  # a notebook's MPLBACKEND is not installed here; a figure in a file needs no backend
-    os.environ.pop("MPLBACKEND", None)
-    import matplotlib
+    if backend:
+        matplotlib.rcParams["backend"] = backend
+except ValueError:
+    pass
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Draws the figures of results/README.md: from the histories beside it, and, where it is named, a picture of the partition,
-# from the checkpoints that results/run.sh left in RUNS.
+# Draws the figures of results/README.md from the histories next to it. Pictures of the partition are drawn only when they
+# are named, from the checkpoints that results/run.sh left in RUNS.
 #
 #   bash results/figures.sh                     all of the histories
 #   bash results/figures.sh depth variants      these two

@@ -324,6 +324,7 @@ def test_command_needs_no_backend_and_a_closed_pipe_is_no_error(two_runs):
     """A notebook's `!python plot.py | head`: MPLBACKEND may name a module that is not installed."""
     folder, paths = two_runs
     environment = {**ENVIRONMENT, "MPLBACKEND": "module://no.such.backend"}
+    (folder / "matplotlibrc").write_text("text.usetex: True\n")
     process = subprocess.Popen(command(paths[0], "--out=drawn", script="plot.py"), cwd=folder, text=True,
                                env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     process.stdout.close()
