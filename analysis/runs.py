@@ -7,12 +7,13 @@ from pathlib import Path
 
 import numpy as np
 
-from flags import EXECUTION, epsilon_label, flags_of, history_key
+from flags import EXECUTION, FIELDS, LENGTH, epsilon_label, flags_of, history_key
 
 # Flags that say where or how a run was computed, not what was trained or measured.
 NOT_COMPARED = flags_of(EXECUTION)
 # Flags that a figure shows without words, or that say how finely it was measured.
-NOT_IN_TITLES = NOT_COMPARED | {"epsilons", "lc_radius", "adv_size", "lc_samples", "log_points", "log_interval", "seed"}
+NOT_IN_TITLES = NOT_COMPARED | flags_of(LENGTH) | {"epsilons", "lc_radius", "adv_size", "lc_samples", "log_points",
+                                                   "log_interval", "seed"}
 
 
 def asked(history):
@@ -23,7 +24,7 @@ def asked(history):
 def differing_flags(histories, also_same=()):
     """Names of the flags that the user chose and in which the runs differ, places and the like aside."""
     names = dict.fromkeys(name for history in histories for name in asked(history))
-    return [name for name in names if name not in NOT_COMPARED and name not in also_same
+    return [name for name in names if name in FIELDS.keys() - NOT_COMPARED and name not in also_same
             and len({json.dumps(history["config"].get(name)) for history in histories}) > 1]
 
 
