@@ -75,11 +75,15 @@ def wait_for(condition):
 
 
 def history_of(folder):
-    """Return the history in `folder`, parsed as strictly as JSON is defined."""
+    """Return the history in `folder`, with the outcomes of its rows; its file is JSON as strictly as JSON is defined."""
+    from runtime.history import read_history
+
     def refuse(constant):
         raise ValueError(f"{constant} is not JSON")
 
-    return json.loads((Path(folder) / "logs" / "training_history.json").read_text(), parse_constant=refuse)
+    path = Path(folder) / "logs" / "training_history.json"
+    json.loads(path.read_text(), parse_constant=refuse)
+    return read_history(path)
 
 
 def columns(folder):

@@ -29,7 +29,7 @@ import measure
 import models
 import train
 from runtime import checkpoints, files
-from runtime.history import forget_after, read_history, write_history
+from runtime.history import HISTORY_NAME, forget_after, read_history, write_history
 from runtime.run import Run
 
 PATIENCE = 300  # seconds after which a process is taken to hang
@@ -65,9 +65,9 @@ def outcome(folder):
 
 def assert_sound(folder):
     """Every file under a final name is whole, whatever happened."""
-    if (Path(folder) / "logs" / files.HISTORY_NAME).exists():
+    if (Path(folder) / "logs" / HISTORY_NAME).exists():
         history_of(folder)
-        read_history(Path(folder) / "logs" / files.HISTORY_NAME)
+        read_history(Path(folder) / "logs" / HISTORY_NAME)
     for path in (Path(folder) / "checkpoints").glob("*.pt"):
         checkpoints.load_checkpoint(path)
 
@@ -526,7 +526,7 @@ def test_a_full_disk_at_any_write_leaves_a_run_that_can_be_resumed(tmp_path, fin
 
 
 def history_of_exists(folder):
-    return (folder / "logs" / files.HISTORY_NAME).exists()
+    return (folder / "logs" / HISTORY_NAME).exists()
 
 
 def die_at(n):
@@ -669,7 +669,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(tmp_path, fini
     flags = (*TINY, "--n_steps=8")
     copied(finished(*flags), tmp_path)
     newest, before = saved(tmp_path)[:2]
-    rolling = newest.with_name(files.ROLLING_NAME)
+    rolling = newest.with_name(checkpoints.ROLLING_NAME)
     for path in (newest, rolling):
         path.write_bytes(damage(newest.read_bytes() if path is newest else before.read_bytes(), tmp_path / "proof"))
     run_here(tmp_path, *flags, "--resume")
@@ -796,7 +796,7 @@ def test_flags_that_do_not_change_the_result_may_change(tmp_path, finished):
 
 
 def edit_history(folder, **changes):
-    path = folder / "logs" / files.HISTORY_NAME
+    path = folder / "logs" / HISTORY_NAME
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
@@ -814,7 +814,7 @@ def edit_history(folder, **changes):
 ], ids=["missing", "empty", "cut", "no text", "deep", "a list", "config", "version", "lengths", "a string"])
 def test_a_missing_or_damaged_history_beside_checkpoints(tmp_path, finished, capsys, damage, said):
     copied(finished(*RUN), tmp_path)
-    path = tmp_path / "logs" / files.HISTORY_NAME
+    path = tmp_path / "logs" / HISTORY_NAME
     damage(path)
     before = files_in(tmp_path)
     run_here(tmp_path, *RUN, "--resume", status=2)
@@ -825,7 +825,7 @@ def test_a_missing_or_damaged_history_beside_checkpoints(tmp_path, finished, cap
 
 def test_a_history_older_than_the_checkpoints(tmp_path, finished, capsys):
     copied(finished(*RUN), tmp_path)
-    path = tmp_path / "logs" / files.HISTORY_NAME
+    path = tmp_path / "logs" / HISTORY_NAME
     history = read_history(path)
     forget_after(history, 2)
     write_history(path, history)
@@ -857,7 +857,7 @@ def test_keep_checkpoints(tmp_path, keep, steps):
     mine.write_bytes(b"a file that the user put there")
     run_here(tmp_path, *flags, "--resume")
     assert sorted(checkpoints.step_in_name(path) for path in saved(tmp_path)) == steps
-    assert mine.exists() and not (tmp_path / "checkpoints" / files.ROLLING_NAME).exists()
+    assert mine.exists() and not (tmp_path / "checkpoints" / checkpoints.ROLLING_NAME).exists()
 
 
 def test_the_newest_are_kept_however_long_the_run(tmp_path):
@@ -924,7 +924,7 @@ def test_on_nan_continue_goes_on_and_writes_null(tmp_path, capsys):
     history = history_of(tmp_path)
     assert history["step"] == train.log_schedule(40, 6)
     assert math.isfinite(history["train_loss"][0]) and history["train_loss"][-1] is history["weight_norm"][-1] is None
-    assert b"NaN" not in (tmp_path / "logs" / files.HISTORY_NAME).read_bytes()
+    assert b"NaN" not in (tmp_path / "logs" / HISTORY_NAME).read_bytes()
     assert (tmp_path / "logs" / "training_history.png").stat().st_size > 10_000
     assert "Traceback" not in "".join(capsys.readouterr())
 
@@ -976,7 +976,7 @@ def test_a_run_goes_on_with_a_flag_and_a_column_that_it_did_not_know(tmp_path, f
     for path in saved(tmp_path)[:1]:
         path.unlink()
     state = checkpoints.load_checkpoint(saved(tmp_path)[0])
-    path = tmp_path / "logs" / files.HISTORY_NAME
+    path = tmp_path / "logs" / HISTORY_NAME
     history = read_history(path)
     for config in (state["config"], history["config"]):
         del config["adam_eps"], config["orthogonal_gradient"], config["products"]
