@@ -75,7 +75,7 @@ def wait_for(condition):
 
 
 def history_of(folder):
-    """Return the history in `folder`, with the outcomes of its rows; its file is JSON as strictly as JSON is defined."""
+    """Return the history in `folder`, with its rows' outcomes; its file has to be strict JSON."""
     from runtime.history import read_history
 
     def refuse(constant):

@@ -16,7 +16,7 @@ def history():
     config = {**vars(Config()), "epsilons": EPSILONS, "n_steps": 1000, "device": "cpu", "products": "onednn"}
     sizes = {"parameters": 95_410, "train": 1000, "test": 797, "attacked": 20, "in_shape": [1, 8, 8],
              "num_classes": 10}
-    return {"config": config, "sizes": sizes, "derived": {"threads": 2, "eval_threads": 1},
+    return {"config": config, "sizes": sizes, "derived": {"threads": 2, "eval_threads": 1, "products": "MKL"},
             "environment": {"device": "cpu", "processes": 1}}
 
 
