@@ -469,6 +469,8 @@ def main(argv: list[str] | None = None) -> int:
         if not distributed.lost_another(error):
             raise
         return fail("another process of this run has ended, so this one ends too: run again with --resume", 1)
+    finally:
+        run.release()
     distributed.barrier()  # none leaves while another still listens to it
     return 128 + stopped_by if stopped_by else 0
 

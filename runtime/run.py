@@ -62,7 +62,7 @@ class Run:
     def __init__(self, config: Config, record: dict, fingerprint: str, device: torch.device):
         self.config, self.history, self.device = config, record, device
         self.console = Console(record, quiet=config.quiet or distributed.rank() > 0)
-        self.locks = distributed.run_on_rank0(self.lock_folders)
+        distributed.run_on_rank0(self.lock_folders)
         self.history_file = history.HistoryFile(Path(config.log_dir) / history.HISTORY_NAME)
         self.earlier = distributed.run_on_rank0(
             lambda: checkpoints.continue_from(config, fingerprint, self.console.note) if config.resume else None)
@@ -81,6 +81,11 @@ class Run:
     def lock_folders(self) -> None:
         # Kept by rank 0 alone: a lock ends with what holds it.
         self.held = files.lock_folders(self.config.log_dir, self.config.save_dir)
+
+    def release(self) -> None:
+        """Give up the folders, so that another run in this process may use them."""
+        if distributed.rank() == 0:
+            self.held.release()
 
     def begin(self, model: torch.nn.Module, trainer: Any, parent: dict | None = None) -> None:
         """Load the checkpoint to continue from, or that of the run to branch from; then prepare the files.
