@@ -27,7 +27,7 @@ import signal
 import sys
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from typing import Any
 
 from flags import Config, asked, parse_args
@@ -399,16 +399,19 @@ def start(args: Config) -> tuple[Run, data.Dataset, measure.Probes]:
     dataset = resident(dataset, device)
     model = build_model(config, dataset)
     run = Run(config, empty_history(config, args, dataset, model, fingerprint), fingerprint, device)
-    if run.earlier and args.lr_schedule != "constant" and config.n_steps != run.earlier["config"]["n_steps"]:
-        raise ValueError(f"--lr_schedule={args.lr_schedule} spans the run: --n_steps cannot change when it is resumed")
-    parent = parent_of(config, fingerprint) if config.branch_from and not run.earlier else None
-    if parent:
-        run.history["branch"] = {"of": str(parent["path"]), "step": parent["step"]}
-    run.history["derived"] |= choose_threads(config, model, dataset, run.earlier)
-    trainer = Trainer(model, config, dataset, run.console.note)
-    probes = measure.draw_probes(config, dataset)
-    run.begin(model, trainer, parent)
-    torch.set_num_threads(run.history["derived"]["threads"])
+    with ExitStack() as failed:
+        failed.callback(run.release)
+        if run.earlier and args.lr_schedule != "constant" and config.n_steps != run.earlier["config"]["n_steps"]:
+            raise ValueError(f"--lr_schedule={args.lr_schedule} spans the run: a resumed one keeps its --n_steps")
+        parent = parent_of(config, fingerprint) if config.branch_from and not run.earlier else None
+        if parent:
+            run.history["branch"] = {"of": str(parent["path"]), "step": parent["step"]}
+        run.history["derived"] |= choose_threads(config, model, dataset, run.earlier)
+        trainer = Trainer(model, config, dataset, run.console.note)
+        probes = measure.draw_probes(config, dataset)
+        run.begin(model, trainer, parent)
+        torch.set_num_threads(run.history["derived"]["threads"])
+        failed.pop_all()
     return run, dataset, probes
 
 
