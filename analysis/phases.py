@@ -1,32 +1,36 @@
 """The phases of local complexity, and the outbreaks of the training loss."""
 
+from typing import Any
+
 import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 
-from analysis.statistics import HOLD, column_of, interpolation_index
+from analysis.statistics import HOLD, column_of, interpolation_of
 
 OUTBREAK = 100  # factor by which the training loss rises in an outbreak
-ROUNDING = 1e-9  # of a training loss: what lies below is no level to rise from
+ROUNDING = 1e-9  # training losses below this are treated as equal
+TENTH = float(np.log(1.1))
 
 
-def held(values):
-    """The largest curve below `values` whose every level lasts for HOLD points; the first point has always lasted."""
+def held(values: Any) -> np.ndarray:
+    """Return the largest curve below `values` whose every level lasts for HOLD points, counting any before the first.
+    """
     padded = np.pad(np.asarray(values, dtype=float), (HOLD - 1, 0), mode="edge")
     lows = np.pad(sliding_window_view(padded, HOLD).min(axis=1), HOLD - 1, constant_values=-np.inf)
     return sliding_window_view(lows, HOLD).max(axis=1)[HOLD - 1:]
 
 
-def smoothed(values):
-    """values without the peaks and dips shorter than HOLD points: first those within, then one at the end."""
+def smoothed(values: np.ndarray) -> np.ndarray:
+    """Return values without peaks and dips shorter than HOLD points: first those within, then one at the end."""
     within = -held(-held(np.pad(values, (0, HOLD - 1), mode="edge")))[:len(values)]
     return -held(-held(within))
 
 
-def turning_points(log, least, most=4):
-    """Indices between which a curve rises and falls in turn, by at least `least` each time and at most `most` times.
+def turning_points(log: np.ndarray, least: float, most: int = 4) -> list[int]:
+    """Return indices between which a curve rises and falls in turn: `most` moves or fewer, each of `least` or more.
 
-    The smallest move is dropped until this is so. The first that is large enough stays: what follows a rise is not a
-    first descent.
+    The smallest move is dropped until this holds. The first move that is large enough stays: what follows a rise is
+    not a first descent.
     """
     slopes = np.sign(np.diff(log))
     moving = np.flatnonzero(slopes)
@@ -47,23 +51,23 @@ def turning_points(log, least, most=4):
     return []
 
 
-def without_plateaus(log, first, last):
-    """The part of a descent or ascent from index first to last in which the curve moves."""
-    near = min(0.15 * abs(log[last] - log[first]), np.log(1.1))
+def without_plateaus(log: np.ndarray, first: int, last: int) -> tuple[int, int]:
+    """Return the part of a descent or ascent from index first to last in which the curve moves."""
+    near = min(0.15 * abs(log[last] - log[first]), TENTH)
     part = log[first:last + 1]
     leaves = int(np.flatnonzero(abs(part - log[first]) <= near)[-1])
     arrives = leaves + int(np.flatnonzero(abs(part[leaves:] - log[last]) <= near)[0])
     return first + leaves, first + arrives
 
 
-def phases(complexity):
-    """[(name, first index, last index)] of the descents and ascents that a curve of local complexity goes through.
+def phases(complexity: Any) -> list[tuple[str, int, int]]:
+    """Return [(name, first index, last index)] of the descents and ascents of a curve of local complexity.
 
-    complexity: one value a log point, finite, >= 0. Each phase is a change by a tenth and by five times the noise of
-    the curve (from the second differences of its logarithm) whose level is held for HOLD log points; plateaus between
-    phases belong to none. The paper's are "first descent", "ascent", "second descent", and a rise after them is a
-    "second ascent"; where the curve rises first, they are "ascent", "descent", "second ascent", "second descent". The
-    names speak of local complexity alone: whether anything else rises with it is another question.
+    complexity: one value for each log point, finite, >= 0. Each phase is a change by a tenth or more and by five times
+    the curve's noise (estimated from the second differences of its logarithm) whose level is held for HOLD log points.
+    Plateaus between phases belong to none. The paper's phases are "first descent", "ascent" and "second descent"; a
+    rise after them is a "second ascent". Where the curve rises first, they are "ascent", "descent", "second ascent",
+    "second descent".
     """
     complexity = np.asarray(complexity, dtype=float)
     if len(complexity) <= HOLD or complexity.max() <= 0:
@@ -71,7 +75,7 @@ def phases(complexity):
     log = np.log(np.maximum(complexity, 0.02 * complexity.max()))
     noise = 1.4826 * np.median(np.abs(np.diff(log, 2))) / np.sqrt(6)
     log = smoothed(log)
-    points = turning_points(log, max(np.log(1.1), 5 * noise))
+    points = turning_points(log, max(TENTH, 5 * noise))
     if not points:
         return []
     names = (("first descent", "ascent", "second descent", "second ascent") if log[points[1]] < log[points[0]] else
@@ -80,15 +84,14 @@ def phases(complexity):
             for name, first, last in zip(names, points, points[1:], strict=False)]
 
 
-def outbreaks(history):
-    """Indices i such that the training loss breaks out between the log points i - 1 and i, after interpolation.
+def outbreaks(history: dict) -> list[int]:
+    """Return the indices i such that the training loss breaks out between log points i - 1 and i, after interpolation.
 
     That is, it rises to OUTBREAK times the lowest value that it had at a log point since the last outbreak. Its peak
-    between two log points is known from max_batch_loss: with a batch that makes up a share s of the training set, the
-    loss of the whole set was at least s times that. Histories without that column show what is left of an outbreak at
-    the next log point.
+    between log points is known from max_batch_loss: if a batch is a share s of the training set, the loss of the whole
+    set was at least s times the batch's. Without that column only what is left at the next log point is seen.
     """
-    start = interpolation_index(history.get("train_acc", []))
+    start = interpolation_of(history)
     if start is None:
         return []
     loss = column_of(history, "train_loss")

@@ -1,46 +1,50 @@
 """What a run did, in words and tables."""
 
-import json
 import textwrap
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from analysis.phases import OUTBREAK, outbreaks, phases, smoothed
-from analysis.runs import NOT_COMPARED, differing_flags, flag_text, grouped, short_names
+from analysis.phases import OUTBREAK, outbreaks, phases
+from analysis.runs import NOT_COMPARED, asked, differing_flags, flag_text, grouped, short_names
 from analysis.statistics import (
     CONFIDENCE,
     HOLD,
     Rise,
     column_of,
-    interpolation_index,
+    interpolation_of,
     last_value,
+    poolable,
     pooled_rises,
     rises_of,
     total_complexity,
-    wilson_interval,
 )
 from flags import epsilon_label
 
 WIDTH = 80  # columns of the summary
+TABLE_WIDTH = 120  # columns beyond which the flags get lines of their own
+UNKNOWN = Rise(np.nan, np.nan)
 
 
-def percent(value):
+def percent(value: float) -> str:
     return "-" if np.isnan(value) else f"{100 * value:.1f}%"
 
 
-def factor(step, interpolation_step):
+def factor(step: int, interpolation_step: int) -> str:
     return f"{step / interpolation_step:,.1f}x" if interpolation_step else "-"
 
 
-def listing(words):
-    *most, last = words  # a list of strings, or a dict's keys
+def listing(words: Iterable[str]) -> str:
+    *most, last = words
     return f"{', '.join(most)} and {last}" if most else last
 
 
-def summary(history):
-    """Text for the end of a run: what generalised or became robust late, what local complexity and the loss did.
+# ---- the summary ----------------------------------------------------------------------------------------------------
 
-    history: dict of the history file (see README). The lines are made for 80 columns and stay within 100.
+def summary(history: dict) -> str:
+    """Return text for the end of a run: what generalised or became robust late, local complexity, and outbreaks.
+
+    history: as read_history returns it. The lines are made for 80 columns and stay within 100.
     """
     if not history["step"]:
         return "no log step yet"
@@ -48,11 +52,11 @@ def summary(history):
     lines = [fitting_text(history), *accuracy_texts(history, rises), complexity_text(history), *outbreak_texts(history)]
     lines = [textwrap.fill(line, WIDTH, subsequent_indent="  ") for line in lines if line]
     return "\n".join([*lines, "", *accuracy_table(history, rises), "",
-                      *(textwrap.fill(note, WIDTH) for note in notes(history))])
+                      *(textwrap.fill(note, WIDTH) for note in notes(history, rises))])
 
 
-def fitting_text(history):
-    start, last = interpolation_index(history.get("train_acc", [])), history["step"][-1]
+def fitting_text(history: dict) -> str:
+    start, last = interpolation_of(history), history["step"][-1]
     planned = max(last, history["config"].get("n_steps") or 0)
     end = f"ends at step {last:,}" if last == planned else f"has come to step {last:,} of {planned:,}"
     if start is not None:
@@ -61,9 +65,9 @@ def fitting_text(history):
             f"{percent(last_value(column_of(history, 'train_acc')))} (the run {end}); so there is no delay to measure.")
 
 
-def accuracy_texts(history, rises):
-    """Sentences on delayed generalisation, on delayed robustness, and on what of the latter may be numerical."""
-    steps, start = history["step"], interpolation_index(history.get("train_acc", []))
+def accuracy_texts(history: dict, rises: dict[str, Rise]) -> list[str]:
+    """Return sentences on delayed generalisation, delayed robustness, and what of the latter may be numerical."""
+    steps, start = history["step"], interpolation_of(history)
     test = rises["test"]
     reached = np.flatnonzero(column_of(history, "test_acc") >= 0.95 * test.final)
     settled = (f"test accuracy reaches 95% of its final value ({percent(test.final)}) at step {steps[reached[0]]:,}"
@@ -75,18 +79,18 @@ def accuracy_texts(history, rises):
             "interpolation.", robustness_text(rises, steps, start), numerical_text(rises)]
 
 
-def robustness_text(rises, steps, start):
+def robustness_text(rises: dict[str, Rise], steps: list[int], start: int) -> str:
     robust = of_measure("robust", rises)
     if not robust:
         return ""
-    rising = {epsilon: rise.half for epsilon, rise in robust.items() if rise.half is not None}
+    halves = {epsilon: rise.half for epsilon, rise in robust.items() if rise.half is not None}
     text = ("Delayed robustness: not seen; robust accuracy holds no level above its value at interpolation for "
             f"{HOLD} log points.")
-    if rising:
-        halves = list(rising.values())
-        later = ", the later the larger ε" if halves == sorted(halves) and halves[0] < halves[-1] else ""
-        first, last = (factor(steps[half], steps[start]) for half in (min(halves), max(halves)))
-        text = (f"Delayed robustness: seen; after interpolation robust accuracy rises at ε {listing(rising)}. Half of "
+    if halves:
+        found = list(halves.values())
+        later = ", the later the larger ε" if found == sorted(found) and found[0] < found[-1] else ""
+        first, last = (factor(steps[half], steps[start]) for half in (min(found), max(found)))
+        text = (f"Delayed robustness: seen; after interpolation robust accuracy rises at ε {listing(halves)}. Half of "
                 f"the rise is reached at {first if first == last else f'{first} to {last}'} the step of "
                 f"interpolation{later}.")
     briefly = [epsilon for epsilon, rise in robust.items() if rise.brief]
@@ -95,39 +99,39 @@ def robustness_text(rises, steps, start):
             + (f" At ε {listing(dipped)} it falls after interpolation and recovers." if dipped else ""))
 
 
-def numerical_text(rises):
+def numerical_text(rises: dict[str, Rise]) -> str:
     robust, adv = of_measure("robust", rises), of_measure("adv", rises)
     numerical = [epsilon for epsilon, rise in adv.items()
                  if rise.half is not None and epsilon in robust and robust[epsilon].half is None]
-    return numerical and (f"Numerical: at ε {listing(numerical)} adv rises and robust does not. PGD on cross-entropy "
-                          "finds fewer attacks there; that can be rounding (a softmax of exactly 1), not robustness.")
+    if not numerical:
+        return ""
+    return (f"Numerical: at ε {listing(numerical)} adv rises and robust does not. PGD on cross-entropy finds fewer "
+            "attacks there; that can be rounding (a softmax of exactly 1), not robustness.")
 
 
-def of_measure(measure, rises):
-    """{epsilon: Rise} of the curves of "robust" or "adv"."""
+def of_measure(measure: str, rises: dict[str, Rise]) -> dict[str, Rise]:
+    """Return {epsilon: Rise} of the curves of "robust" or "adv"."""
     return {label.removeprefix(f"{measure} ε "): rise for label, rise in rises.items() if label.startswith(measure)}
 
 
-def complexity_text(history):
+def complexity_text(history: dict) -> str:
+    """Return a sentence on the phases of local complexity, with the values measured at the steps it names."""
     total = total_complexity(history)
     known = np.flatnonzero(np.isfinite(total))
     if not len(known):
         return ""
-    steps, total = np.array(history["step"])[known], total[known]
-    found, level = phases(total), smoothed(total)
-    words = []
-    for i, (name, first, last) in enumerate(found):
-        end = found[i + 1][1] if i + 1 < len(found) else len(level)
-        highest, lowest = (np.max, np.min) if name.endswith("ascent") else (np.min, np.max)
-        start = f" from {lowest(level[:first + 1]):.2f}" if i == 0 else ""
-        words.append(f"{name}{start} to {highest(level[first:end + 1]):.2f} by step {steps[last]:,}")
-    text = ", ".join(words) or f"no phases, it stays between {total.min():.2f} and {total.max():.2f}"
+
+    def at(i: int) -> str:
+        return f"{total[known[i]]:.2f} at step {history['step'][known[i]]:,}"
+
+    words = [f"{name} from {at(first)} to {at(last)}" for name, first, last in phases(total[known])]
+    text = ", ".join(words) or f"{at(0)}, {at(-1)}; no change between them counts as a phase"
     return f"Local complexity (training points, r = {next(iter(history['local_complexity']['train']))}): {text}."
 
 
-def outbreak_texts(history):
-    """Sentences on the outbreaks of the training loss, and on what the first three of them changed."""
-    start = interpolation_index(history.get("train_acc", []))
+def outbreak_texts(history: dict) -> list[str]:
+    """Return sentences on the outbreaks of the training loss, and on what changed in the first three of them."""
+    start = interpolation_of(history)
     if start is None or not np.isfinite(column_of(history, "train_loss")[start:]).any():
         return []
     found = outbreaks(history)
@@ -138,21 +142,22 @@ def outbreak_texts(history):
             + (", the first three:" if len(found) > 3 else ":"), *(outbreak_text(history, i) for i in found[:3])]
 
 
-def outbreak_text(history, i):
-    """What an outbreak between the log points i - 1 and i changed, from the one to the other."""
+def outbreak_text(history: dict, i: int) -> str:
+    """Return what changed from log point i - 1 to i, between which the training loss broke out."""
     peak = column_of(history, "max_batch_loss")[i]
-    changes = {f"loss {{}} to {{}}{'' if np.isnan(peak) else f' (up to {peak:.1e} in a batch)'}":
-               [f"{value:.1e}" for value in column_of(history, "train_loss")[i - 1:i + 1]],
-               "weight norm {} to {}": [f"{value:.1f}" for value in column_of(history, "weight_norm")[i - 1:i + 1]],
-               "local complexity {} to {}": [f"{value:.2f}" for value in total_complexity(history)[i - 1:i + 1]],
-               "test accuracy {} to {}": [percent(value) for value in column_of(history, "test_acc")[i - 1:i + 1]]}
-    known = [form.format(*values) for form, values in changes.items() if not {"nan", "-"} & set(values)]
-    return f"  Step {history['step'][i - 1]:,} to {history['step'][i]:,}: {', '.join(known)}."
+    columns = [("loss", column_of(history, "train_loss"), ".1e"),
+               ("weight norm", column_of(history, "weight_norm"), ".1f"),
+               ("local complexity", total_complexity(history), ".2f"),
+               ("test accuracy", column_of(history, "test_acc"), ".1%")]
+    words = [f"{name} {values[i - 1]:{form}} to {values[i]:{form}}"
+             + (f" (up to {peak:.1e} in a batch)" if name == "loss" and not np.isnan(peak) else "")
+             for name, values, form in columns if np.isfinite(values[i - 1:i + 1]).all()]
+    return f"  Step {history['step'][i - 1]:,} to {history['step'][i]:,}: {', '.join(words)}."
 
 
-def accuracy_table(history, rises):
-    """Lines: each accuracy at interpolation, in the dip after it, at its highest later, at the end; and a verdict."""
-    steps, start = history["step"], interpolation_index(history.get("train_acc", []))
+def accuracy_table(history: dict, rises: dict[str, Rise]) -> list[str]:
+    """Return lines: each accuracy at interpolation, in the dip after it, at its highest, at the end; and a verdict."""
+    steps, start = history["step"], interpolation_of(history)
     width = max(16, *map(len, rises))
     if start is None:
         return [f"{'accuracy':<{width}}{'end':>8}",
@@ -164,7 +169,7 @@ def accuracy_table(history, rises):
     return lines
 
 
-def verdict(rise, steps, interpolation_step):
+def verdict(rise: Rise, steps: list[int], interpolation_step: int) -> str:
     if np.isnan(rise.largest):
         return "-"
     if rise.half is not None:
@@ -176,96 +181,123 @@ def verdict(rise, steps, interpolation_step):
     return "no delayed rise"
 
 
-def notes(history):
+def notes(history: dict, rises: dict[str, Rise]) -> list[str]:
+    """Return explanations of the summary's rows and columns, of those that it has."""
+    from scipy import stats
+
+    words = []
+    if of_measure("robust", rises):
+        words.append("robust: right, and no attack on the exact objective succeeds.")
+    if of_measure("adv", rises):
+        words.append("adv: right after PGD on cross-entropy as computed.")
+    compared = any(np.isfinite(rise.largest) for rise in rises.values())
+    if interpolation_of(history) is not None:
+        words.append("at 99%: at interpolation.")
+    if compared:
+        words.append("dip, highest: the lowest later level, if it is lower, and the highest, held for "
+                     f"{HOLD} log points. half: of the rise to highest; 1.5x: at 1.5 times the step of interpolation.")
     images = history["sizes"].get("attacked") or history["sizes"].get("test") or 1
-    low, high = wilson_interval(0.5, images)
-    how = ("image by image (exact McNemar test" if any(history.get("outcomes", {}).values()) else
-           "as if on new images (Wilson scores")
-    return ["robust: right, and no attack on the exact objective succeeds. adv: right after PGD on cross-entropy as "
-            "computed. at 99%: at interpolation. dip, highest: the lowest later level, if it is lower, and the "
-            f"highest, held for {HOLD} log points. half: of the rise to highest; 1.5x: at 1.5 times the step of "
-            "interpolation.",
-            f"A rise or recovery counts if it is held and no chance of the images, compared {how}; with "
-            f"{CONFIDENCE:.0%} confidence this is right for all lines together). Measured on {images:,} images, 50.0% "
-            f"means {percent(low)} to {percent(high)}."]
+    low, high = stats.binomtest(images // 2, images).proportion_ci(CONFIDENCE, method="wilson")
+    scale = f"Measured on {images:,} images, {percent(images // 2 / images)} means {percent(low)} to {percent(high)}."
+    return [" ".join(words), ("A rise or recovery counts if it is held and beyond chance (an exact sign test on the "
+                              "images that changed, corrected for all lines and log points together; "
+                              f"{CONFIDENCE:.0%} confidence). " if compared else "") + scale]
 
 
-def middle_epsilon(history):
-    """The label of the middle epsilon of a run's grid, or None."""
+# ---- the tables -----------------------------------------------------------------------------------------------------
+
+def middle_epsilon(history: dict) -> str | None:
+    """Return the label of the middle epsilon of a run's grid, or None."""
     labels = [epsilon_label(key) for key in history.get("robust_acc", {})]
     return labels[(len(labels) - 1) // 2] if labels else None
 
 
-def table_row(history):
-    """The cells of one run that do not depend on the other runs."""
+def table_row(history: dict) -> list[str]:
+    """Return the cells of one run that do not depend on the other runs."""
     if not history["step"]:
         return ["0"] + ["-"] * 12
-    steps, start, rises = history["step"], interpolation_index(history.get("train_acc", [])), rises_of(history)
-    row = [f"{steps[-1]:,}", percent(last_value(column_of(history, "train_acc"))),
-           percent(rises["test"].final), "-" if start is None else f"{steps[start]:,}"]
+    steps, start, rises = history["step"], interpolation_of(history), rises_of(history)
     epsilon = middle_epsilon(history)
-    row.append(epsilon or "-")
+    row = [f"{steps[-1]:,}", percent(last_value(column_of(history, "train_acc"))), percent(rises["test"].final),
+           "-" if start is None else f"{steps[start]:,}", epsilon or "-"]
     for measure in ("robust", "adv"):
-        rise = rises.get(f"{measure} ε {epsilon}", Rise(np.nan, np.nan))
+        rise = rises.get(f"{measure} ε {epsilon}", UNKNOWN)
         delay = "-" if np.isnan(rise.largest) else "brief" if rise.brief else "none"
         row += [percent(rise.start), percent(rise.final),
-                delay if rise.half is None else factor(steps[rise.half], steps[start])]
+                delay if start is None or rise.half is None else factor(steps[rise.half], steps[start])]
     totals = total_complexity(history)
     totals = totals[np.isfinite(totals)]
     return row + ([f"{min(totals):.2f}", f"{max(totals):.2f}"] if len(totals) else ["-", "-"])
 
 
-def table(histories, names=None):
-    """Text: one line a run, with the flags in which the runs differ.
+def table(histories: Sequence[dict], names: Sequence[str] | None = None) -> str:
+    """Return text: one line for each run, with the flags in which the runs differ.
 
     names: what to call each run, by default config["log_dir"]. Robust and adversarial accuracy are those of the middle
     epsilon of each run's grid, at interpolation and at the end; local complexity is the sum over the layers around
-    training points at the first radius, its lowest and highest value in the run.
+    training points at the first radius, its lowest and highest value in the run. Where the lines would be longer than
+    120 columns, the flags follow in a list of their own.
     """
     names = names or short_names([history["config"].get("log_dir", "-") for history in histories])
     flags = differing_flags(histories)
-    rows = [["run", *flags, "steps", "train", "test", "99% at", "ε", "robust", "end", "delay", "adv", "end", "delay",
-             "LC min", "max"]]
-    rows += [[name, *(flag_text(flag, history["config"].get(flag)) for flag in flags), *table_row(history)]
-             for name, history in zip(names, histories, strict=True)]
+    values = [[*flags], *([flag_text(flag, history["config"].get(flag)) for flag in flags] for history in histories)]
+    rows = [["run", "steps", "train", "test", "99% at", "ε", "robust", "end", "delay", "adv", "end", "delay", "LC min",
+             "max"], *([name, *table_row(history)] for name, history in zip(names, histories, strict=True))]
+    whole = aligned([[row[0], *cells, *row[1:]] for row, cells in zip(rows, values, strict=True)])
+    if len(whole[0]) <= TABLE_WIDTH or not flags:
+        return "\n".join(whole)
+    width = max(map(len, names))
+    chosen = [command_flags(history["config"], [flag for flag in flags if flag in asked(history)])
+              for history in histories]
+    lists = [textwrap.fill(f"{name.ljust(width)}  {words}", TABLE_WIDTH, subsequent_indent=" " * (width + 2),
+                           break_long_words=False, break_on_hyphens=False)
+             for name, words in zip(names, chosen, strict=True)]
+    return "\n".join([*aligned(rows), "", *lists])
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Return lines with the cells in columns: the first to the left, the others to the right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join("  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows)
+    return ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows]
 
 
-def markdown_table(histories, names=None, epsilon=None):
-    """Markdown: one row a configuration, runs that differ in their seed only together, for results/README.md.
+def markdown_table(histories: Sequence[dict], names: Sequence[str] | None = None, epsilon: str | None = None) -> str:
+    """Return Markdown: one row for each configuration, runs that differ only in the seed together.
 
     names: what to call each run; a row has the name of its first. epsilon: a key of robust_acc, by default the middle
     one of each grid. "then" is the step of interpolation; dip and highest are the lowest later level, if it is lower,
-    and the highest, held for HOLD log points. Of several seeds: mean (lowest to highest), and rises tested on all
-    their images together.
+    and the highest, held for HOLD log points. Several seeds: mean (lowest to highest), and rises tested on the images
+    of all of them, but for runs that have not come as far as the others or not fitted their training set.
     """
     names = names or short_names([history["config"].get("log_dir", "-") for history in histories])
     name_of = {id(history): name for history, name in zip(histories, names, strict=True)}
     groups, _ = grouped([history for history in histories if history["step"]])
-    usual = usual_flags(histories)
     rows = [["run", "flags", "training 99% at step", "test accuracy then", "at the end", "ε",
              "`robust_acc` then", "dip", "highest later", "half of the rise by step",
              "`adv_acc` then", "highest later", "half of the rise by step"]]
     rows.append(["---"] * len(rows[0]))
     for group in groups:
-        seeds = f" ({len(group)} seeds)" if len(group) > 1 else ""
-        rows.append([name_of[id(group[0])] + seeds, chosen_flags(group, usual), *markdown_cells(group, epsilon)])
+        tested = len(poolable(group))
+        seeds = f" ({len(group)} seeds" + (f", {tested} of them tested)" if tested < len(group) else ")")
+        flags = [name for name in asked(group[0])
+                 if name not in NOT_COMPARED and not (name == "seed" and len(group) > 1)]
+        text = command_flags(group[0]["config"], flags)
+        rows.append([name_of[id(group[0])] + (seeds if len(group) > 1 else ""), f"`{text}`" if text else "-",
+                     *markdown_cells(group, epsilon)])
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
-def markdown_cells(group, epsilon=None):
-    """What the runs of one configuration did, as the cells of markdown_table."""
+def markdown_cells(group: Sequence[dict], epsilon: str | None = None) -> list[str]:
+    """Return what the runs of one configuration did, as the cells of markdown_table."""
     label = epsilon_label(epsilon) if epsilon else middle_epsilon(group[0])
-    starts = [interpolation_index(history.get("train_acc", [])) for history in group]
-    fitted = [history["step"][start] for history, start in zip(group, starts, strict=True) if start is not None]
+    fitted = [history["step"][start] for history in group if (start := interpolation_of(history)) is not None]
     runs, (steps, pooled) = [rises_of(history) for history in group], pooled_rises(group)
 
-    def cells(curve, *fields):
+    def cells(curve: str, *fields: str) -> list[str]:
         return [spread_text([getattr(run[curve], field) for run in runs if curve in run]) for field in fields]
 
-    def rise(curve):
-        found = pooled.get(curve, Rise(np.nan, np.nan))
+    def rise(curve: str) -> str:
+        found = pooled.get(curve, UNKNOWN)
         if found.half is not None:
             return f"{steps[found.half]:,} ({factor(steps[found.half], steps[0])})"
         return f"out of the dip: {steps[found.recovery]:,}" if found.recovery is not None else "-"
@@ -275,36 +307,15 @@ def markdown_cells(group, epsilon=None):
             *cells(robust, "start", "dip", "level"), rise(robust), *cells(adv, "start", "level"), rise(adv)]
 
 
-def usual_flags(histories):
-    """{flag: the JSON of its most frequent value}."""
-    values = {}
-    for history in histories:
-        for flag, value in history["config"].items():
-            values.setdefault(flag, []).append(json.dumps(value))
-    return {flag: max(texts, key=texts.count) for flag, texts in values.items()}
-
-
-def chosen_flags(group, usual):
-    """The flags that the user chose for these runs, as they are written, or '-'.
-
-    Where a history does not say which they are: those that have not their usual value.
-    """
-    config = group[0]["config"]
-    names = group[0].get("asked", [flag for flag, value in config.items() if json.dumps(value) != usual[flag]])
-    aside = NOT_COMPARED - {"n_steps", "n_epochs"} | ({"seed"} if len(group) > 1 else set())
-    text = command_flags(config, [name for name in names if name not in aside])
-    return f"`{text}`" if text else "-"
-
-
-def command_flags(config, names):
-    """These flags as one writes them: '--depth=2 --batch_norm'."""
-    given = {name: config[name] for name in names if not (config.get(name) is None or config[name] is False)}
+def command_flags(config: dict, names: Iterable[str]) -> str:
+    """Return these flags as one writes them: '--depth=2 --batch_norm'."""
+    given = {name: config.get(name) for name in names}
     return " ".join(f"--{name}" if value is True else f"--{name}={flag_text(name, value, between=',')}"
-                    for name, value in given.items())
+                    for name, value in given.items() if value is not None and value is not False)
 
 
-def spread_text(values, form="{:.1%}"):
-    """'15.9%' of one value or equal ones, '17.4% (15.9% to 20.3%)' of several, '-' of none."""
+def spread_text(values: Sequence[float], form: str = "{:.1%}") -> str:
+    """Return '15.9%' of one value or equal ones, '17.4% (15.9% to 20.3%)' of several, '-' of none."""
     values = [value for value in values if np.isfinite(value)]
     if not values:
         return "-"

@@ -1,35 +1,93 @@
-"""Several runs: which belong together, what sets them apart, and what to call them."""
+"""Several runs: which belong together, how they differ, and what to call them."""
 
 import json
 import os
 import textwrap
+from collections import Counter
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from flags import EXECUTION, FIELDS, LENGTH, epsilon_label, flags_of, history_key
+from flags import EXECUTION, LENGTH, epsilon_label, flags_of, history_key
 
-# Flags that say where or how a run was computed, not what was trained or measured.
 NOT_COMPARED = flags_of(EXECUTION)
 # Flags that a figure shows without words, or that say how finely it was measured.
-NOT_IN_TITLES = NOT_COMPARED | flags_of(LENGTH) | {"epsilons", "lc_radius", "adv_size", "lc_samples", "log_points",
-                                                   "log_interval", "seed"}
+NOT_IN_TITLES = NOT_COMPARED | flags_of(LENGTH) | {
+    "epsilons", "lc_radius", "adv_size", "lc_samples", "log_points", "log_interval", "seed"}
 
 
-def asked(history):
-    """Names of the flags that the user gave; of an older history, which does not say, all."""
+def asked(history: dict) -> list[str]:
+    """Return the names of the flags that the user gave, of all flags if the history does not say."""
     return history.get("asked", list(history["config"]))
 
 
-def differing_flags(histories, also_same=()):
-    """Names of the flags that the user chose and in which the runs differ, places and the like aside."""
-    names = dict.fromkeys(name for history in histories for name in asked(history))
-    return [name for name in names if name in FIELDS.keys() - NOT_COMPARED and name not in also_same
-            and len({json.dumps(history["config"].get(name)) for history in histories}) > 1]
+def value_of(history: dict, name: str) -> str:
+    """Return a flag's value as JSON, for comparisons."""
+    return json.dumps(history["config"].get(name))
 
 
-def flag_text(name, value, between=" "):
-    """A flag's value as one writes it: an epsilon of 0.0313725 as 8/255."""
+def differing_flags(histories: Sequence[dict], also_same: Collection[str] = ()) -> list[str]:
+    """Return the names of the flags that the user chose and in which the runs differ.
+
+    Flags of kind EXECUTION are not compared, except for data_dir where it says what the data are. A difference in
+    length is one in n_steps, however it was asked for.
+    """
+    names = dict.fromkeys(name for history in histories for name in asked(history)
+                          if name not in NOT_COMPARED | flags_of(LENGTH))
+    configs = [history["config"] for history in histories]
+    if len({config.get("n_epochs") or config.get("n_steps") for config in configs}) > 1:
+        names["n_steps"] = None
+    if any(config.get("dataset") in ("imagefolder", "npz") for config in configs):
+        names["data_dir"] = None
+    return [name for name in names
+            if name not in also_same and len({value_of(history, name) for history in histories}) > 1]
+
+
+def grouped(histories: Sequence[dict]) -> tuple[list[list[dict]], list[str]]:
+    """Return (groups, flags): the runs in groups that differ only in the seed, and the flags that set groups apart.
+
+    A seed counts once in a group: a second run of the same seed and flags begins a group of its own, which is told
+    apart by its log_dir.
+    """
+    flags = differing_flags(histories, also_same={"seed"})
+    groups: dict[tuple, list[dict]] = {}
+    seen: Counter = Counter()
+    for history in histories:
+        values = tuple(value_of(history, flag) for flag in flags)
+        run = (*values, value_of(history, "seed"))
+        groups.setdefault((*values, seen[run]), []).append(history)
+        seen[run] += 1
+    return list(groups.values()), flags + ["log_dir"] * (max(seen.values(), default=1) > 1)
+
+
+def together(group: Sequence[dict], column: Callable[[dict], np.ndarray]
+             ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Return (steps, mean, low, high) of one column over runs that differ only in the seed.
+
+    column: maps a history to an array, log points first. A run whose log steps differ from the others' is interpolated
+    in log(step); beyond the last step of a run the others are averaged without it.
+    """
+    if len(group) == 1:
+        values = column(group[0])
+        return np.array(group[0]["step"]), values, values, values
+    steps = np.unique(np.concatenate([history["step"] for history in group]))
+    resampled = []
+    for history in group:
+        values = column(history)
+        flat = [np.interp(np.log1p(steps), np.log1p(history["step"]), entry, left=np.nan, right=np.nan)
+                for entry in values.reshape(len(values), -1).T]
+        resampled.append(np.stack(flat, axis=1).reshape(len(steps), *values.shape[1:]))
+    stack = np.ma.masked_invalid(resampled)
+    mean, low, high = (np.ma.filled(fold(axis=0), np.nan) for fold in (stack.mean, stack.min, stack.max))
+    return steps, mean, low, high
+
+
+# ---- names and titles -----------------------------------------------------------------------------------------------
+
+def flag_text(name: str, value: Any, between: str = " ") -> str:
+    """Return a flag's value as one writes it: an epsilon of 0.0313725 as 8/255."""
     if isinstance(value, list):
         return between.join(flag_text(name, entry) for entry in value)
     if name == "epsilons" and value is not None:
@@ -37,8 +95,8 @@ def flag_text(name, value, between=" "):
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def in_title(name, value):
-    """A flag and its value in words that no line break parts."""
+def in_title(name: str, value: Any) -> str:
+    """Return a flag and its value in words that are not broken over two lines."""
     words = name.replace("_", " ")
     if isinstance(value, bool):
         words = words if value else f"no {words}"
@@ -47,8 +105,8 @@ def in_title(name, value):
     return words.replace(" ", "\N{NBSP}")
 
 
-def short_names(paths):
-    """The parts in which paths differ: 'runs/a/logs/h.json', 'runs/b/logs/h.json' -> 'a', 'b'."""
+def short_names(paths: Sequence[str | Path]) -> list[str]:
+    """Return the parts in which paths differ: 'runs/a/logs/h.json', 'runs/b/logs/h.json' -> 'a', 'b'."""
     parts = [Path(path).parts for path in paths]
     if len(set(parts)) == 1:
         return [str(path) for path in paths]
@@ -57,8 +115,8 @@ def short_names(paths):
     return ["/".join(part[head:len(part) - tail]) or "." for part in parts]
 
 
-def run_title(history, flags=()):
-    """What was trained on what and what else the user chose, the flags that differ between the runs left out."""
+def run_title(history: dict, flags: Collection[str] = ()) -> str:
+    """Return what was trained on what, and what else the user chose, without the flags in which the runs differ."""
     config, sizes = history["config"], history["sizes"]
     same = {name: value for name, value in config.items() if name not in flags and value is not None}
     shape = ", ".join(f"{name} {same[name]}" for name in ("depth", "width") if name in same)
@@ -71,44 +129,16 @@ def run_title(history, flags=()):
     return ", ".join([text, *(in_title(name, same[name]) for name in chosen)])
 
 
-def group_title(group, flags):
-    """What sets this group off from the others, in lines that a small panel has room for."""
+def group_title(group: Sequence[dict], flags: Sequence[str]) -> str:
+    """Return the values of these flags in a group of runs, in lines that fit a small panel."""
     config = group[0]["config"]
     return textwrap.fill(", ".join(in_title(flag, config.get(flag)) for flag in flags), 42)
 
 
-def runs_text(group):
+def runs_text(group: Sequence[dict]) -> str:
+    """Return how many runs a group's mean is of; nothing for one run."""
     if len(group) == 1:
         return ""
     ends = [history["step"][-1] if history["step"] else 0 for history in group]
     unfinished = sum(end < max(ends) for end in ends)
     return f"mean and range of {len(group)} runs" + (f", {unfinished} of them not at the end" if unfinished else "")
-
-
-def grouped(histories):
-    """(groups, flags): the histories in groups of equal configuration, the seed aside, and the flags that differ."""
-    flags = differing_flags(histories, also_same={"seed"})
-    groups = {}
-    for history in histories:
-        groups.setdefault(json.dumps([history["config"].get(flag) for flag in flags]), []).append(history)
-    return list(groups.values()), flags
-
-
-def together(group, column):
-    """(steps, mean, low, high) of one column over runs that differ in their seed only.
-
-    column: function of a history that returns an array, log points first. A run whose log steps differ from the others'
-    is interpolated in log(step); beyond the last step of a run the others are averaged without it.
-    """
-    if len(group) == 1:
-        values = column(group[0])
-        return np.array(group[0]["step"]), values, values, values
-    steps = np.unique(np.concatenate([history["step"] for history in group]))
-    stack = []
-    for history in group:
-        values = column(history)
-        flat = [np.interp(np.log1p(steps), np.log1p(history["step"]), entry, left=np.nan, right=np.nan)
-                for entry in values.reshape(len(values), -1).T]
-        stack.append(np.stack(flat, axis=1).reshape(len(steps), *values.shape[1:]))
-    stack = np.ma.masked_invalid(stack)
-    return steps, *(np.ma.filled(fold(axis=0), np.nan) for fold in (stack.mean, stack.min, stack.max))
