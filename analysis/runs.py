@@ -37,7 +37,7 @@ def differing_flags(histories: Sequence[dict], also_same: Collection[str] = ()) 
     names = dict.fromkeys(name for history in histories for name in asked(history)
                           if name not in NOT_COMPARED | flags_of(LENGTH))
     configs = [history["config"] for history in histories]
-    if len({config.get("n_epochs") or config.get("n_steps") for config in configs}) > 1:
+    if len({config.get("n_steps") for config in configs}) > 1:
         names["n_steps"] = None
     if any(config.get("dataset") in ("imagefolder", "npz") for config in configs):
         names["data_dir"] = None
