@@ -18,13 +18,13 @@ import socket
 import sys
 import unicodedata
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 import torch
@@ -40,7 +40,6 @@ DEFAULT_IMAGE_SIZE = 128
 IMAGE_FORMATS = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP")  # those of IMG_EXTENSIONS; EPS would start Ghostscript
 IMAGENETTE_COUNTS = {"train": 9469, "val": 3925}
 DOWNLOAD_TIMEOUT = 15  # seconds without an answer; without it, a firewall that drops packets holds a run for minutes
-BLOCK = 64  # images that a thread decodes at a time
 LARGEST_MODULUS = 500  # its pairs take 250 MB
 SUBSET, LABEL_NOISE, SPLIT = range(3)  # what a random generator is for; it is seeded by (seed, purpose)
 NPZ_NAMES = (("x_train", "y_train", "x_test", "y_test"),
@@ -283,15 +282,10 @@ def read_idx(name: str, path: str, dimensions: int) -> torch.Tensor:
     if not os.path.isfile(path):
         raise ValueError(f"{path} is missing or not a regular file: {remedy(Path(path).parents[1], name)}")
     header = np.fromfile(path, ">u4", 1 + dimensions).tolist()
-    if len(header) < 1 + dimensions:
-        raise ValueError(f"{path} is cut off within its header: {remedy(path, name)}")
-    magic = 0x0800 + dimensions
-    if header[0] != magic:
-        raise ValueError(f"{path} is not an idx file of {dimensions}-dimensional bytes (it starts with "
-                         f"0x{header[0]:08x}, not 0x{magic:08x}): {remedy(path, name)}")
-    expected, size = 4 * len(header) + math.prod(header[1:]), os.path.getsize(path)
-    if size != expected or 0 in header:
-        raise ValueError(f"{path} holds {size} bytes where its header promises {expected}: {remedy(path, name)}")
+    is_idx = len(header) == 1 + dimensions and header[0] == 0x0800 + dimensions and 0 not in header
+    if not is_idx or os.path.getsize(path) != 4 * len(header) + math.prod(header[1:]):
+        raise ValueError(f"{path} is damaged or not an idx file of {dimensions}-dimensional bytes: "
+                         f"{remedy(path, name)}")
     return torch.from_numpy(np.fromfile(path, np.uint8, offset=4 * len(header)).reshape(header[1:]))
 
 
@@ -299,21 +293,21 @@ def remedy(path: str | Path, name: str) -> str:
     return f"delete {path} and run `python data.py {name}` to download it again"
 
 
-def check_md5(name: str, folder: str, files: Sequence, damaged: str = "") -> None:
-    """Raise ValueError if one of the (file name, MD5) is damaged; what to delete is `damaged`, or the file.
+def check_md5(name: str, folder: str, files: Sequence) -> None:
+    """Raise ValueError if one of the (file name, MD5) is there and damaged.
 
     torchvision downloads a damaged file again: without a network its error would hide what is wrong.
     """
     for file_name, md5 in files:
         path = os.path.join(folder, file_name)
         if os.path.isfile(path) and not check_integrity(path, md5):
-            raise ValueError(f"{path} is truncated or damaged (wrong MD5): {remedy(damaged or path, name)}")
+            raise ValueError(f"{path} is truncated or damaged (wrong MD5): {remedy(path, name)}")
 
 
 def read_cifar(dataset_class: Any, name: str, data_dir: str) -> Tensors:
-    folder, meta = os.path.join(data_dir, dataset_class.base_folder), dataset_class.meta
+    meta = dataset_class.meta
     files = [*dataset_class.train_list, *dataset_class.test_list, (meta["filename"], meta["md5"])]
-    check_md5(name, folder, files, damaged=folder)
+    check_md5(name, os.path.join(data_dir, dataset_class.base_folder), files)
     splits = []
     for train in (True, False):
         split = fetch(name, dataset_class, data_dir, train=train)
@@ -338,11 +332,9 @@ def read_imagenette(name: str, data_dir: str, image_size: int | None) -> Tensors
     counts = {split: sum(path.name[0] != "." for path in Path(root, split).glob("*/*.JPEG"))
               for split in IMAGENETTE_COUNTS}
     if counts != IMAGENETTE_COUNTS:
-        raise ValueError(
-            f"{root} holds {counts['train']} training and {counts['val']} test images where Imagenette has "
-            f"{IMAGENETTE_COUNTS['train']} and {IMAGENETTE_COUNTS['val']}, as after an interrupted extraction: "
-            f"{remedy(root, name)}; to train on a part of it, --dataset=imagefolder --data_dir={root}"
-        )
+        raise ValueError(f"{root} holds {counts} images where Imagenette has {IMAGENETTE_COUNTS}, as after an "
+                         f"interrupted extraction: {remedy(root, name)}; to train on a part of it, "
+                         f"--dataset=imagefolder --data_dir={root}")
     return read_folder(name, root, image_size or DEFAULT_IMAGE_SIZE)
 
 
@@ -405,7 +397,8 @@ def read_folder(name: str, root: str, image_size: int | None) -> Tensors:
     key = cache_key(root, paths[0] + paths[1], image_size)
     images = load_cache(cache, key, *map(len, paths))
     if images is None:
-        images = decode_splits(paths[0], paths[1], image_size)
+        size = (image_size, image_size) if image_size else common_size(paths[0] + paths[1])
+        images = [decode(split, size) for split in paths]
         if all(np.array_equal(image[:1].repeat(3, 0), image) for split in images for image in split):
             images = [split[:, :1] for split in images]  # no colour
         save_cache(cache, fingerprint=key, x_train=images[0], x_test=images[1])
@@ -494,14 +487,14 @@ def unreadable(path: str, reason: str) -> ValueError:
 
 def load_cache(path: str, key: str, n_train: int, n_test: int) -> list[np.ndarray] | None:
     """Return [x_train, x_test], or None if the cache is missing, damaged, or made for something else."""
+    if not os.path.isfile(path):  # reading a FIFO would never end
+        return None
     # Whatever is wrong with a cache, the images are still there. Damage shows: a zip file carries checksums.
-    with suppress(Exception):
-        if os.path.isfile(path):  # reading a FIFO would never end
-            with np.load(path, allow_pickle=False) as cache:
-                images = [cache["x_train"], cache["x_test"]]
-                fits = all(x.dtype == np.uint8 and x.ndim == 4 and x.shape[1] in (1, 3) and x.size for x in images)
-                if fits and [*map(len, images)] == [n_train, n_test] and str(cache["fingerprint"]) == key:
-                    return images
+    with suppress(Exception), np.load(path, allow_pickle=False) as cache:
+        images = [cache["x_train"], cache["x_test"]]
+        fits = all(x.dtype == np.uint8 and x.ndim == 4 and x.shape[1] in (1, 3) and x.size for x in images)
+        if fits and [*map(len, images)] == [n_train, n_test] and str(cache["fingerprint"]) == key:
+            return images
     return None
 
 
@@ -517,59 +510,54 @@ def save_cache(path: str, **arrays: Any) -> None:
             Path(temporary).unlink(missing_ok=True)
 
 
-class SizesDiffer(Exception):
-    """The images of a folder do not all have one size."""
+def common_size(paths: list[str]) -> tuple[int, int]:
+    """Return the (width, height) that all images have, or a square if they differ."""
+    sizes = set()
+    for path in paths:
+        with opened(path) as image:
+            sizes.add(image.size)
+        if len(sizes) > 1:
+            return DEFAULT_IMAGE_SIZE, DEFAULT_IMAGE_SIZE
+    return sizes.pop()
 
 
-def decode_splits(train_paths: list[str], test_paths: list[str], image_size: int | None) -> list[np.ndarray]:
-    if image_size is None:
-        height, width = read_image(train_paths[0]).shape[1:]
-        with suppress(SizesDiffer):
-            return [decode(paths, width, height, resize=False) for paths in (train_paths, test_paths)]
-        image_size = DEFAULT_IMAGE_SIZE
-    return [decode(paths, image_size, image_size, resize=True) for paths in (train_paths, test_paths)]
-
-
-def decode(paths: list[str], width: int, height: int, resize: bool) -> np.ndarray:
-    """Return uint8 (N, 3, height, width). Another size is resized or, without resize, raises SizesDiffer."""
-    shape = (len(paths), 3, height, width)
+def decode(paths: list[str], size: tuple[int, int]) -> np.ndarray:
+    """Return uint8 (N, 3, height, width); size: (width, height)."""
+    shape = (len(paths), 3, size[1], size[0])
     try:
         images = np.empty(shape, np.uint8)
     except (MemoryError, ValueError) as error:
-        raise ValueError(f"{len(paths)} images of {width}x{height} pixels take {math.prod(shape) // 10**9:,} GB, "
+        raise ValueError(f"{len(paths)} images of {size[0]}x{size[1]} pixels take {math.prod(shape) // 10**9:,} GB, "
                          "more memory than there is: choose a smaller image_size") from error
 
-    def decode_block(start: int) -> int:
-        block = paths[start:start + BLOCK]
-        for i, path in enumerate(block, start):
-            image = read_image(path, (width, height) if resize else None)
-            if image.shape != images.shape[1:]:
-                raise SizesDiffer
-            images[i] = image
-        return len(block)
+    def work(i: int) -> None:
+        images[i] = read_image(paths[i], size)
 
     # Threads, not processes: Pillow decodes without the interpreter lock, and forking is unsafe after CUDA.
-    progress = tqdm(total=len(paths), desc="decoding", unit="image", delay=1, leave=False,
-                    disable=None if sys.stderr else True)  # None: where standard error is no terminal
-    with progress, ThreadPoolExecutor() as pool:
-        for count in pool.map(decode_block, range(0, len(paths), BLOCK)):
-            progress.update(count)
+    with ThreadPoolExecutor() as pool:
+        for _ in tqdm(pool.map(work, range(len(paths))), total=len(paths), desc="decoding", unit="image", delay=1,
+                      leave=False, disable=None if sys.stderr else True):  # None: unless it is a terminal
+            pass
     return images
 
 
-def read_image(path: str, size: tuple[int, int] | None = None) -> np.ndarray:
-    """Return the image as RGB, uint8 (3, H, W), fitted to size (width, height) if given. ValueError names the file."""
+def read_image(path: str, size: tuple[int, int]) -> np.ndarray:
+    """Return the image as RGB, uint8 (3, H, W): resized to cover size (width, height), then its centre."""
+    with opened(path) as image:
+        if image.mode[0] in "IF":  # Pillow would clip values above 255 to white
+            raise ValueError("more than 8 bits per channel")
+        return np.asarray(ImageOps.fit(image.convert("RGB"), size, Image.Resampling.BILINEAR)).transpose(2, 0, 1)
+
+
+@contextmanager
+def opened(path: str) -> Iterator[Image.Image]:
+    """Open an image. Whatever goes wrong becomes a ValueError that names the file."""
     try:
         with Image.open(path, formats=IMAGE_FORMATS) as image:
-            if image.mode[0] in "IF":  # Pillow would clip values above 255 to white
-                raise ValueError("more than 8 bits per channel")
-            rgb = image.convert("RGB")
-        if size is not None:
-            rgb = ImageOps.fit(rgb, size, Image.Resampling.BILINEAR)
-        return np.asarray(rgb).transpose(2, 0, 1)
+            yield image
     except Exception as error:  # Pillow raises OSError, SyntaxError, struct.error and more for a damaged file
-        reason = "not an image" if isinstance(error, UnidentifiedImageError) else last_line(error)
-        raise unreadable(path, reason) from error
+        raise unreadable(path, "not an image" if isinstance(error, UnidentifiedImageError) else last_line(error)
+                         ) from error
 
 
 def shape_text(x: torch.Tensor) -> str:
@@ -578,8 +566,15 @@ def shape_text(x: torch.Tensor) -> str:
 
 # ---- the registry ---------------------------------------------------------------------------------------------------
 
-IDX_ARCHIVES = ("train-images-idx3-ubyte.gz, train-labels-idx1-ubyte.gz, t10k-images-idx3-ubyte.gz and "
-                "t10k-labels-idx1-ubyte.gz from ")
+def like_mnist(dataset_class: type, url: str, statistics: tuple = ()) -> Source:
+    files = (f"{split}-{kind}-ubyte.gz" for split in ("train", "t10k") for kind in ("images-idx3", "labels-idx1"))
+    return Source(partial(read_mnist, dataset_class), statistics, 1000, f"{', '.join(files)} from {url}",
+                  f"{dataset_class.__name__}/raw")
+
+
+def like_cifar(dataset_class: Any, *statistics: list[float]) -> Source:
+    return Source(partial(read_cifar, dataset_class), statistics,
+                  archives=f"{dataset_class.filename} from https://www.cs.toronto.edu/~kriz/")
 
 
 def modular(operation: Callable) -> Source:
@@ -588,21 +583,11 @@ def modular(operation: Callable) -> Source:
 
 
 DATASETS = {
-    "mnist": Source(
-        partial(read_mnist, datasets.MNIST), ([0.1307], [0.3081]), train_size=1000, folder="MNIST/raw",
-        archives=IDX_ARCHIVES + "https://ossci-datasets.s3.amazonaws.com/mnist/"),
-    "fashion_mnist": Source(
-        partial(read_mnist, datasets.FashionMNIST), train_size=1000, folder="FashionMNIST/raw",
-        archives=IDX_ARCHIVES + "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/"),
-    "kmnist": Source(
-        partial(read_mnist, datasets.KMNIST), train_size=1000, folder="KMNIST/raw",
-        archives=IDX_ARCHIVES + "http://codh.rois.ac.jp/kmnist/dataset/kmnist/"),
-    "cifar10": Source(
-        partial(read_cifar, datasets.CIFAR10), ([0.4914, 0.4822, 0.4465], [0.2470, 0.2435, 0.2616]),
-        archives="cifar-10-python.tar.gz from https://www.cs.toronto.edu/~kriz/"),
-    "cifar100": Source(
-        partial(read_cifar, datasets.CIFAR100), ([0.5071, 0.4865, 0.4409], [0.2673, 0.2564, 0.2762]),
-        archives="cifar-100-python.tar.gz from https://www.cs.toronto.edu/~kriz/"),
+    "mnist": like_mnist(datasets.MNIST, "https://ossci-datasets.s3.amazonaws.com/mnist/", ([0.1307], [0.3081])),
+    "fashion_mnist": like_mnist(datasets.FashionMNIST, "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/"),
+    "kmnist": like_mnist(datasets.KMNIST, "http://codh.rois.ac.jp/kmnist/dataset/kmnist/"),
+    "cifar10": like_cifar(datasets.CIFAR10, [0.4914, 0.4822, 0.4465], [0.2470, 0.2435, 0.2616]),
+    "cifar100": like_cifar(datasets.CIFAR100, [0.5071, 0.4865, 0.4409], [0.2673, 0.2564, 0.2762]),
     "svhn": Source(read_svhn, archives="train_32x32.mat and test_32x32.mat from "
                                        "http://ufldl.stanford.edu/housenumbers/"),
     "imagenette": Source(
@@ -618,10 +603,6 @@ DATASETS = {
 
 
 def main() -> None:
-    def fail(message: object, status: int = 2) -> NoReturn:
-        print(f"data.py: error: {message}", file=sys.stderr)
-        sys.exit(status)
-
     parser = OneLineParser(prog="data.py", description="Download and check data sets without training.")
     parser.add_argument("names", nargs="+", metavar="NAME", help=f"one or more of {', '.join(DATASETS)}")
     parser.add_argument("--data_dir", default="data", help="where data sets are kept; for imagefolder, the folder that "
@@ -639,9 +620,9 @@ def main() -> None:
                   f"{shape_text(dataset.x_train)}, {dataset.num_classes} classes "
                   f"({f'part of {source.package}' if source.package else path})", flush=True)
     except (OSError, ValueError) as error:
-        fail(error)
+        parser.error(str(error))
     except KeyboardInterrupt:
-        fail("interrupted", status=130)
+        parser.exit(130, "data.py: error: interrupted\n")
 
 
 if __name__ == "__main__":
