@@ -1,26 +1,30 @@
-"""The data sets as tensors: each split is one uint8 tensor (N, C, H, W) and one int64 tensor of labels (N,).
+"""The data sets as tensors: each split is a uint8 tensor of images (N, C, H, W) and an int64 tensor of labels (N,).
 
-A compute node often has no internet; fetch and check ahead of time, on a node that has:
+A compute node often has no internet. Download and check the data beforehand, on a machine that has:
 
     python data.py mnist cifar10 --data_dir data
 
-mnist, cifar10, cifar100 and imagenette are downloaded and checked by torchvision, digits comes with scikit-learn, and
-imagefolder is any folder of the layout {train,test or val}/CLASS/IMAGE. Another data set is one more entry in DATASETS.
+torchvision downloads and checks mnist, fashion_mnist, kmnist, cifar10, cifar100, svhn and imagenette. digits comes with
+scikit-learn, and the modular_* sets are computed. imagefolder is any folder with the layout
+{train,test or val}/CLASS/IMAGE, npz any file with arrays of images and labels. To add a data set, add an entry to
+DATASETS.
 """
 
-import argparse
 import hashlib
 import math
+import operator
 import os
 import socket
 import sys
+import unicodedata
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -30,16 +34,22 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.datasets.utils import check_integrity
 from tqdm import tqdm
 
+from flags import OneLineParser, number
+
 DEFAULT_IMAGE_SIZE = 128
+IMAGE_FORMATS = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP")  # those of IMG_EXTENSIONS; EPS would start Ghostscript
 IMAGENETTE_COUNTS = {"train": 9469, "val": 3925}
-DOWNLOAD_TIMEOUT = 15  # seconds without an answer; a firewall that drops packets would else hold a run for minutes
-BLOCK = 64  # images a thread decodes at a time
-SUBSET, LABEL_NOISE = range(2)  # what a random generator is for: generators are seeded by (seed, purpose)
+DOWNLOAD_TIMEOUT = 15  # seconds without an answer; without it, a firewall that drops packets holds a run for minutes
+LARGEST_MODULUS = 500  # its pairs take 250 MB
+SUBSET, LABEL_NOISE, SPLIT = range(3)  # what a random generator is for; it is seeded by (seed, purpose)
+NPZ_NAMES = (("x_train", "y_train", "x_test", "y_test"),
+             ("train_images", "train_labels", "test_images", "test_labels"))  # the second are MedMNIST's
+Tensors = tuple  # x_train, y_train, x_test, y_test and the number of classes, as in Dataset
 
 
 @dataclass
 class Dataset:
-    """x_*: uint8 (N, C, H, W) in 0..255; y_*: int64 (N,); mean, std: one float a channel, in pixel units of [0, 1]."""
+    """x_*: uint8 (N, C, H, W); y_*: int64 (N,); mean, std: one float for each channel, in pixel units of [0, 1]."""
 
     name: str
     x_train: torch.Tensor
@@ -47,103 +57,109 @@ class Dataset:
     x_test: torch.Tensor
     y_test: torch.Tensor
     num_classes: int
-    mean: list
-    std: list
+    mean: list[float]
+    std: list[float]
 
 
-@dataclass
+@dataclass(frozen=True)
 class Source:
-    """What is known of a data set beforehand: one entry of DATASETS."""
+    """How to get a data set: an entry of DATASETS."""
 
-    read: Callable  # (name, data_dir, image_size) -> x_train, y_train, x_test, y_test, num_classes
-    statistics: tuple = ()  # mean and std of the whole training split; empty: they are computed
-    train_size: int | None = None  # training images used where nobody says how many (the paper's 1,000); None: all
-    archives: str = ""  # what to put by hand, where there is no internet, into data_dir/folder; torchvision takes an
-    folder: str = ""  # archive that lies there for its own download, after checking its MD5
-    resizable: bool = False  # whether image_size applies
-    package: str = ""  # the package that it comes with, if it takes nothing from data_dir
+    read: Callable[..., Tensors]  # called with name, data_dir and the options below
+    statistics: tuple = ()  # mean and std of the whole training split; if empty, they are computed
+    train_size: int | None = None  # default number of training images (1,000 in the paper); None: all
+    archives: str = ""  # without internet, put these into data_dir/folder: torchvision takes them for its download
+    folder: str = ""
+    options: tuple[str, ...] = ()  # which of image_size, modulus, train_fraction, seed it depends on
+    package: str = ""  # what it is part of, if it needs no data_dir
+    is_file: bool = False  # whether data_dir is a file
 
 
-def load_dataset(name, data_dir="data", train_size=None, seed=42, image_size=None, label_noise=0.0):
-    """Return a Dataset on the CPU; download it into data_dir where it is missing and can be downloaded.
+def load_dataset(name: str, data_dir: str | Path = "data", train_size: int | str | None = None, seed: int = 42,
+                 image_size: int | None = None, label_noise: float = 0.0, *, modulus: int | None = None,
+                 train_fraction: float | None = None) -> Dataset:
+    """Return a Dataset on the CPU; download it into data_dir if it is missing and can be downloaded.
 
-    name: one of DATASETS. For imagefolder, data_dir is the folder that holds train/ and test/ (or val/); digits needs
-    no data_dir. train_size: so many training images, drawn at random by seed, or "all" (default: 1,000 for mnist and
-    digits, or all if there are fewer; all for the rest); with one seed a smaller draw is part of a larger one. The test
-    set is always whole and the same. image_size: side in pixels, for imagenette (default 128) and imagefolder: the
-    shorter side is resized to it, then the centre cut out. Without it, an imagefolder whose images all have one size
-    keeps that size; any other gets 128. label_noise: this fraction of the selected training labels is replaced by
-    uniformly random ones (by seed; one in num_classes happens to be right). mean and std are those of the whole
-    training split.
+    name: a key of DATASETS. data_dir: for imagefolder the folder that holds train/ and test/ (or val/), for npz the
+    file; digits and modular_* do not use it. train_size: number of training images, drawn at random by seed, or "all"
+    (default: 1,000 for digits and the sets like MNIST, or all if there are fewer; all for the others). For one seed a
+    smaller draw is part of a larger one; the test set is always whole. image_size: side in pixels, for imagenette
+    (default 128) and imagefolder: the shorter side is resized to it and the centre cut out. By default an imagefolder
+    whose images all have one size keeps it, any other gets 128. An imagefolder without colour has one channel.
+    label_noise: fraction of the selected training labels to replace by uniformly random ones (one in num_classes is
+    right by chance). modulus, train_fraction: for modular_*, the p of (a + b) mod p (default 97) and the fraction of
+    the p * p pairs to train on (default 0.5). mean and std are those of the whole training split.
 
-    Decoded folders are cached as decoded-SIZE.npz inside the folder of images, where that can be written.
+    The decoded images of a folder are cached in it, as decoded-SIZE.npz, if it can be written. The cache trusts
+    everyone who can write to that folder.
 
-    Raises ValueError for an unknown name, an option out of range and damaged files; OSError (FileNotFoundError,
-    NotADirectoryError, PermissionError among them) for what is missing, unreadable or cannot be downloaded.
+    Raises ValueError for an unknown name, an option out of range or damaged files, and OSError (such as
+    FileNotFoundError, NotADirectoryError or PermissionError) if data are missing, unreadable or cannot be downloaded.
     """
-    source = source_of(name)
-    if train_size not in (None, "all") and train_size < 1:
+    if isinstance(train_size, int) and train_size < 1:
         raise ValueError(f"train_size must be at least 1, not {train_size}")
     if seed < 0:
         raise ValueError(f"seed must not be negative, not {seed}")
-    if not 0 <= label_noise <= 1:  # false for NaN, too
+    if not 0 <= label_noise <= 1:  # also refuses NaN
         raise ValueError(f"label_noise is a fraction between 0 and 1, not {label_noise}")
 
-    dataset = read_dataset(name, data_dir, image_size)
+    dataset = read_dataset(name, data_dir, seed, image_size=image_size, modulus=modulus, train_fraction=train_fraction)
     available = len(dataset.x_train)
     if train_size is None:
-        train_size = min(source.train_size or available, available)
-    if train_size == "all":
-        train_size = available
-    if train_size > available:
-        raise ValueError(f"train_size {train_size} is more than the {available} training images of {name}")
-    if train_size < available:
-        chosen = torch.from_numpy(np.random.default_rng((seed, SUBSET)).permutation(available)[:train_size])
+        train_size = min(source_of(name).train_size or available, available)
+    count = available if train_size == "all" else int(train_size)
+    if count > available:
+        raise ValueError(f"train_size {count} is more than the {available} training images of {name}")
+    if count < available:
+        chosen = torch.from_numpy(np.random.default_rng((seed, SUBSET)).permutation(available)[:count])
         dataset.x_train, dataset.y_train = dataset.x_train[chosen], dataset.y_train[chosen]
     if label_noise > 0:
         rng = np.random.default_rng((seed, LABEL_NOISE))
-        replaced = rng.permutation(train_size)[:round(label_noise * train_size)]
+        replaced = rng.permutation(count)[:round(label_noise * count)]
         dataset.y_train[replaced] = torch.from_numpy(rng.integers(dataset.num_classes, size=len(replaced)))
     return dataset
 
 
-def source_of(name):
+def source_of(name: str) -> Source:
+    """Return the entry of DATASETS; ValueError if there is none."""
     if name not in DATASETS:
         raise ValueError(f"unknown data set '{name}': choose from {', '.join(DATASETS)}")
     return DATASETS[name]
 
 
-def read_dataset(name, data_dir="data", image_size=None):
-    """Return the whole data set, before any subset or label noise. Arguments and errors as in load_dataset."""
+def read_dataset(name: str, data_dir: str | Path = "data", seed: int = 42, **options: Any) -> Dataset:
+    """Return the whole data set, without a subset or label noise. Arguments and errors as in load_dataset."""
     source = source_of(name)
-    if image_size is not None and not source.resizable:
-        resizable = " and ".join(other for other in DATASETS if DATASETS[other].resizable)
-        raise ValueError(f"image_size is for {resizable} only; the images of {name} have a fixed size")
-    if image_size is not None and image_size < 1:
-        raise ValueError(f"image_size must be at least 1 pixel, not {image_size}")
-    data_dir = os.path.expanduser(data_dir)
-    if not source.package and os.path.lexists(data_dir):  # a link to nothing is there, too
-        check_directory(data_dir)
-    x_train, y_train, x_test, y_test, num_classes = source.read(name, data_dir, image_size)
+    for option, value in options.items():
+        if value is not None and option not in source.options:
+            takers = " and ".join(other for other in DATASETS if option in DATASETS[other].options)
+            raise ValueError(f"{option} is for {takers} only, not for {name}")
+    if options.get("image_size") is not None and options["image_size"] < 1:
+        raise ValueError(f"image_size must be at least 1 pixel, not {options['image_size']}")
+    options = {option: value for option, value in {**options, "seed": seed}.items() if option in source.options}
+    path = os.path.expanduser(data_dir)
+    if not (source.package or source.is_file) and os.path.lexists(path):  # also if it is a dangling link
+        check_directory(path)
+    x_train, y_train, x_test, y_test, num_classes = source.read(name, path, **options)
     if x_train.shape[1:] != x_test.shape[1:]:
-        raise ValueError(f"the training images of {name} are {shape_text(x_train)}, its test images "
-                         f"{shape_text(x_test)}: files of two data sets are mixed in {data_dir}")
+        raise ValueError(f"the training images of {name} are {shape_text(x_train)} and its test images "
+                         f"{shape_text(x_test)}: files of two data sets are mixed in {path}")
     mean, std = source.statistics or channel_statistics(x_train)
     return Dataset(name, x_train, y_train, x_test, y_test, num_classes, list(mean), list(std))
 
 
-def check_directory(path):
+def check_directory(path: str) -> None:
     if not os.path.isdir(path):
         raise NotADirectoryError(f"{path} is not a directory: give the data directory with --data_dir")
     if not os.access(path, os.R_OK | os.X_OK):
         raise PermissionError(f"no permission to read {path}: change its mode or give another --data_dir")
 
 
-def channel_statistics(x):
-    """Mean and standard deviation of each channel of a uint8 tensor (N, C, H, W), in pixel units of [0, 1].
+def channel_statistics(x: torch.Tensor) -> tuple[list[float], list[float]]:
+    """Return mean and standard deviation of each channel of a uint8 tensor (N, C, H, W), in pixel units of [0, 1].
 
-    A channel without any contrast gets 1 in place of 0, so that dividing by std is safe. Goes by the histogram: no
-    copy of the images in floating point.
+    A channel without contrast gets 1 in place of 0, so that one can divide by it. They are computed from the histogram,
+    which needs no floating-point copy of the images.
     """
     values = torch.arange(256, dtype=torch.float64)
     means, stds = [], []
@@ -156,47 +172,73 @@ def channel_statistics(x):
     return means, stds
 
 
-def pixels(images, dtype):
+def pixels(images: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """Return uint8 images as values of dtype in [0, 1].
 
-    A true division, by a tensor on the images' device: a GPU multiplies by the rounded reciprocal of a Python number,
-    which differs in 126 of the 256 values.
+    This divides by a tensor on the images' device because a GPU multiplies by the rounded reciprocal of a Python
+    number, which differs for 126 of the 256 values.
     """
     return images / torch.full((), 255, dtype=dtype, device=images.device)
 
 
-def fingerprint(dataset):
-    """Return 16 hex digits that differ for data sets of other images, labels, sizes or order."""
+def fingerprint(dataset: Dataset) -> str:
+    """Return 16 hex digits that depend on the images, the labels, their shapes and their order."""
     digest = hashlib.sha256()
     for tensor in (dataset.x_train, dataset.y_train, dataset.x_test, dataset.y_test):
         digest.update(f"{tuple(tensor.shape)}".encode())
-        digest.update(tensor.cpu().contiguous().numpy())
+        digest.update(tensor.cpu().contiguous().numpy().data)
     return digest.hexdigest()[:16]
 
 
-def read_digits(name, data_dir, image_size):
-    from sklearn.datasets import load_digits  # slow to import, and the other data sets do without it
+# ---- data sets that need no files -----------------------------------------------------------------------------------
 
+def read_digits(name: str, data_dir: str) -> Tensors:
+    try:
+        from sklearn.datasets import load_digits  # slow to import, and only needed here
+    except ImportError as error:
+        raise ValueError(f"--dataset={name} needs scikit-learn ({last_line(error)}): run `pip install scikit-learn`"
+                         ) from error
     digits = load_digits()
     x = torch.from_numpy(np.rint(digits.images * (255 / 16)).astype(np.uint8)).unsqueeze(1)
     y = torch.from_numpy(digits.target).long()
-    # One split for ever, whatever the seed. NumPy promises that RandomState's numbers never change.
+    # The split must not depend on the seed, nor ever change: NumPy promises to keep the numbers of RandomState.
     order = torch.from_numpy(np.random.RandomState(0).permutation(len(x)))
     train, test = order[:1000], order[1000:]
     return x[train], y[train], x[test], y[test], 10
 
 
-def fetch(name, dataset_class, data_dir, **options):
-    """Construct one of torchvision's data sets, downloading it where it is missing; leave no empty folder behind."""
-    def folders():
-        root = Path(data_dir)
-        return {path for path in (root, *root.parents, *root.glob("*/"), *root.glob("*/*/")) if os.path.isdir(path)}
+def read_modular(operation: Callable, name: str, data_dir: str, modulus: int | None, train_fraction: float | None,
+                 seed: int) -> Tensors:
+    """Return all pairs (a, b) as one-hot rows, uint8 (1, 2, p), with the labels operation(a, b) mod p.
 
-    before, timeout = folders(), socket.getdefaulttimeout()
+    This is the task of Power et al. 2022, arXiv:2201.02177.
+    """
+    modulus = 97 if modulus is None else modulus
+    train_fraction = 0.5 if train_fraction is None else train_fraction
+    if not 2 <= modulus <= LARGEST_MODULUS:
+        raise ValueError(f"modulus must be from 2 to {LARGEST_MODULUS}, not {modulus}")
+    if not 0 < train_fraction < 1:
+        raise ValueError(f"train_fraction must be above 0 and below 1, not {train_fraction}")
+    train = round(train_fraction * modulus**2)
+    if not 0 < train < modulus**2:
+        raise ValueError(f"train_fraction {train_fraction} leaves no pair to {'test' if train else 'train'} on, of "
+                         f"{modulus**2} pairs")
+    order = torch.from_numpy(np.random.default_rng((seed, SPLIT)).permutation(modulus**2))
+    a, b = order // modulus, order % modulus
+    x = (255 * torch.eye(modulus, dtype=torch.uint8))[torch.stack([a, b], 1)].unsqueeze(1)
+    y = operation(a, b) % modulus
+    return x[:train], y[:train], x[train:], y[train:], modulus
+
+
+# ---- data sets that torchvision downloads ---------------------------------------------------------------------------
+
+def fetch(name: str, dataset_class: Callable, data_dir: str, **options: Any) -> Any:
+    """Return one of torchvision's data sets, downloaded if it is missing. OSError: that is not possible."""
+    timeout = socket.getdefaulttimeout()
     socket.setdefaulttimeout(DOWNLOAD_TIMEOUT)
     try:
         return dataset_class(data_dir, download=True, **options)
-    except Exception as error:  # urllib's, http's, tarfile's, zlib's, torchvision's RuntimeError, a full disk, ...
+    except Exception as error:  # from urllib, http, tarfile, zlib, torchvision (RuntimeError), a full disk, ...
         source = DATASETS[name]
         by_hand = f", or put {source.archives} into {os.path.join(data_dir, source.folder)}" if source.archives else ""
         raise OSError(f"cannot download {name} ({last_line(error)}): run `python data.py {name}` on a machine with "
@@ -204,26 +246,26 @@ def fetch(name, dataset_class, data_dir, **options):
                       ) from error
     finally:
         socket.setdefaulttimeout(timeout)
-        for path in sorted(folders() - before, reverse=True):  # a folder comes after what is in it
-            with suppress(OSError):  # not empty: the download stands, or parts of it that the next try can use
-                path.rmdir()
 
 
-def last_line(error):
+def last_line(error: Exception) -> str:
     lines = str(error).strip().splitlines()
     return lines[-1] if lines else type(error).__name__
 
 
-def read_mnist(dataset_class, name, data_dir, image_size):
-    """Read MNIST, or a data set that torchvision keeps in the same files."""
+def read_mnist(dataset_class: type, name: str, data_dir: str) -> Tensors:
+    """Read MNIST or a data set that has the same files.
+
+    torchvision prefers MNIST/processed/*.pt of old versions, whatever they hold, and only checks what it downloads.
+    """
+    raw = os.path.join(data_dir, dataset_class.__name__, "raw")
+    pairs = [[os.path.join(raw, f"{split}-{kind}-ubyte") for kind in ("images-idx3", "labels-idx1")]
+             for split in ("train", "t10k")]
+    if not all(os.path.exists(path) for pair in pairs for path in pair):
+        fetch(name, dataset_class, data_dir)
     splits = []
-    for train, prefix in ((True, "train"), (False, "t10k")):
-        images, labels = (os.path.join(data_dir, dataset_class.__name__, "raw", f"{prefix}-{kind}-ubyte")
-                          for kind in ("images-idx3", "labels-idx1"))
-        check_idx(name, images, dimensions=3)
-        check_idx(name, labels, dimensions=1)
-        split = fetch(name, dataset_class, data_dir, train=train)
-        x, y = split.data.unsqueeze(1), split.targets
+    for images, labels in pairs:
+        x, y = read_idx(name, images, 3).unsqueeze(1), read_idx(name, labels, 1).long()
         if len(x) != len(y):  # either may be the wrong one
             raise ValueError(f"{images} holds {len(x)} images and {labels} {len(y)} labels: {remedy('both', name)}")
         if y.max() > 9:
@@ -232,38 +274,40 @@ def read_mnist(dataset_class, name, data_dir, image_size):
     return *splits, 10
 
 
-def check_idx(name, path, dimensions):
-    """Raise ValueError unless the file, if there is one, is an idx file of unsigned bytes and as long as it says.
+def read_idx(name: str, path: str, dimensions: int) -> torch.Tensor:
+    """Return the unsigned bytes in an idx file. ValueError: it is not one, or not as long as its header says.
 
-    torchvision checks the MD5 of what it downloads, but takes any file that already lies there. The format: big-endian
-    int32 0x0800 + number of dimensions, one int32 for the length of each dimension, then the bytes.
+    The format: big-endian int32 0x0800 + number of dimensions, one int32 for the length of each, then the bytes.
     """
     if not os.path.isfile(path):
-        return
+        raise ValueError(f"{path} is missing or not a regular file: {remedy(Path(path).parents[1], name)}")
     header = np.fromfile(path, ">u4", 1 + dimensions).tolist()
-    if len(header) < 1 + dimensions:
-        raise ValueError(f"{path} is cut off within its header: {remedy(path, name)}")
-    magic = 0x0800 + dimensions
-    if header[0] != magic:
-        raise ValueError(f"{path} is no idx file of {dimensions}-dimensional bytes (it starts with 0x{header[0]:08x}, "
-                         f"not 0x{magic:08x}): {remedy(path, name)}")
-    expected, size = 4 * len(header) + math.prod(header[1:]), os.path.getsize(path)
-    if size != expected or 0 in header:
-        raise ValueError(f"{path} holds {size} bytes where its header promises {expected}: {remedy(path, name)}")
+    is_idx = len(header) == 1 + dimensions and header[0] == 0x0800 + dimensions and 0 not in header
+    if not is_idx or os.path.getsize(path) != 4 * len(header) + math.prod(header[1:]):
+        raise ValueError(f"{path} is damaged or not an idx file of {dimensions}-dimensional bytes: "
+                         f"{remedy(path, name)}")
+    return torch.from_numpy(np.fromfile(path, np.uint8, offset=4 * len(header)).reshape(header[1:]))
 
 
-def remedy(path, name):
+def remedy(path: str | Path, name: str) -> str:
     return f"delete {path} and run `python data.py {name}` to download it again"
 
 
-def read_cifar(dataset_class, name, data_dir, image_size):
-    # torchvision answers a damaged file with a new download: without a network its error would hide what is wrong
-    folder, meta = os.path.join(data_dir, dataset_class.base_folder), dataset_class.meta
-    for file_name, md5 in [*dataset_class.train_list, *dataset_class.test_list, (meta["filename"], meta["md5"])]:
+def check_md5(name: str, folder: str, files: Sequence) -> None:
+    """Raise ValueError if one of the (file name, MD5) is there and damaged.
+
+    torchvision downloads a damaged file again: without a network its error would hide what is wrong.
+    """
+    for file_name, md5 in files:
         path = os.path.join(folder, file_name)
         if os.path.isfile(path) and not check_integrity(path, md5):
-            raise ValueError(f"{path} is truncated or damaged (wrong MD5): {remedy(folder, name)}")
+            raise ValueError(f"{path} is truncated or damaged (wrong MD5): {remedy(path, name)}")
 
+
+def read_cifar(dataset_class: Any, name: str, data_dir: str) -> Tensors:
+    meta = dataset_class.meta
+    files = [*dataset_class.train_list, *dataset_class.test_list, (meta["filename"], meta["md5"])]
+    check_md5(name, os.path.join(data_dir, dataset_class.base_folder), files)
     splits = []
     for train in (True, False):
         split = fetch(name, dataset_class, data_dir, train=train)
@@ -271,227 +315,314 @@ def read_cifar(dataset_class, name, data_dir, image_size):
     return *splits, len(split.classes)
 
 
-def read_imagenette(name, data_dir, image_size):
+def read_svhn(name: str, data_dir: str) -> Tensors:
+    check_md5(name, data_dir, [datasets.SVHN.split_list[split][1:] for split in ("train", "test")])
+    splits = []
+    for split in ("train", "test"):
+        found = fetch(name, datasets.SVHN, data_dir, split=split)
+        splits += [torch.from_numpy(np.ascontiguousarray(found.data)), torch.from_numpy(found.labels)]
+    return *splits, 10
+
+
+def read_imagenette(name: str, data_dir: str, image_size: int | None) -> Tensors:
     root = os.path.join(data_dir, "imagenette2-160")
     if not os.path.exists(root):
         fetch(name, datasets.Imagenette, data_dir, size="160px")
-    # torchvision takes the folder's being there for the whole data set, even after an interrupted extraction
-    counts = {split: sum(1 for _ in Path(root, split).glob("*/*.JPEG")) for split in IMAGENETTE_COUNTS}
+    # torchvision takes any folder of this name for the whole data set, even after an interrupted extraction.
+    counts = {split: sum(path.name[0] != "." for path in Path(root, split).glob("*/*.JPEG"))
+              for split in IMAGENETTE_COUNTS}
     if counts != IMAGENETTE_COUNTS:
-        raise ValueError(
-            f"{root} holds {counts['train']} training and {counts['val']} test images where Imagenette has "
-            f"{IMAGENETTE_COUNTS['train']} and {IMAGENETTE_COUNTS['val']}, as after an interrupted extraction: "
-            f"{remedy(root, name)}; to train on a part of it, --dataset=imagefolder --data_dir={root}"
-        )
+        raise ValueError(f"{root} holds {counts} images where Imagenette has {IMAGENETTE_COUNTS}, as after an "
+                         f"interrupted extraction: {remedy(root, name)}; to train on a part of it, "
+                         f"--dataset=imagefolder --data_dir={root}")
     return read_folder(name, root, image_size or DEFAULT_IMAGE_SIZE)
 
 
-def read_folder(name, root, image_size):
+# ---- arrays in a file -----------------------------------------------------------------------------------------------
+
+def read_npz(name: str, path: str) -> Tensors:
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f"{path} is not a file: give the .npz file with --data_dir")
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            names = next((names for names in NPZ_NAMES if set(names) <= set(file.files)), ())
+            arrays = [file[key] for key in names]
+    except Exception as error:  # from zipfile, zlib, NumPy (a pickled array), memory, no permission, ...
+        raise ValueError(f"cannot read {path} ({last_line(error)}): give a file that np.savez wrote, without pickled "
+                         "arrays") from error
+    if not names:
+        raise ValueError(f"{path} does not hold the arrays {' or '.join(map(', '.join, NPZ_NAMES))}")
+    splits: list[torch.Tensor] = []
+    for i in (0, 2):
+        splits += check_arrays(arrays[i], arrays[i + 1], *(f"{key} in {path}" for key in names[i:i + 2]))
+    classes = int(max(splits[1].max(), splits[3].max())) + 1
+    if not 2 <= classes <= len(splits[1]) + len(splits[3]):
+        raise ValueError(f"the labels in {path} go up to {classes - 1}: number at least two classes from 0, without "
+                         "gaps")
+    return *splits, classes
+
+
+def check_arrays(x: np.ndarray, y: np.ndarray, images: str, labels: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return images (N, H, W) or (N, H, W, C) as (N, C, H, W), and labels (N,) or (N, 1) as int64 (N,).
+
+    ValueError: they have another shape or dtype, negative labels, or other lengths. It calls them `images`, `labels`.
+    """
+    if x.dtype != np.uint8:
+        raise ValueError(f"{images} has the dtype {x.dtype}: give uint8, values from 0 to 255")
+    if x.ndim not in (3, 4) or x.size == 0 or (x.ndim == 4 and x.shape[3] > 4):
+        raise ValueError(f"{images} has the shape {x.shape}: give (N, H, W), or (N, H, W, C) with 1 to 4 channels")
+    if y.dtype.kind not in "iu":
+        raise ValueError(f"{labels} has the dtype {y.dtype}: give integers")
+    if y.shape not in ((len(x),), (len(x), 1)):
+        raise ValueError(f"{labels} has the shape {y.shape}: give one label for each of the {len(x)} images")
+    if y.min() < 0 or y.max() >= 2**31:
+        raise ValueError(f"{labels} holds labels from {y.min()} to {y.max()}: number the classes from 0")
+    x = np.ascontiguousarray(x[:, None] if x.ndim == 3 else x.transpose(0, 3, 1, 2))
+    return torch.from_numpy(x), torch.from_numpy(y.astype(np.int64).reshape(-1))
+
+
+# ---- folders of images ----------------------------------------------------------------------------------------------
+
+def read_folder(name: str, root: str, image_size: int | None) -> Tensors:
     """Decode root/train and root/test (or root/val), or take the decoded images from the cache."""
     if not os.path.exists(root):
         raise FileNotFoundError(f"there is no folder {root}: give the folder that holds train/ and test/ as --data_dir")
     splits = scan(root, "train"), scan(root, "test", "val")
-    differing = splits[0].keys() ^ splits[1].keys()
-    if differing:
-        raise ValueError(f"the training and the test images in {root} are of different classes: only one of the two "
-                         f"has a folder {', '.join(sorted(differing)[:5])}{' ...' if len(differing) > 5 else ''}")
+    check_classes(root, *splits)
     paths = [[path for images in split.values() for path in images] for split in splits]
     y_train, y_test = (torch.tensor([label for label, images in enumerate(split.values()) for _ in images])
                        for split in splits)
 
     cache = os.path.join(root, f"decoded-{image_size or 'auto'}.npz")
     key = cache_key(root, paths[0] + paths[1], image_size)
-    images = load_cache(cache, key)
+    images = load_cache(cache, key, *map(len, paths))
     if images is None:
-        images = decode_splits(*paths, image_size)
+        size = (image_size, image_size) if image_size else common_size(paths[0] + paths[1])
+        images = [decode(split, size) for split in paths]
+        if all(np.array_equal(image[:1].repeat(3, 0), image) for split in images for image in split):
+            images = [split[:, :1] for split in images]  # no colour
         save_cache(cache, fingerprint=key, x_train=images[0], x_test=images[1])
-    x_train, x_test = map(torch.from_numpy, images)
+    x_train, x_test = (torch.from_numpy(np.ascontiguousarray(split)) for split in images)
     return x_train, y_train, x_test, y_test, len(splits[0])
 
 
-def scan(root, *names):
-    """Return {class: paths of its images} for the first of the folders `names` that root has, all sorted.
+def scan(root: str, *names: str) -> dict[str, list[str]]:
+    """Return {class: paths of its images}, sorted, for the first of the folders `names` in root that has classes.
 
-    The images and their order are those of torchvision's ImageFolder. It would go round and round by a link that leads
-    back up, and pass over a folder that it may not read.
+    The images and their order are those of torchvision's ImageFolder, except that hidden ones are left out. ImageFolder
+    also walks in circles through a link that leads back up, and skips a folder that it may not read.
     """
-    folder = next((path for path in (os.path.join(root, name) for name in names) if os.path.isdir(path)), None)
-    if folder is None:
+    folders = [path for path in (os.path.join(root, name) for name in names) if os.path.isdir(path)]
+    if not folders:
         raise FileNotFoundError(f"{root} has no folder {' or '.join(names)}/: the layout is train/CLASS/IMAGE and "
                                 "test/CLASS/IMAGE (or val/)")
-    check_directory(folder)
-    paths = [os.path.join(folder, name) for name in sorted(os.listdir(folder))]
-    folders = (path for path in paths if os.path.isdir(path) or not os.path.exists(path))  # none: a link to nothing
-    classes = {path: find_images(path) for path in folders if not leads_back(path)}
+    classes: dict[str, list[str]] = {}
+    for folder in folders:
+        check_directory(folder)
+        found = [path for path in visible(folder) if os.path.isdir(path) or not os.path.exists(path)]
+        classes = classes or {path: find_images(path) for path in found}
     empty = [path for path, images in classes.items() if not images]
     if empty or not classes:
-        raise FileNotFoundError(f"no images in {empty[0] if empty else folder}: the layout is {folder}/CLASS/IMAGE, "
-                                f"with at least one image ({' '.join(IMG_EXTENSIONS)}) for each class")
+        raise FileNotFoundError(f"no images in {empty[0] if empty else folders[0]}: the layout is "
+                                f"{os.path.join(root, names[0])}/CLASS/IMAGE, with at least one image "
+                                f"({' '.join(IMG_EXTENSIONS)}) for each class")
     return {os.path.basename(path): images for path, images in classes.items()}
 
 
-def find_images(folder):
-    """Return the paths of all images below folder, and of links to nothing. OSError: a folder cannot be read."""
-    def fail(error):
-        raise error
+def visible(folder: str) -> list[str]:
+    """Return the paths in folder, sorted, without hidden ones, @eaDir and the like, and links that lead back up."""
+    paths = (os.path.join(folder, name) for name in sorted(os.listdir(folder)) if name[0] not in ".@")
+    return [path for path in paths if not leads_back(path)]
 
+
+def find_images(folder: str) -> list[str]:
+    """Return the paths of all images below folder, and of dangling links. OSError: a folder cannot be read."""
     found = []
-    for parent, folders, files in os.walk(folder, followlinks=True, onerror=fail):
-        folders[:] = [name for name in folders if not leads_back(os.path.join(parent, name))]
-        paths = (os.path.join(parent, name) for name in files)
-        found += [path for path in paths if path.lower().endswith(IMG_EXTENSIONS) or not os.path.exists(path)]
+    for path in visible(folder):
+        if os.path.isdir(path):
+            found += find_images(path)
+        elif path.lower().endswith(IMG_EXTENSIONS) or not os.path.exists(path):
+            found.append(path)
     return sorted(found, key=os.path.split)
 
 
-def leads_back(path):
-    """Whether path is a link to a folder that holds, however deep, one of those on the way to the link itself."""
+def leads_back(path: str) -> bool:
+    """Return whether path is a link to one of the folders above it, or to a folder that holds one of them."""
     if not os.path.islink(path):
         return False
     target = os.path.realpath(path)
     return any(Path(os.path.realpath(parent)).is_relative_to(target) for parent in Path(path).parents)
 
 
-def cache_key(root, paths, image_size):
-    """A key that changes with the size wanted and with any file's name, size or time of change."""
-    digest, start = hashlib.sha256(f"1 {image_size}".encode()), os.path.join(root, "")  # root may end in a slash
-    for path in paths:
-        if not os.path.isfile(path):
-            raise unreadable(path, "not a file, or a link to nothing")
-        status = os.stat(path)
-        digest.update(os.fsencode(f"\n/{path[len(start):]} {status.st_size} {status.st_mtime_ns}"))
+def check_classes(root: str, train: dict, test: dict) -> None:
+    """Raise ValueError unless both splits have the same classes, at least two."""
+    differing = sorted(train.keys() ^ test.keys())
+    if differing:
+        same = {unicodedata.normalize("NFC", name) for name in train} == {
+            unicodedata.normalize("NFC", name) for name in test}
+        reason = " (the names differ only in their Unicode normalisation: rename one of them)" if same else ""
+        raise ValueError(f"the training and the test images in {root} have different classes: only one of the two has "
+                         f"a folder {', '.join(differing[:5])}{' ...' if len(differing) > 5 else ''}{reason}")
+    if len(train) < 2:
+        raise ValueError(f"{root} has only one class ({', '.join(train)}): at least two are needed")
+
+
+def cache_key(root: str, paths: list[str], image_size: int | None) -> str:
+    """Return a key that depends on the size wanted and on the name and content of each file."""
+    def hash_file(path: str) -> bytes:
+        if not os.path.isfile(path):  # reading a FIFO would never end
+            raise unreadable(path, "not a file, or a dangling link")
+        return os.fsencode(os.path.relpath(path, root)) + b"\0" + hashlib.sha256(Path(path).read_bytes()).digest()
+
+    digest = hashlib.sha256(f"2 {image_size}".encode())
+    with ThreadPoolExecutor() as pool:
+        for entry in pool.map(hash_file, paths):
+            digest.update(entry)
     return digest.hexdigest()
 
 
-def unreadable(path, reason):
+def unreadable(path: str, reason: str) -> ValueError:
     return ValueError(f"cannot read the image {path} ({reason}): replace or remove it")
 
 
-def load_cache(path, key):
-    """Return (x_train, x_test), or None if the cache is missing, made for something else, or damaged."""
+def load_cache(path: str, key: str, n_train: int, n_test: int) -> list[np.ndarray] | None:
+    """Return [x_train, x_test], or None if the cache is missing, damaged, or made for something else."""
+    if not os.path.isfile(path):  # reading a FIFO would never end
+        return None
     # Whatever is wrong with a cache, the images are still there. Damage shows: a zip file carries checksums.
     with suppress(Exception), np.load(path, allow_pickle=False) as cache:
-        if str(cache["fingerprint"]) == key:
-            return cache["x_train"], cache["x_test"]
+        images = [cache["x_train"], cache["x_test"]]
+        fits = all(x.dtype == np.uint8 and x.ndim == 4 and x.shape[1] in (1, 3) and x.size for x in images)
+        if fits and [*map(len, images)] == [n_train, n_test] and str(cache["fingerprint"]) == key:
+            return images
     return None
 
 
-def save_cache(path, **arrays):
-    """Write the cache under another name, then rename it; a folder that cannot be written stays without."""
+def save_cache(path: str, **arrays: Any) -> None:
+    """Write the cache under another name, then rename it. A folder that cannot be written gets no cache."""
     temporary = f"{path}.{uuid.uuid4().hex}.tmp"
-    try:
-        with suppress(OSError):
+    with suppress(OSError):
+        try:
             with open(temporary, "xb") as file:
                 np.savez(file, **arrays)
             os.replace(temporary, path)
-    finally:
-        with suppress(OSError):
-            os.unlink(temporary)
+        finally:
+            Path(temporary).unlink(missing_ok=True)
 
 
-class SizesDiffer(Exception):
-    """The images of a folder are not all of one size."""
+def common_size(paths: list[str]) -> tuple[int, int]:
+    """Return the (width, height) that all images have, or a square if they differ."""
+    sizes = set()
+    for path in paths:
+        with opened(path) as image:
+            sizes.add(image.size)
+        if len(sizes) > 1:
+            return DEFAULT_IMAGE_SIZE, DEFAULT_IMAGE_SIZE
+    return sizes.pop()
 
 
-def decode_splits(train_paths, test_paths, image_size):
-    if image_size is None:
-        height, width = read_image(train_paths[0]).shape[1:]
-        with suppress(SizesDiffer):
-            return [decode(paths, width, height, resize=False) for paths in (train_paths, test_paths)]
-        image_size = DEFAULT_IMAGE_SIZE
-    return [decode(paths, image_size, image_size, resize=True) for paths in (train_paths, test_paths)]
-
-
-def decode(paths, width, height, resize):
-    """Return uint8 (N, 3, height, width); an image of another size is resized or, without resize, SizesDiffer."""
-    shape = (len(paths), 3, height, width)
+def decode(paths: list[str], size: tuple[int, int]) -> np.ndarray:
+    """Return uint8 (N, 3, height, width); size: (width, height)."""
+    shape = (len(paths), 3, size[1], size[0])
     try:
         images = np.empty(shape, np.uint8)
     except (MemoryError, ValueError) as error:
-        raise ValueError(f"{len(paths)} images of {width}x{height} pixels take {math.prod(shape) // 10**9:,} GB, "
-                         "more than there is memory: choose a smaller image_size") from error
+        raise ValueError(f"{len(paths)} images of {size[0]}x{size[1]} pixels take {math.prod(shape) // 10**9:,} GB, "
+                         "more memory than there is: choose a smaller image_size") from error
 
-    def decode_block(start):
-        block = paths[start:start + BLOCK]
-        for i, path in enumerate(block, start):
-            image = read_image(path, (width, height) if resize else None)
-            if image.shape != images.shape[1:]:
-                raise SizesDiffer
-            images[i] = image
-        return len(block)
+    def work(i: int) -> None:
+        images[i] = read_image(paths[i], size)
 
-    # Threads, not processes: Pillow decodes outside the interpreter lock, and a process forked beside CUDA is a risk.
-    progress = tqdm(total=len(paths), desc="decoding", unit="image", delay=1, leave=False,
-                    disable=None if sys.stderr else True)  # None: where standard error is no terminal
-    with progress, ThreadPoolExecutor() as pool:
-        for count in pool.map(decode_block, range(0, len(paths), BLOCK)):
-            progress.update(count)
+    # Threads, not processes: Pillow decodes without the interpreter lock, and forking is unsafe after CUDA.
+    with ThreadPoolExecutor() as pool:
+        for _ in tqdm(pool.map(work, range(len(paths))), total=len(paths), desc="decoding", unit="image", delay=1,
+                      leave=False, disable=None if sys.stderr else True):  # None: unless it is a terminal
+            pass
     return images
 
 
-def read_image(path, size=None):
-    """Return the RGB image as uint8 (3, H, W), fitted to size = (width, height) if given. ValueError names the file."""
+def read_image(path: str, size: tuple[int, int]) -> np.ndarray:
+    """Return the image as RGB, uint8 (3, H, W): resized to cover size (width, height), then its centre."""
+    with opened(path) as image:
+        if image.mode[0] in "IF":  # Pillow would clip values above 255 to white
+            raise ValueError("more than 8 bits per channel")
+        return np.asarray(ImageOps.fit(image.convert("RGB"), size, Image.Resampling.BILINEAR)).transpose(2, 0, 1)
+
+
+@contextmanager
+def opened(path: str) -> Iterator[Image.Image]:
+    """Open an image. Whatever goes wrong becomes a ValueError that names the file."""
     try:
-        with Image.open(path) as image:
-            if image.mode[0] in "IF":  # Pillow would clip all that is above 255 to white
-                raise ValueError("more than 8 bits a channel")
-            image = image.convert("RGB")
-        if size is not None:
-            image = ImageOps.fit(image, size, Image.Resampling.BILINEAR)
-        return np.asarray(image).transpose(2, 0, 1)
+        with Image.open(path, formats=IMAGE_FORMATS) as image:
+            yield image
     except Exception as error:  # Pillow raises OSError, SyntaxError, struct.error and more for a damaged file
-        reason = "not an image" if isinstance(error, UnidentifiedImageError) else last_line(error)
-        raise unreadable(path, reason) from error
+        raise unreadable(path, "not an image" if isinstance(error, UnidentifiedImageError) else last_line(error)
+                         ) from error
 
 
-def shape_text(x):
+def shape_text(x: torch.Tensor) -> str:
     return "x".join(map(str, x.shape[1:]))
 
 
+# ---- the registry ---------------------------------------------------------------------------------------------------
+
+def like_mnist(dataset_class: type, url: str, statistics: tuple = ()) -> Source:
+    files = (f"{split}-{kind}-ubyte.gz" for split in ("train", "t10k") for kind in ("images-idx3", "labels-idx1"))
+    return Source(partial(read_mnist, dataset_class), statistics, 1000, f"{', '.join(files)} from {url}",
+                  f"{dataset_class.__name__}/raw")
+
+
+def like_cifar(dataset_class: Any, *statistics: list[float]) -> Source:
+    return Source(partial(read_cifar, dataset_class), statistics,
+                  archives=f"{dataset_class.filename} from https://www.cs.toronto.edu/~kriz/")
+
+
+def modular(operation: Callable) -> Source:
+    return Source(partial(read_modular, operation), ([0.0], [1.0]), options=("modulus", "train_fraction", "seed"),
+                  package="this program")
+
+
 DATASETS = {
-    "mnist": Source(
-        partial(read_mnist, datasets.MNIST), ([0.1307], [0.3081]), train_size=1000, folder="MNIST/raw",
-        archives="train-images-idx3-ubyte.gz, train-labels-idx1-ubyte.gz, t10k-images-idx3-ubyte.gz and "
-                 "t10k-labels-idx1-ubyte.gz from https://ossci-datasets.s3.amazonaws.com/mnist/"),
-    "cifar10": Source(
-        partial(read_cifar, datasets.CIFAR10), ([0.4914, 0.4822, 0.4465], [0.2470, 0.2435, 0.2616]),
-        archives="cifar-10-python.tar.gz from https://www.cs.toronto.edu/~kriz/"),
-    "cifar100": Source(
-        partial(read_cifar, datasets.CIFAR100), ([0.5071, 0.4865, 0.4409], [0.2673, 0.2564, 0.2762]),
-        archives="cifar-100-python.tar.gz from https://www.cs.toronto.edu/~kriz/"),
+    "mnist": like_mnist(datasets.MNIST, "https://ossci-datasets.s3.amazonaws.com/mnist/", ([0.1307], [0.3081])),
+    "fashion_mnist": like_mnist(datasets.FashionMNIST, "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/"),
+    "kmnist": like_mnist(datasets.KMNIST, "http://codh.rois.ac.jp/kmnist/dataset/kmnist/"),
+    "cifar10": like_cifar(datasets.CIFAR10, [0.4914, 0.4822, 0.4465], [0.2470, 0.2435, 0.2616]),
+    "cifar100": like_cifar(datasets.CIFAR100, [0.5071, 0.4865, 0.4409], [0.2673, 0.2564, 0.2762]),
+    "svhn": Source(read_svhn, archives="train_32x32.mat and test_32x32.mat from "
+                                       "http://ufldl.stanford.edu/housenumbers/"),
     "imagenette": Source(
-        read_imagenette, ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]), resizable=True,
+        read_imagenette, ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]), options=("image_size",),
         archives="imagenette2-160.tgz from https://s3.amazonaws.com/fast-ai-imageclas/"),
     "digits": Source(read_digits, train_size=1000, package="scikit-learn"),
-    "imagefolder": Source(read_folder, resizable=True),
+    "modular_addition": modular(operator.add),
+    "modular_subtraction": modular(operator.sub),
+    "modular_multiplication": modular(operator.mul),
+    "imagefolder": Source(read_folder, options=("image_size",)),
+    "npz": Source(read_npz, is_file=True),
 }
 
 
-def main():
-    def fail(message, status=2):
-        print(f"data.py: error: {message}", file=sys.stderr)
-        sys.exit(status)
-
-    parser = argparse.ArgumentParser(description="Fetch and check data sets without training.")
-    parser.error = fail
+def main() -> None:
+    parser = OneLineParser(prog="data.py", description="Download and check data sets without training.")
     parser.add_argument("names", nargs="+", metavar="NAME", help=f"one or more of {', '.join(DATASETS)}")
-    parser.add_argument("--data_dir", default="data", help="where data sets are kept; for imagefolder, the folder "
-                        "that holds train/ and test/ or val/ (default: data)")
-    parser.add_argument("--image_size", type=int, help="decode and cache images at this size in pixels; folders "
-                        "of images only (default: 128, or the images' own size if they all have the same)")
+    parser.add_argument("--data_dir", default="data", help="where data sets are kept; for imagefolder, the folder that "
+                        "holds train/ and test/ or val/; for npz, the file (default: data)")
+    parser.add_argument("--image_size", type=number(int, low=1), help="decode and cache images at this size in pixels; "
+                        "for imagenette and imagefolder (default: 128, or the images' own size if all have the same)")
     args = parser.parse_args()
-    folder = os.path.abspath(os.path.expanduser(args.data_dir))
-    with suppress(AttributeError):  # no standard output, or not a text stream of Python's
-        sys.stdout.reconfigure(errors="backslashreplace")  # a path may hold what it cannot show
+    with suppress(AttributeError):  # standard output may be closed
+        sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # a path may be unprintable
     try:
         for name, source in [(name, source_of(name)) for name in args.names]:
-            dataset = read_dataset(name, args.data_dir, args.image_size)
-            where = f"part of {source.package}" if source.package else folder
+            dataset = read_dataset(name, args.data_dir, image_size=args.image_size)
+            path = os.path.abspath(os.path.expanduser(args.data_dir))
             print(f"{name}: {len(dataset.x_train):,} training and {len(dataset.x_test):,} test images, "
-                  f"{shape_text(dataset.x_train)}, {dataset.num_classes} classes ({where})", flush=True)
+                  f"{shape_text(dataset.x_train)}, {dataset.num_classes} classes "
+                  f"({f'part of {source.package}' if source.package else path})", flush=True)
     except (OSError, ValueError) as error:
-        fail(error)
+        parser.error(str(error))
     except KeyboardInterrupt:
-        fail("interrupted", status=130)
+        parser.exit(130, "data.py: error: interrupted\n")
 
 
 if __name__ == "__main__":
