@@ -145,7 +145,12 @@ class Config:
 
     dataset: str = flag("mnist", EXPERIMENT, "digits and modular_* need no download; imagefolder reads DATA_DIR/train "
                         "and DATA_DIR/test (or val), npz the arrays in the file DATA_DIR", choices=[
-                            "mnist", "cifar10", "cifar100", "imagenette", "digits", "imagefolder"])
+                            "mnist", "fashion_mnist", "kmnist", "cifar10", "cifar100", "svhn", "imagenette", "digits",
+                            "modular_addition", "modular_subtraction", "modular_multiplication", "imagefolder", "npz"])
+    modulus: int = flag(None, EXPERIMENT, "of modular arithmetic: the pairs of numbers below it are the data (default "
+                        "97)", type=number(int, low=2), metavar="P")
+    train_fraction: float = flag(None, EXPERIMENT, "share of modular arithmetic's pairs to train on (default 0.5)",
+                                 type=number(float, above=0, high=1), metavar="X")
     data_dir: str = flag("data", EXECUTION, "where the data sets are kept", **FOLDER)
     train_size: int = flag(None, EXPERIMENT, "training images, drawn at random by seed (default: 1000 for digits and "
                            "the sets like MNIST, otherwise all)", type=count_or("all"), metavar="N|all")

@@ -393,7 +393,8 @@ def start(args: Config) -> tuple[Run, data.Dataset, measure.Probes]:
     devices.check_threads(args.threads or 1)
     devices.set_precision(args.deterministic)
     dataset = distributed.rank0_first(lambda: data.load_dataset(
-        args.dataset, args.data_dir, args.train_size, args.seed, args.image_size, args.label_noise))
+        args.dataset, args.data_dir, args.train_size, args.seed, args.image_size, args.label_noise,
+        modulus=args.modulus, train_fraction=args.train_fraction))
     config = complete(args, dataset, device)
     fingerprint = data.fingerprint(dataset)
     dataset = resident(dataset, device)
