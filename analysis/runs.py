@@ -37,9 +37,10 @@ def differing_flags(histories: Sequence[dict], also_same: Collection[str] = ()) 
     names = dict.fromkeys(name for history in histories for name in asked(history)
                           if name not in NOT_COMPARED | flags_of(LENGTH))
     configs = [history["config"] for history in histories]
-    if len({config.get("n_steps") for config in configs}) > 1:
+    length = "n_epochs" if all(config.get("n_epochs") for config in configs) else "n_steps"
+    if len({config.get(length) for config in configs}) > 1:
         names["n_steps"] = None
-    if any(config.get("dataset") in ("imagefolder", "npz") for config in configs):
+    if len({config.get("data_dir") for config in configs if config.get("dataset") in ("imagefolder", "npz")}) > 1:
         names["data_dir"] = None
     return [name for name in names
             if name not in also_same and len({value_of(history, name) for history in histories}) > 1]

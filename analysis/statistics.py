@@ -158,11 +158,11 @@ def delayed_rise(curve: Curve, start: int | None) -> Rise:
     """
     base = np.nan if start is None else curve.values[start]
     rise = Rise(base, last_value(curve.values))
-    known = [i for i, right in enumerate(curve.outcomes) if right is not None and np.isfinite(curve.values[i])]
-    if start not in known or known[-1] == start:
+    known = {i: right for i, right in enumerate(curve.outcomes) if right is not None and np.isfinite(curve.values[i])}
+    later = np.array([i for i in known if start is not None and i > start])
+    if start not in known or not len(later):
         return rise
-    later = np.array([i for i in known if i > start])
-    values, right = curve.values[later], np.stack([curve.outcomes[i] for i in later])
+    values, right = curve.values[later], np.stack([known[i] for i in later])
     hold = min(HOLD, len(later))
     windows = sliding_window_view(values, hold)
     held_above, held_below = windows.min(axis=1), windows.max(axis=1)
@@ -171,7 +171,7 @@ def delayed_rise(curve: Curve, start: int | None) -> Rise:
         middle = (bottom + held_above[first:].max()) / 2 - 1e-9  # less than one image, more than rounding
         return int(later[first + np.argmax(held_above[first:] >= middle)])
 
-    p = p_values(np.stack([curve.outcomes[start]]), right)
+    p = p_values(known[start][None], right)
     stretches = len(windows)
     rise = rise._replace(largest=values.max(), level=held_above.max(), half_at=half_of(base),
                          p=stretches * sliding_window_view(p, hold).max(axis=1).min(), p_once=len(later) * p.min())
