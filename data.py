@@ -332,9 +332,9 @@ def read_imagenette(name: str, data_dir: str, image_size: int | None) -> Tensors
     counts = {split: sum(path.name[0] != "." for path in Path(root, split).glob("*/*.JPEG"))
               for split in IMAGENETTE_COUNTS}
     if counts != IMAGENETTE_COUNTS:
-        raise ValueError(f"{root} holds {counts} images where Imagenette has {IMAGENETTE_COUNTS}, as after an "
-                         f"interrupted extraction: {remedy(root, name)}; to train on a part of it, "
-                         f"--dataset=imagefolder --data_dir={root}")
+        found, whole = ("{train} training and {val} test images".format(**c) for c in (counts, IMAGENETTE_COUNTS))
+        raise ValueError(f"{root} holds {found} where Imagenette has {whole}, as after an interrupted extraction: "
+                         f"{remedy(root, name)}; to train on a part of it, --dataset=imagefolder --data_dir={root}")
     return read_folder(name, root, image_size or DEFAULT_IMAGE_SIZE)
 
 
@@ -385,8 +385,6 @@ def check_arrays(x: np.ndarray, y: np.ndarray, images: str, labels: str) -> tupl
 
 def read_folder(name: str, root: str, image_size: int | None) -> Tensors:
     """Decode root/train and root/test (or root/val), or take the decoded images from the cache."""
-    if not os.path.exists(root):
-        raise FileNotFoundError(f"there is no folder {root}: give the folder that holds train/ and test/ as --data_dir")
     splits = scan(root, "train"), scan(root, "test", "val")
     check_classes(root, *splits)
     paths = [[path for images in split.values() for path in images] for split in splits]
@@ -415,10 +413,9 @@ def scan(root: str, *names: str) -> dict[str, list[str]]:
     folders = [path for path in (os.path.join(root, name) for name in names) if os.path.isdir(path)]
     if not folders:
         raise FileNotFoundError(f"{root} has no folder {' or '.join(names)}/: the layout is train/CLASS/IMAGE and "
-                                "test/CLASS/IMAGE (or val/)")
+                                "test/CLASS/IMAGE (or val/); give the folder that holds them with --data_dir")
     classes: dict[str, list[str]] = {}
     for folder in folders:
-        check_directory(folder)
         found = [path for path in visible(folder) if os.path.isdir(path) or not os.path.exists(path)]
         classes = classes or {path: find_images(path) for path in found}
     empty = [path for path, images in classes.items() if not images]
@@ -516,9 +513,7 @@ def common_size(paths: list[str]) -> tuple[int, int]:
     for path in paths:
         with opened(path) as image:
             sizes.add(image.size)
-        if len(sizes) > 1:
-            return DEFAULT_IMAGE_SIZE, DEFAULT_IMAGE_SIZE
-    return sizes.pop()
+    return sizes.pop() if len(sizes) == 1 else (DEFAULT_IMAGE_SIZE, DEFAULT_IMAGE_SIZE)
 
 
 def decode(paths: list[str], size: tuple[int, int]) -> np.ndarray:
