@@ -102,8 +102,11 @@ def load_dataset(name: str, data_dir: str | Path = "data", train_size: int | str
         raise ValueError(f"seed must not be negative, not {seed}")
     if not 0 <= label_noise <= 1:  # also refuses NaN
         raise ValueError(f"label_noise is a fraction between 0 and 1, not {label_noise}")
+    if image_size is not None and image_size < 1:
+        raise ValueError(f"image_size must be at least 1 pixel, not {image_size}")
 
-    dataset = read_dataset(name, data_dir, seed, image_size=image_size, modulus=modulus, train_fraction=train_fraction)
+    dataset = read_dataset(name, data_dir, seed=seed, image_size=image_size, modulus=modulus,
+                           train_fraction=train_fraction)
     available = len(dataset.x_train)
     if train_size is None:
         train_size = min(source_of(name).train_size or available, available)
@@ -127,20 +130,21 @@ def source_of(name: str) -> Source:
     return DATASETS[name]
 
 
-def read_dataset(name: str, data_dir: str | Path = "data", seed: int = 42, **options: Any) -> Dataset:
-    """Return the whole data set, without a subset or label noise. Arguments and errors as in load_dataset."""
+def read_dataset(name: str, data_dir: str | Path, **options: Any) -> Dataset:
+    """Return the whole data set, without a subset or label noise. options: all that a Source may depend on."""
     source = source_of(name)
     for option, value in options.items():
-        if value is not None and option not in source.options:
+        if value is not None and option not in (*source.options, "seed"):
             takers = " and ".join(other for other in DATASETS if option in DATASETS[other].options)
             raise ValueError(f"{option} is for {takers} only, not for {name}")
-    if options.get("image_size") is not None and options["image_size"] < 1:
-        raise ValueError(f"image_size must be at least 1 pixel, not {options['image_size']}")
-    options = {option: value for option, value in {**options, "seed": seed}.items() if option in source.options}
     path = os.path.expanduser(data_dir)
     if not (source.package or source.is_file) and os.path.lexists(path):  # also if it is a dangling link
-        check_directory(path)
-    x_train, y_train, x_test, y_test, num_classes = source.read(name, path, **options)
+        if not os.path.isdir(path):
+            raise NotADirectoryError(f"{path} is not a directory: give the data directory with --data_dir")
+        if not os.access(path, os.R_OK | os.X_OK):
+            raise PermissionError(f"no permission to read {path}: change its mode or give another --data_dir")
+    x_train, y_train, x_test, y_test, num_classes = source.read(
+        name, path, **{option: options[option] for option in source.options})
     if x_train.shape[1:] != x_test.shape[1:]:
         raise ValueError(f"the training images of {name} are {shape_text(x_train)} and its test images "
                          f"{shape_text(x_test)}: files of two data sets are mixed in {path}")
@@ -148,18 +152,11 @@ def read_dataset(name: str, data_dir: str | Path = "data", seed: int = 42, **opt
     return Dataset(name, x_train, y_train, x_test, y_test, num_classes, list(mean), list(std))
 
 
-def check_directory(path: str) -> None:
-    if not os.path.isdir(path):
-        raise NotADirectoryError(f"{path} is not a directory: give the data directory with --data_dir")
-    if not os.access(path, os.R_OK | os.X_OK):
-        raise PermissionError(f"no permission to read {path}: change its mode or give another --data_dir")
-
-
 def channel_statistics(x: torch.Tensor) -> tuple[list[float], list[float]]:
     """Return mean and standard deviation of each channel of a uint8 tensor (N, C, H, W), in pixel units of [0, 1].
 
-    A channel without contrast gets 1 in place of 0, so that one can divide by it. They are computed from the histogram,
-    which needs no floating-point copy of the images.
+    A channel without contrast gets the deviation 1, since images are divided by it. The histogram needs no
+    floating-point copy of the images.
     """
     values = torch.arange(256, dtype=torch.float64)
     means, stds = [], []
@@ -357,8 +354,7 @@ def read_npz(name: str, path: str) -> Tensors:
         splits += check_arrays(arrays[i], arrays[i + 1], *(f"{key} in {path}" for key in names[i:i + 2]))
     classes = int(max(splits[1].max(), splits[3].max())) + 1
     if not 2 <= classes <= len(splits[1]) + len(splits[3]):
-        raise ValueError(f"the labels in {path} go up to {classes - 1}: number at least two classes from 0, without "
-                         "gaps")
+        raise ValueError(f"the labels in {path} go up to {classes - 1}: number the classes from 0, at least two")
     return *splits, classes
 
 
@@ -393,7 +389,7 @@ def read_folder(name: str, root: str, image_size: int | None) -> Tensors:
 
     cache = os.path.join(root, f"decoded-{image_size or 'auto'}.npz")
     key = cache_key(root, paths[0] + paths[1], image_size)
-    images = load_cache(cache, key, *map(len, paths))
+    images = load_cache(cache, key, len(paths[0]), len(paths[1]))
     if images is None:
         size = (image_size, image_size) if image_size else common_size(paths[0] + paths[1])
         images = [decode(split, size) for split in paths]
@@ -414,10 +410,9 @@ def scan(root: str, *names: str) -> dict[str, list[str]]:
     if not folders:
         raise FileNotFoundError(f"{root} has no folder {' or '.join(names)}/: the layout is train/CLASS/IMAGE and "
                                 "test/CLASS/IMAGE (or val/); give the folder that holds them with --data_dir")
-    classes: dict[str, list[str]] = {}
-    for folder in folders:
-        found = [path for path in visible(folder) if os.path.isdir(path) or not os.path.exists(path)]
-        classes = classes or {path: find_images(path) for path in found}
+    found = ([path for path in visible(folder) if os.path.isdir(path) or not os.path.exists(path)]
+             for folder in folders)
+    classes = {path: find_images(path) for path in next(filter(None, found), [])}
     empty = [path for path, images in classes.items() if not images]
     if empty or not classes:
         raise FileNotFoundError(f"no images in {empty[0] if empty else folders[0]}: the layout is "
@@ -489,8 +484,9 @@ def load_cache(path: str, key: str, n_train: int, n_test: int) -> list[np.ndarra
     # Whatever is wrong with a cache, the images are still there. Damage shows: a zip file carries checksums.
     with suppress(Exception), np.load(path, allow_pickle=False) as cache:
         images = [cache["x_train"], cache["x_test"]]
-        fits = all(x.dtype == np.uint8 and x.ndim == 4 and x.shape[1] in (1, 3) and x.size for x in images)
-        if fits and [*map(len, images)] == [n_train, n_test] and str(cache["fingerprint"]) == key:
+        shapes = [(n, *images[0].shape[1:]) for n in (n_train, n_test)]
+        is_sound = all(x.dtype == np.uint8 and x.ndim == 4 and x.size for x in images)
+        if is_sound and [x.shape for x in images] == shapes and str(cache["fingerprint"]) == key:
             return images
     return None
 
@@ -609,7 +605,7 @@ def main() -> None:
         sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # a path may be unprintable
     try:
         for name, source in [(name, source_of(name)) for name in args.names]:
-            dataset = read_dataset(name, args.data_dir, image_size=args.image_size)
+            dataset = load_dataset(name, args.data_dir, "all", image_size=args.image_size)
             path = os.path.abspath(os.path.expanduser(args.data_dir))
             print(f"{name}: {len(dataset.x_train):,} training and {len(dataset.x_test):,} test images, "
                   f"{shape_text(dataset.x_train)}, {dataset.num_classes} classes "
