@@ -31,6 +31,7 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torchvision import datasets
 from torchvision.datasets.folder import IMG_EXTENSIONS
+from torchvision.datasets.mnist import read_image_file, read_label_file
 from torchvision.datasets.utils import check_integrity
 from tqdm import tqdm
 
@@ -255,35 +256,26 @@ def read_mnist(dataset_class: type, name: str, data_dir: str) -> Tensors:
 
     torchvision prefers MNIST/processed/*.pt of old versions, whatever they hold, and only checks what it downloads.
     """
-    raw = os.path.join(data_dir, dataset_class.__name__, "raw")
-    pairs = [[os.path.join(raw, f"{split}-{kind}-ubyte") for kind in ("images-idx3", "labels-idx1")]
+    folder = os.path.join(data_dir, dataset_class.__name__)
+    pairs = [[os.path.join(folder, "raw", f"{split}-{kind}-ubyte") for kind in ("images-idx3", "labels-idx1")]
              for split in ("train", "t10k")]
     if not all(os.path.exists(path) for pair in pairs for path in pair):
         fetch(name, dataset_class, data_dir)
     splits = []
     for images, labels in pairs:
-        x, y = read_idx(name, images, 3).unsqueeze(1), read_idx(name, labels, 1).long()
-        if len(x) != len(y):  # either may be the wrong one
-            raise ValueError(f"{images} holds {len(x)} images and {labels} {len(y)} labels: {remedy('both', name)}")
-        if y.max() > 9:
-            raise ValueError(f"{labels} holds the label {y.max()}, not only 0 to 9: {remedy(labels, name)}")
+        for path in (images, labels):  # reading a FIFO would never end
+            if not os.path.isfile(path):
+                raise ValueError(f"{path} is missing or not a regular file: {remedy(folder, name)}")
+        try:
+            x, y = read_image_file(images).unsqueeze(1), read_label_file(labels)
+            if len(x) != len(y):
+                raise ValueError(f"{len(x)} images and {len(y)} labels")
+            if y.max() > 9:
+                raise ValueError(f"the label {y.max()}, not only 0 to 9")
+        except Exception as error:  # torchvision asserts what it expects
+            raise ValueError(f"{images} or {labels} is damaged ({last_line(error)}): {remedy('both', name)}") from error
         splits += [x, y]
     return *splits, 10
-
-
-def read_idx(name: str, path: str, dimensions: int) -> torch.Tensor:
-    """Return the unsigned bytes in an idx file. ValueError: it is not one, or not as long as its header says.
-
-    The format: big-endian int32 0x0800 + number of dimensions, one int32 for the length of each, then the bytes.
-    """
-    if not os.path.isfile(path):
-        raise ValueError(f"{path} is missing or not a regular file: {remedy(Path(path).parents[1], name)}")
-    header = np.fromfile(path, ">u4", 1 + dimensions).tolist()
-    is_idx = len(header) == 1 + dimensions and header[0] == 0x0800 + dimensions and 0 not in header
-    if not is_idx or os.path.getsize(path) != 4 * len(header) + math.prod(header[1:]):
-        raise ValueError(f"{path} is damaged or not an idx file of {dimensions}-dimensional bytes: "
-                         f"{remedy(path, name)}")
-    return torch.from_numpy(np.fromfile(path, np.uint8, offset=4 * len(header)).reshape(header[1:]))
 
 
 def remedy(path: str | Path, name: str) -> str:
@@ -391,7 +383,8 @@ def read_folder(name: str, root: str, image_size: int | None) -> Tensors:
     key = cache_key(root, paths[0] + paths[1], image_size)
     images = load_cache(cache, key, len(paths[0]), len(paths[1]))
     if images is None:
-        size = (image_size, image_size) if image_size else common_size(paths[0] + paths[1])
+        sizes = {(image_size, image_size)} if image_size else {size_of(path) for path in paths[0] + paths[1]}
+        size = sizes.pop() if len(sizes) == 1 else (DEFAULT_IMAGE_SIZE, DEFAULT_IMAGE_SIZE)
         images = [decode(split, size) for split in paths]
         if all(np.array_equal(image[:1].repeat(3, 0), image) for split in images for image in split):
             images = [split[:, :1] for split in images]  # no colour
@@ -503,13 +496,9 @@ def save_cache(path: str, **arrays: Any) -> None:
             Path(temporary).unlink(missing_ok=True)
 
 
-def common_size(paths: list[str]) -> tuple[int, int]:
-    """Return the (width, height) that all images have, or a square if they differ."""
-    sizes = set()
-    for path in paths:
-        with opened(path) as image:
-            sizes.add(image.size)
-    return sizes.pop() if len(sizes) == 1 else (DEFAULT_IMAGE_SIZE, DEFAULT_IMAGE_SIZE)
+def size_of(path: str) -> tuple[int, int]:
+    with opened(path) as image:
+        return image.size
 
 
 def decode(paths: list[str], size: tuple[int, int]) -> np.ndarray:
