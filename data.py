@@ -31,6 +31,7 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torchvision import datasets
 from torchvision.datasets.folder import IMG_EXTENSIONS
+from torchvision.datasets.mnist import read_image_file, read_label_file
 from torchvision.datasets.utils import check_integrity
 from tqdm import tqdm
 
@@ -102,8 +103,11 @@ def load_dataset(name: str, data_dir: str | Path = "data", train_size: int | str
         raise ValueError(f"seed must not be negative, not {seed}")
     if not 0 <= label_noise <= 1:  # also refuses NaN
         raise ValueError(f"label_noise is a fraction between 0 and 1, not {label_noise}")
+    if image_size is not None and image_size < 1:
+        raise ValueError(f"image_size must be at least 1 pixel, not {image_size}")
 
-    dataset = read_dataset(name, data_dir, seed, image_size=image_size, modulus=modulus, train_fraction=train_fraction)
+    dataset = read_dataset(name, data_dir, seed=seed, image_size=image_size, modulus=modulus,
+                           train_fraction=train_fraction)
     available = len(dataset.x_train)
     if train_size is None:
         train_size = min(source_of(name).train_size or available, available)
@@ -127,20 +131,21 @@ def source_of(name: str) -> Source:
     return DATASETS[name]
 
 
-def read_dataset(name: str, data_dir: str | Path = "data", seed: int = 42, **options: Any) -> Dataset:
-    """Return the whole data set, without a subset or label noise. Arguments and errors as in load_dataset."""
+def read_dataset(name: str, data_dir: str | Path, **options: Any) -> Dataset:
+    """Return the whole data set, without a subset or label noise. options: all that a Source may depend on."""
     source = source_of(name)
     for option, value in options.items():
-        if value is not None and option not in source.options:
+        if value is not None and option not in (*source.options, "seed"):
             takers = " and ".join(other for other in DATASETS if option in DATASETS[other].options)
             raise ValueError(f"{option} is for {takers} only, not for {name}")
-    if options.get("image_size") is not None and options["image_size"] < 1:
-        raise ValueError(f"image_size must be at least 1 pixel, not {options['image_size']}")
-    options = {option: value for option, value in {**options, "seed": seed}.items() if option in source.options}
     path = os.path.expanduser(data_dir)
     if not (source.package or source.is_file) and os.path.lexists(path):  # also if it is a dangling link
-        check_directory(path)
-    x_train, y_train, x_test, y_test, num_classes = source.read(name, path, **options)
+        if not os.path.isdir(path):
+            raise NotADirectoryError(f"{path} is not a directory: give the data directory with --data_dir")
+        if not os.access(path, os.R_OK | os.X_OK):
+            raise PermissionError(f"no permission to read {path}: change its mode or give another --data_dir")
+    x_train, y_train, x_test, y_test, num_classes = source.read(
+        name, path, **{option: options[option] for option in source.options})
     if x_train.shape[1:] != x_test.shape[1:]:
         raise ValueError(f"the training images of {name} are {shape_text(x_train)} and its test images "
                          f"{shape_text(x_test)}: files of two data sets are mixed in {path}")
@@ -148,18 +153,11 @@ def read_dataset(name: str, data_dir: str | Path = "data", seed: int = 42, **opt
     return Dataset(name, x_train, y_train, x_test, y_test, num_classes, list(mean), list(std))
 
 
-def check_directory(path: str) -> None:
-    if not os.path.isdir(path):
-        raise NotADirectoryError(f"{path} is not a directory: give the data directory with --data_dir")
-    if not os.access(path, os.R_OK | os.X_OK):
-        raise PermissionError(f"no permission to read {path}: change its mode or give another --data_dir")
-
-
 def channel_statistics(x: torch.Tensor) -> tuple[list[float], list[float]]:
     """Return mean and standard deviation of each channel of a uint8 tensor (N, C, H, W), in pixel units of [0, 1].
 
-    A channel without contrast gets 1 in place of 0, so that one can divide by it. They are computed from the histogram,
-    which needs no floating-point copy of the images.
+    A channel without contrast gets the deviation 1, since images are divided by it. The histogram needs no
+    floating-point copy of the images.
     """
     values = torch.arange(256, dtype=torch.float64)
     means, stds = [], []
@@ -258,35 +256,26 @@ def read_mnist(dataset_class: type, name: str, data_dir: str) -> Tensors:
 
     torchvision prefers MNIST/processed/*.pt of old versions, whatever they hold, and only checks what it downloads.
     """
-    raw = os.path.join(data_dir, dataset_class.__name__, "raw")
-    pairs = [[os.path.join(raw, f"{split}-{kind}-ubyte") for kind in ("images-idx3", "labels-idx1")]
+    folder = os.path.join(data_dir, dataset_class.__name__)
+    pairs = [[os.path.join(folder, "raw", f"{split}-{kind}-ubyte") for kind in ("images-idx3", "labels-idx1")]
              for split in ("train", "t10k")]
     if not all(os.path.exists(path) for pair in pairs for path in pair):
         fetch(name, dataset_class, data_dir)
     splits = []
     for images, labels in pairs:
-        x, y = read_idx(name, images, 3).unsqueeze(1), read_idx(name, labels, 1).long()
-        if len(x) != len(y):  # either may be the wrong one
-            raise ValueError(f"{images} holds {len(x)} images and {labels} {len(y)} labels: {remedy('both', name)}")
-        if y.max() > 9:
-            raise ValueError(f"{labels} holds the label {y.max()}, not only 0 to 9: {remedy(labels, name)}")
+        for path in (images, labels):  # reading a FIFO would never end
+            if not os.path.isfile(path):
+                raise ValueError(f"{path} is missing or not a regular file: {remedy(folder, name)}")
+        try:
+            x, y = read_image_file(images).unsqueeze(1), read_label_file(labels)
+            if len(x) != len(y):
+                raise ValueError(f"{len(x)} images and {len(y)} labels")
+            if y.max() > 9:
+                raise ValueError(f"the label {y.max()}, not only 0 to 9")
+        except Exception as error:  # torchvision asserts what it expects
+            raise ValueError(f"{images} or {labels} is damaged ({last_line(error)}): {remedy('both', name)}") from error
         splits += [x, y]
     return *splits, 10
-
-
-def read_idx(name: str, path: str, dimensions: int) -> torch.Tensor:
-    """Return the unsigned bytes in an idx file. ValueError: it is not one, or not as long as its header says.
-
-    The format: big-endian int32 0x0800 + number of dimensions, one int32 for the length of each, then the bytes.
-    """
-    if not os.path.isfile(path):
-        raise ValueError(f"{path} is missing or not a regular file: {remedy(Path(path).parents[1], name)}")
-    header = np.fromfile(path, ">u4", 1 + dimensions).tolist()
-    is_idx = len(header) == 1 + dimensions and header[0] == 0x0800 + dimensions and 0 not in header
-    if not is_idx or os.path.getsize(path) != 4 * len(header) + math.prod(header[1:]):
-        raise ValueError(f"{path} is damaged or not an idx file of {dimensions}-dimensional bytes: "
-                         f"{remedy(path, name)}")
-    return torch.from_numpy(np.fromfile(path, np.uint8, offset=4 * len(header)).reshape(header[1:]))
 
 
 def remedy(path: str | Path, name: str) -> str:
@@ -332,9 +321,9 @@ def read_imagenette(name: str, data_dir: str, image_size: int | None) -> Tensors
     counts = {split: sum(path.name[0] != "." for path in Path(root, split).glob("*/*.JPEG"))
               for split in IMAGENETTE_COUNTS}
     if counts != IMAGENETTE_COUNTS:
-        raise ValueError(f"{root} holds {counts} images where Imagenette has {IMAGENETTE_COUNTS}, as after an "
-                         f"interrupted extraction: {remedy(root, name)}; to train on a part of it, "
-                         f"--dataset=imagefolder --data_dir={root}")
+        found, whole = ("{train} training and {val} test images".format(**c) for c in (counts, IMAGENETTE_COUNTS))
+        raise ValueError(f"{root} holds {found} where Imagenette has {whole}, as after an interrupted extraction: "
+                         f"{remedy(root, name)}; to train on a part of it, --dataset=imagefolder --data_dir={root}")
     return read_folder(name, root, image_size or DEFAULT_IMAGE_SIZE)
 
 
@@ -357,8 +346,7 @@ def read_npz(name: str, path: str) -> Tensors:
         splits += check_arrays(arrays[i], arrays[i + 1], *(f"{key} in {path}" for key in names[i:i + 2]))
     classes = int(max(splits[1].max(), splits[3].max())) + 1
     if not 2 <= classes <= len(splits[1]) + len(splits[3]):
-        raise ValueError(f"the labels in {path} go up to {classes - 1}: number at least two classes from 0, without "
-                         "gaps")
+        raise ValueError(f"the labels in {path} go up to {classes - 1}: number the classes from 0, at least two")
     return *splits, classes
 
 
@@ -385,8 +373,6 @@ def check_arrays(x: np.ndarray, y: np.ndarray, images: str, labels: str) -> tupl
 
 def read_folder(name: str, root: str, image_size: int | None) -> Tensors:
     """Decode root/train and root/test (or root/val), or take the decoded images from the cache."""
-    if not os.path.exists(root):
-        raise FileNotFoundError(f"there is no folder {root}: give the folder that holds train/ and test/ as --data_dir")
     splits = scan(root, "train"), scan(root, "test", "val")
     check_classes(root, *splits)
     paths = [[path for images in split.values() for path in images] for split in splits]
@@ -395,9 +381,10 @@ def read_folder(name: str, root: str, image_size: int | None) -> Tensors:
 
     cache = os.path.join(root, f"decoded-{image_size or 'auto'}.npz")
     key = cache_key(root, paths[0] + paths[1], image_size)
-    images = load_cache(cache, key, *map(len, paths))
+    images = load_cache(cache, key, len(paths[0]), len(paths[1]))
     if images is None:
-        size = (image_size, image_size) if image_size else common_size(paths[0] + paths[1])
+        sizes = {(image_size, image_size)} if image_size else {size_of(path) for path in paths[0] + paths[1]}
+        size = sizes.pop() if len(sizes) == 1 else (DEFAULT_IMAGE_SIZE, DEFAULT_IMAGE_SIZE)
         images = [decode(split, size) for split in paths]
         if all(np.array_equal(image[:1].repeat(3, 0), image) for split in images for image in split):
             images = [split[:, :1] for split in images]  # no colour
@@ -415,12 +402,10 @@ def scan(root: str, *names: str) -> dict[str, list[str]]:
     folders = [path for path in (os.path.join(root, name) for name in names) if os.path.isdir(path)]
     if not folders:
         raise FileNotFoundError(f"{root} has no folder {' or '.join(names)}/: the layout is train/CLASS/IMAGE and "
-                                "test/CLASS/IMAGE (or val/)")
-    classes: dict[str, list[str]] = {}
-    for folder in folders:
-        check_directory(folder)
-        found = [path for path in visible(folder) if os.path.isdir(path) or not os.path.exists(path)]
-        classes = classes or {path: find_images(path) for path in found}
+                                "test/CLASS/IMAGE (or val/); give the folder that holds them with --data_dir")
+    found = ([path for path in visible(folder) if os.path.isdir(path) or not os.path.exists(path)]
+             for folder in folders)
+    classes = {path: find_images(path) for path in next(filter(None, found), [])}
     empty = [path for path, images in classes.items() if not images]
     if empty or not classes:
         raise FileNotFoundError(f"no images in {empty[0] if empty else folders[0]}: the layout is "
@@ -492,8 +477,9 @@ def load_cache(path: str, key: str, n_train: int, n_test: int) -> list[np.ndarra
     # Whatever is wrong with a cache, the images are still there. Damage shows: a zip file carries checksums.
     with suppress(Exception), np.load(path, allow_pickle=False) as cache:
         images = [cache["x_train"], cache["x_test"]]
-        fits = all(x.dtype == np.uint8 and x.ndim == 4 and x.shape[1] in (1, 3) and x.size for x in images)
-        if fits and [*map(len, images)] == [n_train, n_test] and str(cache["fingerprint"]) == key:
+        shapes = [(n, *images[0].shape[1:]) for n in (n_train, n_test)]
+        is_sound = all(x.dtype == np.uint8 and x.ndim == 4 and x.size for x in images)
+        if is_sound and [x.shape for x in images] == shapes and str(cache["fingerprint"]) == key:
             return images
     return None
 
@@ -510,15 +496,9 @@ def save_cache(path: str, **arrays: Any) -> None:
             Path(temporary).unlink(missing_ok=True)
 
 
-def common_size(paths: list[str]) -> tuple[int, int]:
-    """Return the (width, height) that all images have, or a square if they differ."""
-    sizes = set()
-    for path in paths:
-        with opened(path) as image:
-            sizes.add(image.size)
-        if len(sizes) > 1:
-            return DEFAULT_IMAGE_SIZE, DEFAULT_IMAGE_SIZE
-    return sizes.pop()
+def size_of(path: str) -> tuple[int, int]:
+    with opened(path) as image:
+        return image.size
 
 
 def decode(paths: list[str], size: tuple[int, int]) -> np.ndarray:
@@ -614,7 +594,7 @@ def main() -> None:
         sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # a path may be unprintable
     try:
         for name, source in [(name, source_of(name)) for name in args.names]:
-            dataset = read_dataset(name, args.data_dir, image_size=args.image_size)
+            dataset = load_dataset(name, args.data_dir, "all", image_size=args.image_size)
             path = os.path.abspath(os.path.expanduser(args.data_dir))
             print(f"{name}: {len(dataset.x_train):,} training and {len(dataset.x_test):,} test images, "
                   f"{shape_text(dataset.x_train)}, {dataset.num_classes} classes "
