@@ -332,7 +332,7 @@ def test_the_end_of_torchrun_stops_and_saves_and_one_process_can_continue(tmp_pa
 # ---- what cannot be -------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("flags, status, message", [
-    pytest.param(["--batch_size=201"], 2, "--batch_size=201 does not divide by the 2", marks=pytest.mark.slow),
+    pytest.param(["--batch_size=201"], 2, "--batch_size=201 is not divisible by the 2", marks=pytest.mark.slow),
     pytest.param(["--batch_norm"], 2, "--batch_norm on several processes needs GPUs", marks=pytest.mark.slow),
     pytest.param(["--adv_size=1"], 2, "--adv_size=1 is less than one for each of 2", marks=pytest.mark.slow),
     pytest.param(["--dataset=imagefolder", "--data_dir=nowhere"], 2, "nowhere", marks=pytest.mark.slow),

@@ -92,7 +92,7 @@ def save_checkpoint(path, step=0, sizes=None, metrics=None, **changes):
     model = models.build_model("mlp", (1, 8, 8), 10, depth=3, width=8, batch_norm=True)
     sizes = {"train": 50, "in_shape": [1, 8, 8], "num_classes": 10} if sizes is None else sizes
     checkpoints.save_state(path, {"epoch": 0.0, "step": step, "seconds": 0.0, "logged": 1, "config": config,
-                                  "sizes": sizes, "model_state_dict": model.state_dict(), "optimizer_state_dict": {},
+                                  "sizes": sizes, "model_state_dict": model.state_dict(), "optimizer_state_dict": {"state": {}, "param_groups": []},
                                   **(metrics or {})})
     return str(path)
 
