@@ -16,8 +16,10 @@ import torch
 from conftest import ENVIRONMENT, FORKS, PATIENCE, ROOT, SMALL, run_here, wait_for
 from torch.distributed.launcher.api import LaunchConfig
 
+import train
 from runtime import checkpoints, distributed, files
 from runtime.history import read_history
+from runtime.run import Run
 
 STARTED = []
 # Odd sizes, so that the processes' shares differ.
@@ -28,7 +30,6 @@ FOR_EVER = ["--n_steps=100000000", "--log_points=30"]
 def rank_main(rank, folder, environment, flags):
     """What one process of the run does: all that it prints and writes goes to folder/rankN, as on N machines."""
     import measure
-    import train
 
     os.chdir(folder / f"rank{rank}")
     output = os.open("output", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
@@ -270,6 +271,14 @@ def test_neighbouring_jobs_and_their_steps_meet_at_ports_of_their_own(monkeypatc
     assert len(ports) == 100 * 3 and min(ports) > 1024 and max(ports) < 32_768
 
 
+def resumed_until(step, folder, *flags):
+    """Resume a run in this process and stop it by SIGTERM at `step`."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "STRETCH", 1)
+        patch.setattr(Run, "save_due", lambda self: self.step >= step and os.kill(os.getpid(), signal.SIGTERM))
+        run_here(folder, *flags, "--resume", status=128 + signal.SIGTERM)
+
+
 # ---- the end of one is the end of all -------------------------------------------------------------------------------
 
 @pytest.mark.slow
@@ -285,7 +294,7 @@ def test_a_killed_process_ends_the_other_and_leaves_sound_files(tmp_path, rank):
     assert "Traceback" not in "".join(printed(tmp_path))
     step = newest(folder)["step"]
     assert step > 0
-    run_here(folder, *FLAGS, f"--n_steps={step + 5}", "--log_points=30", "--resume")
+    resumed_until(step + 5, folder, *FLAGS, *FOR_EVER)
     assert newest(folder)["step"] == step + 5
 
 
@@ -324,7 +333,7 @@ def test_the_end_of_torchrun_stops_and_saves_and_one_process_can_continue(tmp_pa
     assert said.count(f"stopped by {name} at step {state['step']};") == 1
     assert said.count("2 processes") == 1
     # Both processes are gone: the folder's lock is free, and nothing writes behind the next run's back.
-    run_here(tmp_path, *FLAGS, f"--n_steps={state['step'] + 5}", "--log_points=30", "--resume")
+    resumed_until(state["step"] + 5, tmp_path, *FLAGS, "--log_points=30", "--n_steps=1000000")
     assert recorded(tmp_path)["environment"]["processes"] == 1
     assert newest(tmp_path)["step"] == state["step"] + 5
 

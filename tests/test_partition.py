@@ -18,6 +18,8 @@ from analysis import partition
 from runtime import checkpoints
 
 # ---- the plane ------------------------------------------------------------------------------------------------------
+SIZES = {"train": 50, "test": 797, "attacked": 20, "in_shape": [1, 8, 8], "num_classes": 10}
+
 
 def brute_force(model, plane, raster):
     """boundaries() by one forward pass for each point, in plain loops."""
@@ -90,9 +92,10 @@ def save_checkpoint(path, step=0, sizes=None, metrics=None, **changes):
               "dtype": "float32", **changes}
     torch.manual_seed(step)
     model = models.build_model("mlp", (1, 8, 8), 10, depth=3, width=8, batch_norm=True)
-    sizes = {"train": 50, "in_shape": [1, 8, 8], "num_classes": 10} if sizes is None else sizes
+    sizes = SIZES if sizes is None else sizes
     checkpoints.save_state(path, {"epoch": 0.0, "step": step, "seconds": 0.0, "logged": 1, "config": config,
-                                  "sizes": sizes, "model_state_dict": model.state_dict(), "optimizer_state_dict": {"state": {}, "param_groups": []},
+                                  "sizes": sizes, "model_state_dict": model.state_dict(),
+                                  "optimizer_state_dict": {"state": {}, "param_groups": []},
                                   **(metrics or {})})
     return str(path)
 
@@ -226,10 +229,10 @@ def test_bad_checkpoint_gives_one_line(tmp_path, capsys):
     torch.save([1, 2], tmp_path / "list.pt")
     for name, changes in {"unknown": {"model": "transformer"}, "misfit": {"width": 9}, "other": {"dataset": "mnist"},
                           "bare": {"sizes": {}}, "decay": {"weight_decay": 0.5},
-                          "shape": {"sizes": {"in_shape": [1, 4, 16], "num_classes": 10}}}.items():
+                          "shape": {"sizes": SIZES | {"in_shape": [1, 4, 16]}}}.items():
         save_checkpoint(tmp_path / f"{name}.pt", **changes)
     bad = {"text.pt": "checkpoint", "list.pt": "checkpoint", "unknown.pt": "transformer", "misfit.pt": "do not fit",
-           "other.pt": "other images", "bare.pt": "in_shape", "shape.pt": "another shape", "missing.pt": ""}
+           "other.pt": "other images", "bare.pt": "sizes", "shape.pt": "another shape", "missing.pt": ""}
     for name, reason in bad.items():
         assert plot.main(["--partition", good, str(tmp_path / name), "--out", str(tmp_path / "x.png")]) == 2
         error = assert_one_line(capsys)
@@ -251,7 +254,7 @@ def test_data_in_another_folder_are_asked_for(tmp_path, capsys, monkeypatch):
                 Image.fromarray(noise).save(folder / f"{k}.png")
     model = models.build_model("mlp", (3, 8, 8), 2, depth=2, width=4)
     path = save_checkpoint(tmp_path / "0.pt", dataset="imagefolder", train_size=4, data_dir="images", batch_norm=False,
-                           depth=2, width=4, sizes={"in_shape": [3, 8, 8], "num_classes": 2},
+                           depth=2, width=4, sizes=SIZES | {"in_shape": [3, 8, 8], "num_classes": 2},
                            metrics={"model_state_dict": model.state_dict()})
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
