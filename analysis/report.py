@@ -272,8 +272,9 @@ def markdown_table(histories: Sequence[dict], names: Sequence[str] | None = None
     names = names or short_names([history["config"].get("log_dir", "-") for history in histories])
     name_of = {id(history): name for history, name in zip(histories, names, strict=True)}
     groups, _ = grouped([history for history in histories if history["step"]])
-    rows = [["run", "flags", "training 99% at step", "test accuracy then", "at the end", "ε", "`robust_acc` then", "dip",
-             "highest later", "half of the rise by step", "`adv_acc` then", "highest later", "half of the rise by step"]]
+    rows = [["run", "flags", "training 99% at step", "test accuracy then", "at the end", "ε",
+             "`robust_acc` then", "dip", "highest later", "half of the rise by step",
+             "`adv_acc` then", "highest later", "half of the rise by step"]]
     rows.append(["---"] * len(rows[0]))
     for group in groups:
         tested = len(poolable(group))
