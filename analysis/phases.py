@@ -13,8 +13,7 @@ TENTH = float(np.log(1.1))
 
 
 def held(values: Any) -> np.ndarray:
-    """Return the largest curve below `values` whose every level lasts for HOLD points, counting any before the first.
-    """
+    """Return the largest curve below `values` whose every level lasts for HOLD points; the first may be shorter."""
     padded = np.pad(np.asarray(values, dtype=float), (HOLD - 1, 0), mode="edge")
     lows = np.pad(sliding_window_view(padded, HOLD).min(axis=1), HOLD - 1, constant_values=-np.inf)
     return sliding_window_view(lows, HOLD).max(axis=1)[HOLD - 1:]

@@ -231,11 +231,10 @@ def pooled_rises(histories: Sequence[dict]) -> tuple[list[int], dict[str, Rise]]
     seeds = [history["config"].get("seed") for history in runs]
     if len(set(seeds)) < len(seeds):
         raise ValueError(f"two of the runs to be tested together have the same seed (seeds: {seeds}): leave one out")
-    starts = [interpolation_of(history) or 0 for history in runs]
-    common = sorted(set.intersection(*(set(history["step"][start + 1:])
-                                       for history, start in zip(runs, starts, strict=True))))
-    first = int(np.median([history["step"][start] for history, start in zip(runs, starts, strict=True)]))
-    rows = [[start, *np.searchsorted(history["step"], common)] for history, start in zip(runs, starts, strict=True)]
+    started = [(history["step"], interpolation_of(history) or 0) for history in runs]
+    common = sorted(set.intersection(*(set(steps[start + 1:]) for steps, start in started)))
+    first = int(np.median([steps[start] for steps, start in started]))
+    rows = [[start, *np.searchsorted(steps, common)] for steps, start in started]
     curves = [accuracy_curves(history) for history in runs]
     labels = [label for label in curves[0] if all(label in run for run in curves)]
     return [first, *common], corrected({label: delayed_rise(joined([run[label] for run in curves], rows), 0)
