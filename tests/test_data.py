@@ -197,12 +197,11 @@ def test_digits():
 def test_digits_are_scikit_learns_each_used_once():
     from sklearn.datasets import load_digits
 
-    digits = data.load_dataset("digits")
-    ours = torch.cat([torch.cat([x.flatten(1).long(), y[:, None]], 1) for x, y in
-                      ((digits.x_train, digits.y_train), (digits.x_test, digits.y_test))]).tolist()
-    source = load_digits()
-    theirs = [[round(v * 255 / 16) for v in image] + [y] for image, y in
-              zip(source.data.tolist(), source.target.tolist(), strict=True)]
+    digits, source = data.load_dataset("digits"), load_digits()
+    x, y = torch.cat([digits.x_train, digits.x_test]), torch.cat([digits.y_train, digits.y_test])
+    ours = [(*image, label) for image, label in zip(x.flatten(1).tolist(), y.tolist(), strict=True)]
+    theirs = [(*image, label) for image, label in
+              zip(np.rint(source.data * 255 / 16).tolist(), source.target.tolist(), strict=True)]
     assert sorted(ours) == sorted(theirs)
 
 
