@@ -18,7 +18,7 @@ import socket
 import sys
 import unicodedata
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -122,6 +122,35 @@ def load_dataset(name: str, data_dir: str | Path = "data", train_size: int | str
         replaced = rng.permutation(count)[:round(label_noise * count)]
         dataset.y_train[replaced] = torch.from_numpy(rng.integers(dataset.num_classes, size=len(replaced)))
     return dataset
+
+
+def from_config(config: Mapping[str, Any], data_dir: str | None = None) -> Dataset:
+    """Return the data set that a run's config describes, from its own data_dir or another. Errors: load_dataset's."""
+    return load_dataset(config["dataset"], data_dir or config["data_dir"], config["train_size"], config["seed"],
+                        config["image_size"], config["label_noise"], modulus=config.get("modulus"),
+                        train_fraction=config.get("train_fraction"))
+
+
+def draw_shifts(seed: int, n: int, image_shape: Sequence[int]) -> torch.Tensor:
+    """Return (n, 3): for each of n images its shift down and right in pixels, and whether it is mirrored."""
+    generator = torch.Generator().manual_seed(seed)
+    channels, height, width = image_shape
+    columns = [torch.randint(-(size // 8), size // 8 + 1, (n,), generator=generator) for size in (height, width)]
+    mirrored = torch.randint(2, (n,), generator=generator) if channels == 3 else torch.zeros(n, dtype=torch.int64)
+    return torch.stack([*columns, mirrored], dim=1)
+
+
+def augmented(images: torch.Tensor, shifts: torch.Tensor) -> torch.Tensor:
+    """Return uint8 images (N, C, H, W) shifted and mirrored by `shifts` (N, 3); what moves in is black."""
+    height, width = images.shape[2:]
+    down, right, mirrored = shifts.unbind(1)
+    rows = torch.arange(height, device=images.device) - down[:, None]
+    columns = torch.arange(width, device=images.device) - right[:, None]
+    inside = ((rows >= 0) & (rows < height))[:, :, None] & ((columns >= 0) & (columns < width))[:, None, :]
+    columns = torch.where(mirrored[:, None] > 0, width - 1 - columns, columns).clamp(0, width - 1)
+    n = torch.arange(len(images), device=images.device)[:, None, None]
+    moved = images[n, :, rows.clamp(0, height - 1)[:, :, None], columns[:, None, :]]  # (N, H, W, C)
+    return moved.movedim(3, 1) * inside[:, None]
 
 
 def source_of(name: str) -> Source:

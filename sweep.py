@@ -109,8 +109,7 @@ def is_complete(folder: Path, config: Config) -> bool:
         (path,) = folder.glob(f"checkpoints/checkpoint_epoch_*_step_{last:09d}.pt")
         if checkpoints.load_checkpoint(path)["step"] != last:
             return False
-        dataset = data.load_dataset(config.dataset, config.data_dir, config.train_size, config.seed, config.image_size,
-                                    config.label_noise)
+        dataset = data.from_config(dataclasses.asdict(config))
         wanted = dataclasses.asdict(train.complete(config, dataset, torch.device("cpu")))
         kept = {**dataclasses.asdict(Config()), **found["config"]}
         return (last == wanted["n_steps"] and found["derived"]["data"] == data.fingerprint(dataset)
@@ -153,9 +152,10 @@ def fetch(runs: Runs) -> None:
     """Download and decode the data sets, so that the runs, which start together, find the files."""
     import data
 
-    for name, folder, size in {(config.dataset, config.data_dir, config.image_size) for _, config in runs.values()}:
+    sets = {(config.dataset, config.data_dir, config.image_size): config for _, config in runs.values()}
+    for config in sets.values():
         with contextlib.suppress(ValueError, OSError, MemoryError):  # each run says so itself
-            data.load_dataset(name, folder, image_size=size)
+            data.from_config(dataclasses.asdict(config))
 
 
 def show(folders: list[Path], draw: bool) -> None:

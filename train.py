@@ -45,7 +45,7 @@ import measure
 import models
 from runtime import cuda_graph, distributed, history, signals, trackers
 from runtime import device as devices
-from runtime.run import Figure, Run, RunFailed, parent_of
+from runtime.run import Figure, Run, RunFailed, fail, fail_together, parent_of
 from runtime.seeds import seed_for
 
 GREY_EPSILONS = [0.03, 0.06, 0.10, 0.13, 0.16, 0.20]
@@ -80,28 +80,6 @@ def batch_order(seed: int, block: int, epochs: int, n_images: int, batch_size: i
     return torch.cat([torch.randperm(n_images, generator=generator)[:used] for _ in range(epochs)])
 
 
-def draw_shifts(seed: int, block: int, n: int, image_shape: Sequence[int]) -> torch.Tensor:
-    """Return (n, 3): for each image of a block its shift down and right in pixels, and whether it is mirrored."""
-    generator = torch.Generator().manual_seed(seed_for(seed, "augmentation", block))
-    channels, height, width = image_shape
-    columns = [torch.randint(-(size // 8), size // 8 + 1, (n,), generator=generator) for size in (height, width)]
-    mirrored = torch.randint(2, (n,), generator=generator) if channels == 3 else torch.zeros(n, dtype=torch.int64)
-    return torch.stack([*columns, mirrored], dim=1)
-
-
-def augmented(images: torch.Tensor, shifts: torch.Tensor) -> torch.Tensor:
-    """Return uint8 images (N, C, H, W) shifted and mirrored by `shifts` (N, 3); what moves in is black."""
-    height, width = images.shape[2:]
-    down, right, mirrored = shifts.unbind(1)
-    rows = torch.arange(height, device=images.device) - down[:, None]
-    columns = torch.arange(width, device=images.device) - right[:, None]
-    inside = ((rows >= 0) & (rows < height))[:, :, None] & ((columns >= 0) & (columns < width))[:, None, :]
-    columns = torch.where(mirrored[:, None] > 0, width - 1 - columns, columns).clamp(0, width - 1)
-    n = torch.arange(len(images), device=images.device)[:, None, None]
-    moved = images[n, :, rows.clamp(0, height - 1)[:, :, None], columns[:, None, :]]  # (N, H, W, C)
-    return moved.movedim(3, 1) * inside[:, None]
-
-
 def learning_rate(config: Config, step: torch.Tensor) -> torch.Tensor:
     """Return the learning rate of the step that follows `step` steps: the warm-up's line, then the schedule's."""
     warmup, n_steps = config.warmup_steps, config.n_steps
@@ -109,22 +87,6 @@ def learning_rate(config: Config, step: torch.Tensor) -> torch.Tensor:
     factor = {"constant": torch.ones_like(left), "triangle": left, "cosine": (1 - (math.pi * left).cos()) / 2}
     rise = ((step + 1) / warmup).clamp(max=1) if warmup else 1
     return config.lr * rise * factor[config.lr_schedule]
-
-
-@torch.no_grad()
-def orthogonalise(parameters: list[torch.nn.Parameter]) -> None:
-    """Remove from each tensor's gradient its component along the weights and scale it back to its norm, in place.
-
-    Prieto et al. 2025, "Grokking at the edge of numerical stability" (arXiv:2501.04697). Otherwise cross-entropy can
-    always fall by scaling the logits up, which ends in a saturated softmax.
-    """
-    tiny = torch.finfo(parameters[0].dtype).tiny
-    for weight in parameters:
-        if (gradient := weight.grad) is not None:
-            along = (weight * gradient).sum() / (weight.square().sum() + tiny)
-            before = torch.linalg.vector_norm(gradient)
-            gradient.sub_(along * weight)
-            gradient.mul_(before / (torch.linalg.vector_norm(gradient) + tiny))
 
 
 class Trainer:
@@ -178,8 +140,8 @@ class Trainer:
         drawn = [(self.order, batch_order(config.seed, block, self.epochs_in_block, config.train_size,
                                           config.batch_size))]
         if config.augment:
-            drawn.append((self.shifts, draw_shifts(config.seed, block, len(self.order),
-                                                   self.dataset.x_train.shape[1:])))
+            drawn.append((self.shifts, data.draw_shifts(
+                seed_for(config.seed, "augmentation", block), len(self.order), self.dataset.x_train.shape[1:])))
         for place, values in drawn:
             # From pinned memory the copy waits its turn on the GPU, and the host does not wait for it.
             place.copy_(values.pin_memory() if place.is_cuda else values, non_blocking=True)
@@ -194,7 +156,7 @@ class Trainer:
         rows = self.order.index_select(0, self.positions)
         images = self.dataset.x_train.index_select(0, rows)
         if config.augment:
-            images = augmented(images, self.shifts.index_select(0, self.positions))
+            images = data.augmented(images, self.shifts.index_select(0, self.positions))
         self.positions.add_(config.batch_size)
         if self.scheduled:
             self.optimizer.param_groups[0]["lr"].copy_(learning_rate(config, self.step_number))
@@ -204,7 +166,7 @@ class Trainer:
         loss = self.loss_function(logits, self.dataset.y_train.index_select(0, rows))
         loss.backward()
         if config.orthogonal_gradient:
-            orthogonalise(self.parameters)
+            losses.orthogonalise(self.parameters)
         self.optimizer.step()
         loss = loss.detach()
         self.finite_steps.add_(self.all_finite.logical_and_(loss < math.inf))  # false for NaN, too
@@ -392,9 +354,7 @@ def start(args: Config) -> tuple[Run, data.Dataset, measure.Probes]:
     devices.check_dtype(device, args.dtype)
     devices.check_threads(args.threads or 1)
     devices.set_precision(args.deterministic)
-    dataset = distributed.rank0_first(lambda: data.load_dataset(
-        args.dataset, args.data_dir, args.train_size, args.seed, args.image_size, args.label_noise,
-        modulus=args.modulus, train_fraction=args.train_fraction))
+    dataset = distributed.rank0_first(lambda: data.from_config(dataclasses.asdict(args)))
     config = complete(args, dataset, device)
     fingerprint = data.fingerprint(dataset)
     dataset = resident(dataset, device)
@@ -477,20 +437,6 @@ def main(argv: list[str] | None = None) -> int:
         run.release()
     distributed.barrier()  # none leaves while another still listens to it
     return 128 + stopped_by if stopped_by else 0
-
-
-def fail(error: object, status: int) -> int:
-    """Print error in one line; return status."""
-    print(f"train.py: error: {' '.join(str(error).split())}", file=sys.stderr)
-    return status
-
-
-def fail_together(error: object, status: int) -> int:
-    """fail() for an error that every process of the run has met: rank 0 prints it."""
-    if distributed.rank() == 0:
-        fail(error, status)
-    distributed.barrier()  # torchrun ends all processes when one has ended: not before the line is out
-    return status
 
 
 if __name__ == "__main__":

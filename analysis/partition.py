@@ -68,11 +68,9 @@ def load_data(path: str | Path, config: dict, data_dir: str | None) -> data.Data
     """The data set of a checkpoint's config, from data_dir or else from the config's own folder."""
     try:
         folder = data_dir or config["data_dir"]
-        if not (data_dir or data.source_of(config["dataset"]).package or Path(folder).expanduser().is_dir()):
+        if not (data_dir or data.source_of(config["dataset"]).package or Path(folder).expanduser().exists()):
             raise ValueError(f"its data were in {folder}, which is not here: name their folder with --data_dir")
-        more = {name: config[name] for name in ("modulus", "train_fraction") if config.get(name) is not None}
-        return data.load_dataset(config["dataset"], folder, config["train_size"], config["seed"],
-                                 config["image_size"], config["label_noise"], **more)
+        return data.from_config(config, folder)
     except KeyError as error:
         raise ValueError(f"{path}: its config lacks {error}") from None
     except (ValueError, TypeError) as error:
@@ -194,7 +192,7 @@ def figure(paths: Sequence[str | Path], data_dir: str | None = None) -> Figure:
     its own config, or was trained on other images than the first, and where the images are missing.
     """
     found, dataset = load_all(paths, data_dir)
-    plane, flags = plane_through(*three_images(dataset)), runs.differing_flags(found)
+    plane, flags = plane_through(*three_images(dataset)), runs.differing_flags(found, also_same={"n_steps"})
     columns = min(len(paths), 3)
     rows = -(-len(paths) // columns)
     fig = panels.new_figure(1.2 + 3.3 * columns, 3.45 * rows + 1.1,
@@ -270,7 +268,7 @@ def film(paths: Sequence[str | Path], out: str | Path, data_dir: str | None = No
     if not kind.isAvailable():
         raise ValueError(f"{out}: an MP4 needs ffmpeg, which is not installed; a GIF does not")
     found, dataset = load_all(paths, data_dir)
-    flags = runs.differing_flags(found)
+    flags = runs.differing_flags(found, also_same={"n_steps"})
     if flags:
         raise ValueError(f"a film shows one run, and these checkpoints differ in --{flags[0]}: write a PNG")
     order = sorted(range(len(paths)), key=lambda i: found[i]["step"])

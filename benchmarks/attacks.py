@@ -69,8 +69,7 @@ def main(argv: list[str] | None = None) -> None:
 def load(checkpoint: dict, args: argparse.Namespace) -> tuple[torch.nn.Module, torch.Tensor, torch.Tensor]:
     """Return the network of a checkpoint, the images to attack and their labels."""
     device, config = devices.choose_device(args.device), checkpoint["config"]
-    options = {name: config[name] for name in ("train_size", "seed", "image_size", "label_noise")}
-    dataset = data.load_dataset(config["dataset"], args.data_dir or config["data_dir"], **options)
+    dataset = data.from_config(config, args.data_dir)
     model = models.load_network(checkpoint).to(device)
     x = data.pixels(dataset.x_test[:args.images].to(device), next(model.parameters()).dtype)
     return model, x, dataset.y_test[:args.images].to(device)

@@ -1,6 +1,7 @@
 """A run: how far it has come, and its way to the disk and back."""
 
 import math
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +17,20 @@ from runtime.trackers import Trackers
 
 class RunFailed(Exception):
     """The run cannot go on; the message is the one line to print."""
+
+
+def fail(error: object, status: int) -> int:
+    """Print error in one line; return status."""
+    print(f"train.py: error: {' '.join(str(error).split())}", file=sys.stderr)
+    return status
+
+
+def fail_together(error: object, status: int) -> int:
+    """fail() for an error that every process of the run has met: rank 0 prints it."""
+    if distributed.rank() == 0:
+        fail(error, status)
+    distributed.barrier()  # torchrun ends all processes when one has ended: not before the line is out
+    return status
 
 
 def parent_of(config: Config, fingerprint: str) -> dict:

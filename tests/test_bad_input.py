@@ -201,7 +201,7 @@ DATA = [
     ("mnist", lambda _: write("data", b"")(), "data is not a directory"),
     ("imagefolder", lambda _: write("data", b"")(), "data is not a directory"),
     # MNIST
-    ("mnist", mnist("train-images-idx3-ubyte", lambda b: b"\0\0\x0d\x03" + b[4:]), "0x00000d03"),
+    ("mnist", mnist("train-images-idx3-ubyte", lambda b: b"\0\0\x0d\x03" + b[4:]), "train-images-idx3-ubyte"),
     ("mnist", mnist("train-images-idx3-ubyte", lambda b: b[:-1]), "train-images-idx3-ubyte"),
     ("mnist", mnist("t10k-labels-idx1-ubyte", lambda b: b""), "t10k-labels-idx1-ubyte"),
     ("mnist", mnist("t10k-images-idx3-ubyte", lambda b: b[:12]), "t10k-images-idx3-ubyte"),
