@@ -11,6 +11,11 @@ from runtime.console import Console, duration, thin
 EPSILONS = [0.5 / 255, 0.03, 10 / 255]
 
 
+@pytest.fixture(autouse=True)
+def wide(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "100")
+
+
 @pytest.fixture
 def history():
     config = {**vars(Config()), "epsilons": EPSILONS, "n_steps": 1000, "device": "cpu", "products": "onednn"}

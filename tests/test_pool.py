@@ -1,6 +1,7 @@
 """runtime/pool.py: several commands at a time, each on its device; signals are handed on. No command here uses
 PyTorch."""
 
+import functools
 import os
 import signal
 import sys
@@ -36,7 +37,9 @@ def test_each_device_has_one_job_at_a_time_and_failures_are_named(tmp_path, caps
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
-def test_a_signal_is_handed_on_and_no_other_job_starts(tmp_path, capsys, number):
+def test_a_signal_is_handed_on_and_no_other_job_starts(tmp_path, capsys, number, request):
+    # Under nohup SIGHUP is ignored, and stays so.
+    request.addfinalizer(functools.partial(signal.signal, number, signal.signal(number, signal.SIG_DFL)))
     marks = [tmp_path / f"started{i}" for i in range(3)]
     jobs = [job(tmp_path, mark.name, WAITS.format(mark=str(mark))) for mark in marks]
     before = signal.getsignal(number)
