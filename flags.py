@@ -260,8 +260,9 @@ def flags_of(*kinds: str) -> frozenset[str]:
     return frozenset(name for name, field in FIELDS.items() if field.metadata["kind"] in kinds)
 
 
-def add_flags(parser: argparse.ArgumentParser, names: frozenset[str] = frozenset(FIELDS)) -> None:
-    """Add these flags to a parser, under their groups' titles."""
+def add_flags(parser: argparse.ArgumentParser, names: frozenset[str] = frozenset(FIELDS),
+              suppress: bool = False) -> None:
+    """Add these flags to a parser, under their groups' titles. suppress: leave out of the result what is not given."""
     group: Any = parser
     length = None
     for name, field in FIELDS.items():
@@ -272,12 +273,13 @@ def add_flags(parser: argparse.ArgumentParser, names: frozenset[str] = frozenset
         options = {key: value for key, value in field.metadata.items() if key not in ("kind", "option")}
         if isinstance(field.default, bool):
             options["action"] = "store_false" if field.default else "store_true"
-        elif field.default is not None:
+        elif field.default is not None and not suppress:
             options["help"] += f" (default {field.default})"
         target = group
         if field.metadata["kind"] == LENGTH:
             target = length = length or group.add_mutually_exclusive_group()
-        target.add_argument(field.metadata.get("option", f"--{name}"), dest=name, default=field.default, **options)
+        target.add_argument(field.metadata.get("option", f"--{name}"), dest=name,
+                            default=argparse.SUPPRESS if suppress else field.default, **options)
 
 
 def flattened(parser: argparse.ArgumentParser, values: dict) -> dict:

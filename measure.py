@@ -1,7 +1,7 @@
 """The measurements of a log step: one row of the history, with the columns that the functions in METRICS return."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -162,15 +162,16 @@ METRICS = (clean, under_attack, complexity, weight_norm)
 
 
 def measure(model: nn.Module, dataset: data.Dataset, probes: Probes, config: Config,
-            progress: Progress = lambda what, share: None) -> dict:
+            progress: Progress = lambda what, share: None, metrics: Sequence[Callable] = METRICS) -> dict:
     """Return one row of the history: what a log step records of the network, except for its step and time.
 
     config: the flags as used. progress: called with what is being measured and which share of it is done (0 to 1).
+    metrics: those of METRICS to measure.
     """
     batch_size = config.eval_batch_size or default_eval_batch_size(model, dataset.x_train.shape[1:])
     row: dict = {}
     with models.evaluating(model):
-        for metric in METRICS:
+        for metric in metrics:
             columns = metric(model, dataset, probes, config, batch_size, progress)
             row |= {**columns, "outcomes": row.get("outcomes", {}) | columns.get("outcomes", {})}
     return row

@@ -33,6 +33,13 @@ def fail_together(error: object, status: int) -> int:
     return status
 
 
+def history_of(checkpoint: Path, config: dict) -> Path | None:
+    """Return the history of the run that a checkpoint with this config is of, None if it cannot be found."""
+    log_dir = Path(config.get("log_dir", "logs"))
+    places = [checkpoint.parent.parent / log_dir.name, log_dir, checkpoint.parent]
+    return next((place / history.HISTORY_NAME for place in places if (place / history.HISTORY_NAME).is_file()), None)
+
+
 def parent_of(config: Config, fingerprint: str) -> dict:
     """Return the checkpoint that --branch_from names, with its "path" and, as "history", its run's up to there.
 
@@ -41,12 +48,10 @@ def parent_of(config: Config, fingerprint: str) -> dict:
     path = Path(config.branch_from)
     checkpoint = checkpoints.load_checkpoint(path)
     before = checkpoint["config"]
-    log_dir = Path(before.get("log_dir", "logs"))
-    places = [path.parent.parent / log_dir.name, log_dir, path.parent]
-    found = next((place / history.HISTORY_NAME for place in places if (place / history.HISTORY_NAME).is_file()), None)
+    found = history_of(path, before)
     if found is None:
-        raise ValueError(f"--branch_from={path}: there is no {history.HISTORY_NAME} of its run in "
-                         f"{' or '.join(map(str, places))}")
+        raise ValueError(f"--branch_from={path}: there is no {history.HISTORY_NAME} of its run near it or in "
+                         f"{before.get('log_dir', 'logs')}")
     differing = [name for name in ("model", "depth", "width", "activation", "batch_norm", "train_size")
                  if before.get(name) != getattr(config, name)]
     if differing or checkpoint.get("derived", {}).get("data", fingerprint) != fingerprint:

@@ -1,0 +1,480 @@
+"""Measure networks that are trained already: other epsilons, more images, another attack, without training again.
+
+    python remeasure.py checkpoints/ --epsilons 2/255 8/255 --adv_size=all --lc_radius 0.01 0.1
+    python remeasure.py runs/NAME --every=10 --robust_budget=high       # each tenth checkpoint of a run's folder
+    python remeasure.py --network my_model.py:build --weights my_model.pt --dataset=cifar10         # any network, once
+
+Checkpoints become a history of the same format as train.py's, remeasured/training_history.json, which plot.py draws.
+They are measured with the flags of their run, except for those given here. Columns that measuring again does not change
+(losses, clean accuracy, seconds) are taken from the checkpoint. The same command again continues what was stopped.
+
+Exit status: 0 all is measured; 1 something could not be; 2 the command or its input is wrong; 128 + n stopped by
+signal n.
+"""
+# ruff: noqa: E402
+
+import argparse
+import contextlib
+import dataclasses
+import functools
+import importlib.util
+import math
+import shutil
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import flags
+from flags import EXPERIMENT, MEASUREMENT, Config, flags_of, history_key
+
+SCHEDULE = frozenset({"log_points", "log_from", "log_interval"})  # when a run measures, not what
+DATA = frozenset({"dataset", "train_size", "label_noise", "image_size", "modulus", "train_fraction", "seed"})
+MACHINE = frozenset({"data_dir", "device", "threads", "eval_batch_size", "quiet"})
+ASKED_HERE = (flags_of(MEASUREMENT) - SCHEDULE) | DATA | MACHINE
+# What a checkpoint of a log step holds and measuring it again does not change.
+KNOWN = ("train_loss", "train_acc", "train_saturated", "test_loss", "test_acc", "weight_norm", "max_batch_loss")
+Row = dict[str, Any]
+
+
+def parse_steps(text: str) -> list[int]:
+    """Return the steps that "0,1000,100000" lists."""
+    return [flags.number(int, low=0)(part) for part in text.split(",")]
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """Return the command line as parsed; a flag of train.py that was not given is missing."""
+    parser = flags.OneLineParser(prog="remeasure.py", allow_abbrev=False, description=__doc__,
+                           formatter_class=argparse.RawDescriptionHelpFormatter,
+                           epilog="What is not given is as in the run, or as --help of train.py says for --network.")
+    parser.add_argument("paths", nargs="*", metavar="PATH",
+                        help="checkpoints, folders of checkpoints, or folders of runs (with checkpoints/ in them)")
+    parser.add_argument("--every", type=flags.number(int, low=1), default=1, metavar="N",
+                        help="measure each Nth checkpoint, and the last (default 1)")
+    parser.add_argument("--steps", type=parse_steps, metavar="N,N", help="measure the checkpoints of these steps")
+    parser.add_argument("--log_dir", default="remeasured", metavar="DIR", help="folder of the history (default "
+                        "remeasured)")
+    parser.add_argument("--processes", type=flags.number(int, low=1), metavar="N",
+                        help="checkpoints at a time (default: one on each core or GPU)")
+    parser.add_argument("--network", metavar="FILE.py:FUNCTION", help="measure the network that FUNCTION() of FILE.py "
+                        "returns: a torch.nn.Module from images in [0, 1] to logits. The file is run")
+    parser.add_argument("--weights", metavar="FILE", help="state dict for --network, a .pt or .safetensors file")
+    flags.add_flags(parser, ASKED_HERE, suppress=True)
+    args = parser.parse_args(argv)
+    flags.flattened(parser, vars(args))
+    given = DATA & vars(args).keys()
+    if bool(args.paths) == bool(args.network):
+        parser.error("name checkpoints or their folder, or one --network")
+    if args.weights and not args.network:
+        parser.error("--weights is for --network: a checkpoint has its own")
+    if given and not args.network:
+        parser.error(f"--{min(given)} is for --network: a checkpoint knows its data, at most --data_dir changes")
+    return args
+
+
+if __name__ == "__main__":  # importing PyTorch takes seconds: answer --help and a wrong flag before
+    parse_args()
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+import data
+import local_complexity
+import measure
+import train
+from runtime import checkpoints, distributed, files, history, pool, signals
+from runtime import device as devices
+from runtime.console import Console
+from runtime.run import history_of
+
+
+def flags_given(args: argparse.Namespace) -> dict[str, Any]:
+    """Return the flags of train.py on the command line."""
+    return {name: value for name, value in vars(args).items() if name in ASKED_HERE}
+
+
+# ---- which checkpoints ----------------------------------------------------------------------------------------------
+
+def find_checkpoints(paths: list[str]) -> list[Path]:
+    """Return the checkpoints that the paths name, in the order of their steps, as far as their names say it.
+
+    FileNotFoundError if one is missing or a folder holds no checkpoint of a log step.
+    """
+    found: list[Path] = []
+    for path in map(Path, paths):
+        if not path.is_dir():
+            if not path.exists():
+                raise FileNotFoundError(f"there is no checkpoint or folder {path}")
+            found.append(path)
+            continue
+        inside = checkpoints.saved_checkpoints(path) or checkpoints.saved_checkpoints(path / "checkpoints")
+        if not inside:
+            raise FileNotFoundError(f"there are no checkpoints (checkpoint_epoch_*.pt) in {path}")
+        found += inside
+    return sorted(dict.fromkeys(found), key=step_of)
+
+
+def step_of(path: Path) -> int:
+    """Return the step of a checkpoint, from its name if it was not renamed; -1 for a damaged one."""
+    step = checkpoints.step_in_name(path)
+    if step is None:
+        with contextlib.suppress(ValueError):
+            step = checkpoints.load_checkpoint(path)["step"]
+    return -1 if step is None else step
+
+
+def chosen(found: list[Path], every: int, steps: list[int] | None) -> dict[int, Path]:
+    """Return {step: checkpoint} for those that --every and --steps choose.
+
+    Raises ValueError if a step is missing or double.
+    """
+    by_step: dict[int, Path] = {}
+    for path in found:
+        other = by_step.setdefault(step_of(path), path)
+        if other != path:
+            raise ValueError(f"{other} and {path} are of the same step: give the checkpoints of one run")
+    if steps is not None:
+        missing = [step for step in steps if step not in by_step]
+        if missing:
+            raise ValueError(f"--steps: there is no checkpoint of step {', '.join(map(str, missing))}")
+        by_step = {step: by_step[step] for step in sorted(set(steps))}
+    order = list(by_step)
+    return {step: by_step[step] for step in {*order[::-every]} | {*order[-1:]}} if every > 1 else by_step
+
+
+# ---- one run's checkpoints ------------------------------------------------------------------------------------------
+
+class Remeasured:
+    """The checkpoints of one run, and the history that is made of them.
+
+    rows: {step: row} of what is measured; kept in order in self.file after each addition. Raises ValueError or OSError,
+    in one line, if the data cannot be had or are not those of the run.
+    """
+
+    def __init__(self, args: argparse.Namespace, first: dict, threads: int):
+        given, self.first = flags_given(args), first
+        was = {name: value for name, value in first["config"].items() if name in flags.FIELDS}
+        device = devices.choose_device(given.get("device", "auto"))
+        here = {"device": "auto", "threads": threads, "quiet": False, "eval_batch_size": None, "compile": "off"}
+        wanted = Config(**{**was, **here, **given, "log_dir": args.log_dir})
+        devices.check_dtype(device, wanted.dtype)
+        dataset = data.from_config(dataclasses.asdict(wanted))
+        print_ = data.fingerprint(dataset)
+        if first.get("derived", {}).get("data", print_) != print_:
+            raise ValueError(f"the images or labels in {wanted.data_dir} are not those that the run was trained on: "
+                             "give their folder with --data_dir")
+        self.config = train.complete(wanted, dataset, device)
+        self.dataset = train.resident(dataset, device)
+        self.model = train.build_model(self.config, self.dataset)
+        self.probes = measure.draw_probes(self.config, self.dataset)
+        self.empty = train.empty_history(self.config, wanted, dataset, self.model, print_)
+        self.empty["asked"] = sorted({*first.get("asked", []), *given.keys() & flags_of(MEASUREMENT)})
+        self.empty["derived"] |= {"threads": threads, "eval_threads": threads}
+        torch.set_num_threads(threads)
+        self.file = history.HistoryFile(Path(args.log_dir) / history.HISTORY_NAME)
+        self.rows: dict[int, Row] = {}
+
+    def is_mine(self, record: dict) -> bool:
+        """Return whether a history holds measurements of this run with these flags."""
+        return (not checkpoints.differences(record["config"], self.config, flags_of(EXPERIMENT, MEASUREMENT) - SCHEDULE)
+                and record["derived"]["data"] == self.empty["derived"]["data"]
+                # Two runs with the same flags never take the same time.
+                and rows_of(record).get(self.first["step"], self.first)["seconds"] == self.first["seconds"])
+
+    def continue_earlier(self, note: Callable) -> None:
+        """Take over what an earlier command has measured, or move it aside if it had other flags."""
+        folder = self.file.path.parent
+        if self.file.path.exists():
+            earlier = history.read_history(self.file.path)
+            if self.is_mine(earlier):
+                self.rows = rows_of(earlier)
+            else:
+                (moved,) = files.move_aside(folder, folder)
+                note(f"measurements of another run or with other flags are now in {moved}")
+        for part in folder.glob("part-*"):  # of a command that was killed
+            self.collect(part)
+
+    def collect(self, part: Path) -> None:
+        """Add what a process has measured in its folder to the history, and remove the folder."""
+        with contextlib.suppress(FileNotFoundError):
+            record = history.read_history(part / history.HISTORY_NAME)
+            if self.is_mine(record):
+                self.add(rows_of(record))
+        shutil.rmtree(part, ignore_errors=True)
+
+    def measured(self, path: Path, progress: measure.Progress) -> Row:
+        """Return the row of a checkpoint. ValueError, in one line, if it is damaged or of another run."""
+        state = checkpoints.load_checkpoint(path)
+        other = checkpoints.differences(state["config"], self.config, flags_of(EXPERIMENT))
+        if other:
+            raise ValueError(f"{path} is of another run: {'; '.join(other)}")
+        try:
+            self.model.load_state_dict(state["model_state_dict"])
+        except RuntimeError:
+            raise ValueError(f"{path}: its weights do not fit the network that its config describes") from None
+        row = {name: state[name] for name in KNOWN if name in state}
+        outcomes = test_outcomes(history_of(path, state["config"])).get(state["step"])
+        metrics = [metric for metric in measure.METRICS if metric not in (measure.clean, measure.weight_norm)]
+        if len(row) < len(KNOWN) or outcomes is None:
+            row, metrics = {"max_batch_loss": state.get("largest_loss", math.nan)} | row, list(measure.METRICS)
+        fresh = measure.measure(self.model, self.dataset, self.probes, self.config, progress, metrics)
+        row = {"epoch": state["epoch"], "step": state["step"], **row, **fresh, "seconds": state["seconds"]}
+        row["outcomes"].setdefault("test", outcomes)
+        return row
+
+    def history(self) -> dict:
+        """Return the history of the rows, in the order of their steps."""
+        made = {**self.empty, "step": [], "warnings": []}
+        said = set()
+        for step in sorted(self.rows):
+            history.append(made, self.rows[step])
+            for kind, text in measure.remarks(self.rows[step], self.config).items():
+                if kind not in said:
+                    said.add(kind)
+                    made["warnings"].append({"step": step, "kind": kind, "text": text})
+        return made
+
+    def add(self, rows: dict[int, Row]) -> None:
+        self.rows |= rows
+        self.file.begin(self.history())
+
+
+def rows_of(record: dict) -> dict[int, Row]:
+    """Return {step: row} of a history."""
+    columns = {name: column for name, column in record.items() if name not in history.BESIDE}
+    return {step: history.row_at(columns, k) for k, step in enumerate(record["step"])}
+
+
+@functools.cache
+def test_outcomes(path: Path | None) -> dict[int, str]:
+    """Return {step: which test images the network had right} from a run's own history."""
+    record = history.read_history(path) if path else {"step": []}
+    return dict(zip(record["step"], record.get("outcomes", {}).get("test", []), strict=False))
+
+
+def measure_here(run: Remeasured, todo: dict[int, Path], note: Callable) -> tuple[list[str], int]:
+    """Measure checkpoints in this process; return those that could not be, and the signal that stopped it or 0."""
+    failed = []
+    with (signals.Stop(can_interrupt=True) as stop,
+          tqdm(todo.items(), unit="checkpoint", disable=True if run.config.quiet else None) as bar):
+        for step, path in bar:
+            def progress(what: str, share: float, step: int = step) -> None:
+                bar.set_postfix_str(f"step {step}, {what} {100 * share:.0f}%")
+
+            try:
+                with stop.while_measuring():
+                    row = run.measured(path, progress)
+            except signals.Interrupted:
+                break
+            except ValueError as error:
+                failed.append(str(path))
+                note(f"{error}; passed over")
+                continue
+            run.add({step: row})
+            if stop.signal or distributed.orphaned():
+                break
+    return failed, stop.signal
+
+
+def measure_in_processes(run: Remeasured, todo: dict[int, Path], argv: list[str], places: list[str],
+                         threads: int) -> int:
+    """Measure checkpoints in as many processes as there are places; return the signal that stopped them or 0.
+
+    Each process is this command for a part of the steps, with a folder of its own.
+    """
+    jobs, parts = [], []
+    for i in range(len(places)):
+        steps = list(todo)[i::len(places)]
+        part = run.file.path.parent / f"part-{i}"
+        command = [sys.executable, __file__, *argv, f"--log_dir={part}", f"--steps={','.join(map(str, steps))}",
+                   "--every=1", "--processes=1", f"--threads={threads}", "--quiet"]
+        parts.append(part)
+        jobs.append(pool.Job(f"part {i + 1} of {len(places)}", command, part / "output.txt",
+                             functools.partial(share, part, len(steps))))
+    _, stopped_by = pool.run_jobs(jobs, places, threads)
+    for part in parts:
+        run.collect(part)
+    return stopped_by
+
+
+def share(part: Path, n: int) -> float:
+    with contextlib.suppress(ValueError, OSError):
+        return len(history.read_history(part / history.HISTORY_NAME)["step"]) / n
+    return 0.0
+
+
+def measure_run(args: argparse.Namespace, argv: list[str]) -> int:
+    """Measure the checkpoints that the command line names; return the exit status."""
+    given = flags_given(args)
+    found = chosen(find_checkpoints(args.paths), args.every, args.steps)
+    first = first_sound(list(found.values()))
+    for path in found.values():
+        own = history_of(path, first["config"])
+        if own and own.parent.resolve() == Path(args.log_dir).resolve():
+            raise ValueError(f"--log_dir={args.log_dir} holds the run's own history: choose another folder")
+    places = pool.places(given.get("device", "auto"), given.get("threads"))
+    places = places[:min(len(found), args.processes or len(found))]
+    threads = given.get("threads") or max(1, devices.cpu_count() // len(places))
+    run = Remeasured(args, first, threads)
+    console = Console(run.empty, quiet=run.config.quiet)
+    lock = files.lock_folders(args.log_dir, args.log_dir)
+    run.continue_earlier(console.note)
+    todo = {step: path for step, path in found.items() if step not in run.rows}
+    console.note(f"{len(found)} checkpoints, {len(found) - len(todo)} of them measured already")
+    failed: list[str] = []
+    stopped_by = 0
+    if len(places) > 1 and len(todo) > 1:
+        stopped_by = measure_in_processes(run, todo, argv, places[:len(todo)], threads)
+        todo = {step: path for step, path in todo.items() if step not in run.rows}
+    if todo and not stopped_by:  # what a process passed over is named here
+        failed, stopped_by = measure_here(run, todo, console.note)
+    lock.release()
+    if run.rows and not stopped_by:
+        show(run, console)
+    if stopped_by:
+        console.note(f"stopped by {signal.Signals(stopped_by).name}; continue with the same command")
+        return 128 + stopped_by
+    return 1 if failed else 0
+
+
+def first_sound(paths: list[Path]) -> dict:
+    """Return the first checkpoint that can be read. ValueError, in one line, if none can."""
+    for path in paths:
+        try:
+            return checkpoints.load_checkpoint(path)
+        except ValueError as error:
+            reason = error
+    raise ValueError(f"none of {len(paths)} checkpoints can be used: {reason}" if len(paths) > 1 else str(reason))
+
+
+def show(run: Remeasured, console: Console) -> None:
+    """Print a table of the rows."""
+    made = run.history()
+    console.start(0, len(run.rows), 0)
+    console.end()
+    for step in made["step"]:
+        console.row(run.rows[step], [warning["text"] for warning in made["warnings"] if warning["step"] == step])
+    console.note(f"\nwrote {run.file.path}; draw it with 'python plot.py {run.file.path}'")
+
+
+# ---- networks of others ---------------------------------------------------------------------------------------------
+
+def load_network(where: str, weights: str | None) -> nn.Module:
+    """Return the network that FILE.py:FUNCTION makes, with the weights in a file. ValueError, in one line, if not."""
+    file, _, name = where.rpartition(":")
+    spec = importlib.util.spec_from_file_location("network_to_measure", file) if Path(file).is_file() else None
+    if spec is None or spec.loader is None:
+        raise ValueError(f"--network={where}: give FILE.py:FUNCTION, where FILE.py exists")
+    module = importlib.util.module_from_spec(spec)
+    sys.path.append(str(Path(file).resolve().parent))  # for the modules that it imports
+    try:
+        spec.loader.exec_module(module)
+        network = getattr(module, name)()
+    except Exception as error:  # whatever somebody's code raises
+        raise ValueError(f"--network={where}: {type(error).__name__}: {error}") from error
+    if not isinstance(network, nn.Module):
+        raise ValueError(f"--network={where}: it returns {type(network).__name__}, not a torch.nn.Module")
+    if weights:
+        try:
+            network.load_state_dict(load_weights(Path(weights)))
+        except RuntimeError as error:
+            raise ValueError(f"--weights={weights} are not those of the network: {error}") from None
+    return network.float()
+
+
+def load_weights(path: Path) -> dict[str, torch.Tensor]:
+    """Return the state dict in a .pt or .safetensors file, also one inside a checkpoint."""
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no file {path}")
+    if path.suffix == ".safetensors":
+        try:
+            from safetensors.torch import load_file
+        except ImportError:
+            raise ValueError(f"to read {path}, run: pip install safetensors") from None
+        return load_file(path)
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception:  # pickle, zipfile and torch raise errors of many kinds
+        raise ValueError(f"{path} is damaged, not a state dict, or holds more than tensors") from None
+    for key in ("model_state_dict", "state_dict"):
+        if isinstance(state, dict) and isinstance(state.get(key), dict):
+            return state[key]
+    if not isinstance(state, dict):
+        raise ValueError(f"{path} holds {type(state).__name__}, not a state dict")
+    return state
+
+
+def check_network(network: nn.Module, dataset: data.Dataset) -> None:
+    """Raise ValueError unless the network maps images of the data set to logits of its classes."""
+    x = data.pixels(dataset.x_test[:2], torch.float32)
+    try:
+        with torch.inference_mode():
+            logits = network.eval()(x)
+    except Exception as error:  # of whatever layer does not fit
+        raise ValueError(f"the network does not take images of shape {tuple(x.shape)}: {error}") from None
+    found = tuple(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
+    if not isinstance(found, tuple) or len(found) != 2 or found[0] != 2 or found[1] < dataset.num_classes:
+        raise ValueError(f"for 2 images the network returns {found}, not logits (2, {dataset.num_classes})")
+
+
+def measure_network(args: argparse.Namespace) -> int:
+    """Measure the network that --network names, and print its row; return the exit status."""
+    given = flags_given(args)
+    device = devices.choose_device(given.get("device", "auto"))
+    wanted = Config(**{"batch_size": 1, **given})
+    if wanted.threads:
+        torch.set_num_threads(wanted.threads)
+    dataset = data.from_config(dataclasses.asdict(wanted))
+    config = train.complete(wanted, dataset, device)
+    dataset = train.resident(dataset, device)
+    network = load_network(args.network, args.weights).to(device)
+    check_network(network, dataset)
+    try:
+        units = local_complexity.layer_units(network, tuple(dataset.x_test.shape[1:])) if config.lc_samples else {}
+    except ValueError as error:
+        raise ValueError(f"{error}; --lc_samples=0 measures everything but local complexity") from None
+    with tqdm(total=100, bar_format="{desc}", disable=True if config.quiet else None, leave=False) as bar:
+        row = measure.measure(network, dataset, measure.draw_probes(config, dataset), config,
+                              lambda what, share: bar.set_description_str(f"{what} {100 * share:.0f}%"))
+    print(f"{args.network} on {config.dataset}: {sum(p.numel() for p in network.parameters()):,} parameters, "
+          f"{measure.attacked(config, dataset):,} test images attacked")
+    print(f"\n{'accuracy':<24}{'train':>10}{'test':>10}\n{'':<24}{row['train_acc']:>10.2%}{row['test_acc']:>10.2%}")
+    print(f"\n{'under attack':<24}{'adv_acc':>10}{'robust_acc':>12}")
+    for key, robust in row["robust_acc"].items():
+        print(f"{'epsilon ' + flags.epsilon_label(key):<24}{row['adv_acc'][key]:>10.2%}{robust:>12.2%}")
+    for radius in map(history_key, config.lc_radius if units else []):
+        counted = row["local_complexity"]
+        print(f"\n{'local complexity, r ' + radius:<24}" + "".join(f"{points:>10}" for points in counted))
+        for i, name in enumerate(units):
+            counts = [means[radius][i] for means in counted.values()]
+            print(f"{name:<24}" + "".join(f"{count:>10.2f}" for count in counts) + f"  of {units[name]} units")
+    for text in measure.remarks(row, config).values():
+        print(f"note: {text}")
+    return 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a command line of remeasure.py; return the exit status."""
+    signals.open_streams()
+    argv = sys.argv[1:] if argv is None else argv
+    args = parse_args(argv)
+    devices.set_precision()
+    try:
+        return measure_network(args) if args.network else measure_run(args, argv)
+    except (ValueError, OSError) as error:
+        print(f"remeasure.py: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except (MemoryError, RuntimeError) as error:
+        if not devices.out_of_memory(error):
+            raise
+        print("remeasure.py: error: not enough memory: lower --adv_size, --lc_samples or --eval_batch_size",
+              file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
+
+
+if __name__ == "__main__":
+    sys.exit(main())

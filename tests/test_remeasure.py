@@ -1,0 +1,287 @@
+"""remeasure.py: a run's checkpoints, and any network, measured again."""
+
+import os
+import re
+import shutil
+import signal
+
+import pytest
+import torch
+from conftest import ROOT, SMALL, columns, history_of, run_here
+from torch import nn
+
+import attacks
+import data
+import models
+import remeasure
+from runtime.history import read_history
+
+OWN = ["--processes=1", "--threads=1", "--device=cpu"]
+NETWORK = """
+import torch
+from torch import nn
+
+def build():
+    torch.manual_seed(7)
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 10))
+
+def pair():
+    network = build()
+    network.forward = lambda x: (nn.Sequential.forward(network, x), 1)
+    return network
+
+def plain():
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
+
+def larger():
+    return nn.Sequential(nn.Flatten(), nn.Linear(100, 32), nn.ReLU(), nn.Linear(32, 10))
+
+def fewer():
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 3))
+
+def text():
+    return "a network"
+"""
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("trained")
+    run_here(folder, *SMALL, "--n_steps=300")
+    return folder
+
+
+@pytest.fixture
+def run(trained, tmp_path):
+    """A copy of a finished run, in the current folder's place."""
+    shutil.copytree(trained, tmp_path / "run")
+    return tmp_path / "run"
+
+
+def measured(folder, *flags, status=0):
+    """Run remeasure.py in this process; return its history."""
+    made = folder.parent / "remeasured"
+    assert remeasure.main([str(folder), f"--log_dir={made}", *OWN, *flags]) == status
+    return read_history(made / "training_history.json")
+
+
+def test_own_flags_give_the_runs_own_columns(run):
+    measured(run)
+    (run.parent / "remeasured").rename(run.parent / "logs")
+    assert columns(run.parent) == columns(run)
+
+
+def test_without_the_runs_history_everything_is_measured(run, trained):
+    shutil.rmtree(run / "logs")
+    measured(run / "checkpoints")
+    (run / "remeasured").rename(run / "logs")
+    assert columns(run) == columns(trained)
+
+
+def checkpoint_of(run, step):
+    (path,) = (run / "checkpoints").glob(f"*_step_{step:09d}.pt")
+    return torch.load(path, weights_only=True)
+
+
+def test_other_flags_are_measured_on_the_checkpoints_networks(run):
+    again = measured(run, "--epsilons", "0.05", "0.2", "--adv_size=all", "--lc_radius", "0.01", "--pgd_steps=3")
+    dataset = data.load_dataset("digits")
+    x, y = data.pixels(dataset.x_test, torch.float32), dataset.y_test
+    network = models.load_network(checkpoint_of(run, 300)).eval()
+    expected = attacks.robust_accuracy(network, x, y, [0.05, 0.2], steps=3, budget="low")
+    assert [again["robust_acc"][key][-1] for key in ("0.05", "0.2")] == expected
+    assert again["test_acc"][-1] == (network(x).argmax(1) == y).double().mean().item()
+    assert list(again["local_complexity"]["train"]) == ["0.01"] and again["config"]["adv_size"] == len(y)
+    assert {"epsilons", "adv_size", "lc_radius"} <= set(again["asked"])
+    assert again["seconds"] == history_of(run)["seconds"]
+
+
+def test_what_the_checkpoint_knows_is_not_measured_again(run):
+    (path,) = (run / "checkpoints").glob("*_step_000000300.pt")
+    torch.save({**torch.load(path, weights_only=True), "train_loss": 0.125, "test_acc": 0.25}, path)
+    again = measured(run, "--steps=300", "--pgd_steps=1")
+    assert (again["train_loss"], again["test_acc"]) == ([0.125], [0.25])
+    assert again["outcomes"]["test"] == history_of(run)["outcomes"]["test"][-1:]
+
+
+@pytest.mark.parametrize("flags, positions", [
+    (["--every=2"], [1, 3, 5]), (["--every=4"], [1, 5]), (["--steps=300,0"], [0, 5]),
+    (["--steps=0,1,300", "--every=2"], [0, 5])])
+def test_chosen_checkpoints(run, flags, positions):
+    steps = history_of(run)["step"]
+    assert measured(run, *flags, "--lc_samples=0")["step"] == [steps[k] for k in positions]
+
+
+def test_continued_and_moved_aside(run, capsys):
+    measured(run, "--steps=0,300")
+    capsys.readouterr()
+    every = measured(run)
+    assert "6 checkpoints, 2 of them measured already" in capsys.readouterr().out
+    assert every["step"] == history_of(run)["step"]
+    other = measured(run, "--steps=300", "--epsilons=0.3")
+    assert list(other["adv_acc"]) == ["0.3"] and "are now in" in capsys.readouterr().out
+    (aside,) = (run.parent / "remeasured").glob("earlier-*")
+    assert read_history(aside / "training_history.json") == every
+
+
+def test_the_same_flags_of_another_run_are_not_continued(run, capsys):
+    measured(run, "--steps=300")
+    (path,) = (run / "checkpoints").glob("*_step_000000300.pt")
+    torch.save({**torch.load(path, weights_only=True), "seconds": 1e6}, path)
+    assert measured(run, "--steps=300")["seconds"] == [1e6]
+    assert "measurements of another run or with other flags are now in" in capsys.readouterr().out
+
+
+def test_ctrl_c_keeps_what_is_done(run, monkeypatch, capsys):
+    rows = []
+    add = remeasure.Remeasured.add
+
+    def add_and_interrupt(self, new):
+        add(self, new)
+        rows.append(new)
+        if len(rows) == 2:
+            signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(remeasure.Remeasured, "add", add_and_interrupt)
+    partial = measured(run, status=130)
+    assert len(partial["step"]) == 2 and "stopped by SIGINT; continue with the same command" in capsys.readouterr().out
+    whole = measured(run)
+    assert whole["step"] == history_of(run)["step"] and len(rows) == 6
+
+
+def test_in_processes_as_in_one(run, monkeypatch, capsys):
+    alone = measured(run)
+    made = run.parent / "several"
+    damaged = run / "checkpoints" / "checkpoint_epoch_0000009_step_000000200.pt"
+    damaged.write_bytes(b"not a checkpoint")
+    monkeypatch.setattr("runtime.device.cpu_count", lambda: 2)
+    assert remeasure.main([str(run), f"--log_dir={made}", "--threads=1", "--device=cpu"]) == 1
+    several = read_history(made / "training_history.json")
+    assert several["robust_acc"] == alone["robust_acc"] and several["step"] == alone["step"]
+    assert f"{damaged} is damaged or not a checkpoint; passed over" in capsys.readouterr().out
+    assert not list(made.glob("part-*"))
+
+
+def test_damaged_and_foreign_checkpoints_are_named(run, tmp_path, capsys):
+    run_here(tmp_path / "other", *SMALL, "--n_steps=3", "--seed=5")
+    (foreign,) = (tmp_path / "other" / "checkpoints").glob("*_step_000000002.pt")
+    (run / "checkpoints" / "checkpoint_epoch_0000000_step_000000200.pt").write_bytes(b"")
+    shutil.copy(foreign, run / "checkpoints")
+    made = measured(run, status=1)
+    printed = capsys.readouterr().out
+    assert made["step"] == history_of(run)["step"]
+    assert "step_000000200.pt is damaged or not a checkpoint; passed over" in printed
+    assert "step_000000002.pt is of another run: --seed was 5, is 42; passed over" in printed
+
+
+@pytest.mark.parametrize("words, message", [
+    ([], "name checkpoints or their folder, or one --network"),
+    (["nowhere"], "there is no checkpoint or folder nowhere"),
+    (["empty"], "there are no checkpoints (checkpoint_epoch_*.pt) in empty"),
+    (["run", "--dataset=digits"], "--dataset is for --network"),
+    (["run", "--weights=w.pt"], "--weights is for --network"),
+    (["run", "--steps=5"], "--steps: there is no checkpoint of step 5"),
+    (["run", "--log_dir=run/logs"], "--log_dir=run/logs holds the run's own history"),
+    (["run", "run/copy.pt"], "are of the same step: give the checkpoints of one run"),
+    (["run/damaged.pt"], "run/damaged.pt is damaged or not a checkpoint"),
+    (["run/other.pt"], "the images or labels in data are not those that the run was trained on"),
+    (["run", "--epsilons=2"], "2 is not in [0, 1]"),
+    (["run", "--n_steps=5"], "unrecognized arguments: --n_steps=5"),
+])
+def test_wrong_input_gets_one_line(run, words, message, monkeypatch, capsys):
+    monkeypatch.chdir(run.parent)
+    (run.parent / "empty").mkdir()
+    (last,) = (run / "checkpoints").glob("*_step_000000300.pt")
+    state = torch.load(last, weights_only=True)
+    if "run/copy.pt" in words:
+        shutil.copy(last, "run/copy.pt")
+    (run / "damaged.pt").write_bytes(last.read_bytes()[:1000])
+    torch.save({**state, "derived": {**state["derived"], "data": "0" * 16}}, "run/other.pt")
+    assert exit_status(words) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1 and error.startswith("remeasure.py: error: ")
+    assert not (run.parent / "remeasured").exists()
+
+
+def exit_status(words):
+    try:
+        return remeasure.main([*words])
+    except SystemExit as end:
+        return end.code
+
+
+# ---- networks of others ---------------------------------------------------------------------------------------------
+
+@pytest.fixture
+def network(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "net.py").write_text(NETWORK)
+    torch.manual_seed(1)
+    other = nn.Sequential(nn.Flatten(), nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 10))
+    torch.save({"state_dict": other.state_dict()}, "net.pt")
+    return other
+
+
+FLAGS = ["--network=net.py:build", "--dataset=digits", "--adv_size=60", "--lc_samples=16", "--epsilons", "0.05", "0.1",
+         "--threads=1", "--device=cpu"]
+
+
+def test_a_network_of_others_is_measured(network, capsys):
+    assert remeasure.main([*FLAGS, "--weights=net.pt"]) == 0
+    printed = capsys.readouterr().out
+    dataset = data.load_dataset("digits")
+    x, y = data.pixels(dataset.x_test, torch.float32), dataset.y_test
+    accuracy = (network(x).argmax(1) == y).double().mean().item()
+    assert re.search(rf"{100 * accuracy:.2f}%$", printed.splitlines()[3])
+    assert [line.split()[:2] for line in printed.splitlines() if line.startswith("epsilon")] == [
+        ["epsilon", "0.05"], ["epsilon", "0.1"]]
+    assert re.search(r"^2 +\d+\.\d\d +\d+\.\d\d +\d+\.\d\d +of 32 units$", printed, re.MULTILINE)
+
+
+def test_weights_from_safetensors(network, capsys):
+    safetensors = pytest.importorskip("safetensors.torch")
+    safetensors.save_file(network.state_dict(), "net.safetensors")
+    printed = []
+    for weights in ("net.pt", "net.safetensors"):
+        assert remeasure.main([*FLAGS, f"--weights={weights}"]) == 0
+        printed.append(capsys.readouterr().out)
+    assert printed[0] == printed[1]
+
+
+@pytest.mark.parametrize("words, message", [
+    (["--network=net.py:pair"], "for 2 images the network returns tuple, not logits (2, 10)"),
+    (["--network=net.py:fewer"], "for 2 images the network returns (2, 3), not logits (2, 10)"),
+    (["--network=net.py:larger"], "the network does not take images of shape (2, 1, 8, 8)"),
+    (["--network=net.py:plain"], "no activation module, such as nn.ReLU: there is no layer to count; --lc_samples=0"),
+    (["--network=net.py:text"], "it returns str, not a torch.nn.Module"),
+    (["--network=net.py:nothing"], "AttributeError: "),
+    (["--network=net.py"], "--network=net.py: give FILE.py:FUNCTION"),
+    (["--network=missing.py:build"], "give FILE.py:FUNCTION, where FILE.py exists"),
+    (["--weights=missing.pt"], "there is no file missing.pt"),
+    (["--weights=net.py"], "net.py is damaged, not a state dict, or holds more than tensors"),
+    (["--network=net.py:plain", "--weights=net.pt"], "--weights=net.pt are not those of the network"),
+])
+def test_a_network_that_does_not_fit_gets_one_line(network, words, message, capsys):
+    assert exit_status([*FLAGS, *words]) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+
+
+def test_a_pickle_is_never_run(network, capsys):
+    class Harmful:
+        def __reduce__(self):
+            return os.mkdir, ("was_run",)
+
+    torch.save({"1.weight": Harmful()}, "harmful.pt")
+    assert exit_status([*FLAGS, "--weights=harmful.pt"]) == 2
+    assert not os.path.exists("was_run")
+
+
+def test_the_example_of_the_library_runs_as_written():
+    text = (ROOT / "docs" / "remeasuring.md").read_text()
+    (example,) = re.findall(r"## As a library\n+```python\n(.*?)```", text, re.DOTALL)
+    names = {}
+    exec(example, names)
+    assert names["adversarial"].shape == names["x"].shape
+    assert (names["adversarial"] - names["x"]).abs().max() <= 8 / 255 + 1e-6
+    assert len(names["robust"]) == 2 and names["counts"].dtype == torch.int64 and len(names["counts"]) == 8
