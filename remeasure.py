@@ -140,8 +140,7 @@ def chosen(found: list[Path], every: int, steps: list[int] | None) -> dict[int, 
         if missing:
             raise ValueError(f"--steps: there is no checkpoint of step {', '.join(map(str, missing))}")
         by_step = {step: by_step[step] for step in sorted(set(steps))}
-    order = list(by_step)
-    return {step: by_step[step] for step in {*order[::-every]} | {*order[-1:]}} if every > 1 else by_step
+    return {step: by_step[step] for step in [*by_step][::-every][::-1]}
 
 
 # ---- one run's checkpoints ------------------------------------------------------------------------------------------
@@ -215,7 +214,8 @@ class Remeasured:
         except RuntimeError:
             raise ValueError(f"{path}: its weights do not fit the network that its config describes") from None
         row = {name: state[name] for name in KNOWN if name in state}
-        outcomes = test_outcomes(history_of(path, state["config"])).get(state["step"])
+        known_outcomes = test_outcomes(history_of(path, state["config"]))
+        outcomes = known_outcomes.get((state["step"], state["seconds"]))
         metrics = [metric for metric in measure.METRICS if metric not in (measure.clean, measure.weight_norm)]
         if len(row) < len(KNOWN) or outcomes is None:
             row, metrics = {"max_batch_loss": state.get("largest_loss", math.nan)} | row, list(measure.METRICS)
@@ -248,10 +248,13 @@ def rows_of(record: dict) -> dict[int, Row]:
 
 
 @functools.cache
-def test_outcomes(path: Path | None) -> dict[int, str]:
-    """Return {step: which test images the network had right} from a run's own history."""
-    record = history.read_history(path) if path else {"step": []}
-    return dict(zip(record["step"], record.get("outcomes", {}).get("test", []), strict=False))
+def test_outcomes(path: Path | None) -> dict[tuple, str]:
+    """Return {(step, seconds): which test images the network had right} from a run's own history, if it is sound."""
+    with contextlib.suppress(ValueError):
+        record = history.read_history(path) if path else {}
+        if "outcomes" in record:
+            return dict(zip(zip(record["step"], record["seconds"], strict=True), record["outcomes"]["test"], strict=True))
+    return {}
 
 
 def measure_here(run: Remeasured, todo: dict[int, Path], note: Callable) -> tuple[list[str], int]:
