@@ -253,7 +253,8 @@ def test_outcomes(path: Path | None) -> dict[tuple, str]:
     with contextlib.suppress(ValueError):
         record = history.read_history(path) if path else {}
         if "outcomes" in record:
-            return dict(zip(zip(record["step"], record["seconds"], strict=True), record["outcomes"]["test"], strict=True))
+            keys = zip(record["step"], record["seconds"], strict=True)
+            return dict(zip(keys, record["outcomes"]["test"], strict=True))
     return {}
 
 
