@@ -4,10 +4,12 @@ import copy
 import json
 import math
 import os
+import re
 from pathlib import Path
 
 import pytest
 
+from flags import EXPERIMENT, LENGTH, MEASUREMENT, asked, flags_of, parse_args
 from runtime.history import HistoryFile, append, forget_after, read_history, write_history
 
 RESULTS = sorted(Path(__file__).parent.parent.joinpath("results").glob("*.json"))
@@ -300,3 +302,18 @@ def test_the_cost_of_a_log_step_does_not_grow(tmp_path, clock, monkeypatch):
         log(file, history, step)
     assert max(written[10:]) <= written[10] + 20  # the digits of the numbers
     assert strictly(file.path)["step"] == []
+
+
+def test_the_commands_of_the_results_are_those_that_made_the_histories():
+    script = RESULTS[0].with_name("run.sh").read_text()
+    shared = {name: " ".join(re.findall(rf'\b{name}\+?="([^"]*)"', script)) for name in ("CIFAR",)}
+    listed = re.search(r"<<'END'\n(.*?)^END$", script, re.DOTALL | re.MULTILINE)[1].strip()
+    commands = dict(line.split(maxsplit=1) for line in listed.splitlines())
+    assert commands.keys() == {path.stem for path in RESULTS}
+    kinds = flags_of(EXPERIMENT, LENGTH, MEASUREMENT)
+    for path in RESULTS:
+        words = " ".join(shared.get(word, word) for word in commands[path.stem].split()).split()
+        args, history = parse_args(words), read_history(path)
+        given = {*asked(args)} & kinds
+        assert given == {*history["asked"]} & kinds, path.stem
+        assert {name: getattr(args, name) for name in given} == {name: history["config"][name] for name in given}
