@@ -43,6 +43,8 @@ mnist_depth3            --dataset=mnist --n_steps=100000 --depth=3
 mnist_depth5            --dataset=mnist --n_steps=100000 --depth=5
 mnist_width50           --dataset=mnist --n_steps=100000 --width=50
 mnist_width100          --dataset=mnist --n_steps=100000 --width=100
+mnist_from_image        --dataset=mnist --n_steps=100000 --log_points=20 --pgd_start=image
+mnist_stablemax_from_image --dataset=mnist --n_steps=100000 --log_points=20 --pgd_start=image --loss=stablemax
 mnist_random_labels     --dataset=mnist --n_steps=50000 --label_noise=1
 cnn                     CIFAR --model=cnn --n_steps=100000 --weight_decay=0
 cnn_exact               CIFAR --model=cnn --n_steps=100000 --weight_decay=0 --loss=exact_ce
