@@ -154,7 +154,7 @@ def test_every_variant_lowers_the_training_loss(tmp_path, flags):
 
 
 def test_log_interval_logs_every_n_epochs(tmp_path):
-    run_here(tmp_path, *SMALL, "--n_epochs=7", "--log_interval=3")
+    run_here(tmp_path, *SMALL, "--n_epochs=7", "--log_interval=3", "--batch_size=300")  # 1,000 images: 3 steps an epoch
     assert history_of(tmp_path)["epoch"] == [0, 3, 6, 7]
 
 
