@@ -422,6 +422,15 @@ def test_choices_and_implied_values_are_those_of_the_registries():
         name: source.train_size for name, source in data.DATASETS.items() if source.train_size}
 
 
+@pytest.mark.parametrize("channels, epsilons, radius", [
+    (1, [0.03, 0.06, 0.10, 0.13, 0.16, 0.20], 0.05), (3, [1 / 255, 2 / 255, 4 / 255, 8 / 255], 0.005)])
+def test_what_is_measured_by_default_depends_on_colour(channels, epsilons, radius):
+    images, labels = torch.zeros(200, channels, 16, 16, dtype=torch.uint8), torch.zeros(200, dtype=torch.int64)
+    dataset = data.Dataset("black", images, labels, images, labels, 10, [0.0], [1.0])
+    config = train.complete(parse_args([]), dataset, torch.device("cpu"))
+    assert (config.epsilons, config.lc_radius) == (epsilons, [radius])
+
+
 @pytest.mark.parametrize("words, name", [
     ([], "seed_42"), (["--width=1000", "--n_steps=5", "--threads=2"], "width_1000_seed_42"),
     (["--model=mlp", "--train_size=1000", "--width=200", "--seed=3"], "seed_3"),
