@@ -913,6 +913,21 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, monkeypatch, capsys, 
     assert one_line(capsys.readouterr().err).partition("; ")[0] == line.partition("; ")[0]
 
 
+def test_weights_whose_next_loss_is_not_finite_are_no_good_checkpoint(tmp_path, monkeypatch, capsys):
+    made = []
+
+    def loss_of(logits, labels):
+        made.extend([None] * torch.is_grad_enabled())
+        return torch.nn.functional.cross_entropy(logits, labels) * (math.inf if len(made) == 18 else 1)
+
+    monkeypatch.setitem(losses.LOSSES, "ce", loss_of)
+    run_here(tmp_path, *TINY, "--n_steps=40", status=1)
+    line = one_line(capsys.readouterr().err)
+    assert "the loss of step 18 is not finite" in line
+    assert [checkpoints.step_in_name(path) for path in saved(tmp_path)][:2] == [17, 7]
+    assert f"the last good checkpoint is {saved(tmp_path)[1]};" in line
+
+
 def test_on_nan_continue_goes_on_and_writes_null(tmp_path, capsys):
     flags = [flag for flag in TINY if flag != "--no_plot"] + ["--n_steps=40", "--lr=1e30", "--on_nan=continue"]
     interrupted_run(tmp_path, flags, after_step, 10, terminate)
