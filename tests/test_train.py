@@ -226,6 +226,7 @@ def test_the_gap_between_the_measures_is_explained_beyond_five_points():
     assert list(remarks({**row, "saturated": 0.0}, config)) == ["stronger attack"]
     row["robust_acc"]["0.2"] = 0.46
     assert remarks(row, config) == {}
+    assert list(remarks({**row, "zero_gradient": 0.02}, config)) == ["zero gradient"]
 
 
 def test_saturated_training_is_explained_for_the_loss_that_suffers_from_it():
@@ -238,12 +239,14 @@ def test_saturated_training_is_explained_for_the_loss_that_suffers_from_it():
     assert remarks(row, argparse.Namespace(loss="exact_ce")) == {}
 
 
-def test_log_points_after_the_first_begin_at_log_from():
+def test_log_points_after_the_first_begin_at_log_from(tmp_path):
     steps = log_schedule(100_000, 25, log_from=100)
     assert steps[:2] == [0, 100] and steps[-1] == 100_000 and len(steps) == 25
     ratios = np.diff(np.log(steps[1:]))
     assert ratios.max() - ratios.min() < 0.02
     assert log_schedule(50, 25, log_from=100) == [0, 50]
+    run_here(tmp_path, *SMALL, "--n_steps=12", "--log_points=3", "--log_from=5")
+    assert history_of(tmp_path)["step"] == [0, 5, 12]
 
 
 def test_the_authors_attack_never_moves_where_the_gradient_is_zero(tmp_path):
