@@ -1,6 +1,7 @@
 """Runs that are interrupted, killed, starved of room or fed damaged files: what is on the disk stays sound, and the
 resumed run ends equal, bit for bit, to one that was never interrupted."""
 
+import argparse
 import contextlib
 import errno
 import functools
@@ -948,6 +949,12 @@ def test_a_signal_in_the_first_log_step_with_the_default_flags(tmp_path, monkeyp
     assert "stopped by SIGTERM at step 0" in capsys.readouterr().out
     run_here(tmp_path, *flags, "--resume")
     assert history_of(tmp_path)["step"] == [0, 1, 2, 3]
+
+
+def test_a_save_is_due_checkpoint_minutes_after_the_last():
+    config, device = argparse.Namespace(checkpoint_minutes=2), torch.device("cpu")
+    assert [Run.save_due(argparse.Namespace(config=config, device=device, saved_at=time.perf_counter() - seconds))
+            for seconds in (60, 121)] == [False, True]
 
 
 def test_a_stop_that_brought_nothing_new_touches_no_checkpoint(tmp_path):
