@@ -242,6 +242,16 @@ def test_label_noise():
     assert (torch.bincount(everything.y_train, minlength=10) > 50).all()
 
 
+def test_subset_and_label_noise_are_these_draws_for_ever():
+    """A run that is resumed or measured again draws them again."""
+    noisy = data.load_dataset("digits", train_size=111, seed=3, label_noise=0.5)
+    rows = np.random.default_rng((3, 0)).permutation(1000)[:111]
+    labels, rng = data.load_dataset("digits").y_train[rows], np.random.default_rng((3, 1))
+    replaced = rng.permutation(111)[:56]  # 55.5 are rounded up
+    labels[replaced] = torch.from_numpy(rng.integers(10, size=56))
+    assert torch.equal(noisy.y_train, labels)
+
+
 def test_digits_without_scikit_learn(monkeypatch):
     monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
     assert "pip install scikit-learn" in error_line("digits")

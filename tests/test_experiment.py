@@ -116,21 +116,28 @@ def test_augmentation_shifts_in_black_and_mirrors_colour_images():
         assert torch.equal(moved, expected)
 
 
-def test_an_augmented_run_trains_on_the_images_drawn_for_its_steps(tmp_path):
-    args = parse_args(["--dataset=mnist", "--train_size=40", "--batch_size=20", "--augment", "--n_steps=9", "--seed=7"])
+@pytest.mark.parametrize("augment", [False, True])
+def test_a_run_trains_on_the_images_drawn_for_its_steps(augment):
+    args = parse_args(["--dataset=mnist", "--train_size=50", "--batch_size=20", "--n_steps=9000", "--seed=7",
+                       *["--augment"] * augment])
     rng = np.random.default_rng(0)
     images, labels = (torch.from_numpy(rng.integers(0, high, shape)) for high, shape in (
-        (256, (40, 1, 16, 16)), (10, 40)))
+        (256, (50, 1, 16, 16)), (10, 50)))
     dataset = data.Dataset("random", images.byte(), labels, images[:5].byte(), labels[:5], 10, [0.0], [1.0])
     config = complete(args, dataset, torch.device("cpu"))
     seen = []
     model = build_model(config, dataset)
     model.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
-    Trainer(model, config, dataset).advance(5, 1)
-    block = 65_536 // 40
-    rows = batch_order(7, 0, block, 40, 20)[100:120]
-    shifts = draw_shifts(seed_for(7, "augmentation", 0), block * 40, (1, 16, 16))[100:120]
-    torch.testing.assert_close(seen[0], augmented(dataset.x_train[rows], shifts) / 255)
+    epochs = 65_536 // 50  # in a block, which has generators of its own
+    Trainer(model, config, dataset).advance(2 * epochs - 2, 4)  # the last epoch of the first block, and the next
+    for block, epoch, batches in ((0, epochs - 1, seen[:2]), (1, 0, seen[2:])):
+        generator = torch.Generator().manual_seed(seed_for(7, "batches", block))
+        rows = [torch.randperm(50, generator=generator)[:40] for _ in range(epoch + 1)][-1]
+        expected = dataset.x_train[rows]
+        if augment:
+            shifts = draw_shifts(seed_for(7, "augmentation", block), epochs * 40, (1, 16, 16)).view(epochs, 40, 3)
+            expected = augmented(expected, shifts[epoch])
+        torch.testing.assert_close(torch.cat(batches), expected / 255)
 
 
 def test_an_epoch_takes_each_image_at_most_once_and_the_next_another_order():
@@ -154,6 +161,18 @@ def test_a_step_does_not_depend_on_how_the_steps_are_dealt_out(tmp_path):
     assert torch.equal(weights((0, 1), (1, 12), (13, 17)), whole)
     assert not torch.equal(weights((0, 1), (8, 1)), weights((0, 1), (1, 1)))  # the batch is that of the step
     assert torch.equal(weights((1308, 4)), weights((1308, 1), (1309, 1), (1310, 1), (1311, 1)))  # blocks: 1310 steps
+
+
+@pytest.mark.parametrize("bad", [math.inf, math.nan])
+def test_steps_count_as_finite_up_to_the_first_loss_that_is_not(bad):
+    dataset = data.load_dataset("digits", train_size=120, seed=7)
+    config = complete(parse_args(FLAGS), dataset, torch.device("cpu"))
+    trainer, values = Trainer(build_model(config, dataset), config, dataset), iter([3.0, 1.0, bad, 2.0])
+    trainer.loss_function = lambda logits, y: 0 * logits.sum() + next(values)
+    trainer.advance(0, 2)
+    assert trainer.finite_steps == 2 and trainer.largest_loss == 3
+    trainer.advance(2, 2)
+    assert trainer.finite_steps == 2 and not trainer.largest_loss.isfinite()
 
 
 # ---- measuring ------------------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 
 import attacks
 import data
+import local_complexity
 import measure
 from flags import Config
 from models import build_model
@@ -57,11 +58,33 @@ def test_the_losses_are_those_that_training_minimises(small):
                          "robust_acc", "saturated", "zero_gradient", "local_complexity", "weight_norm"]
 
 
+def test_an_attack_that_begins_at_the_image_and_the_images_that_it_cannot_leave(small):
+    torch.manual_seed(0)
+    model, dataset = build_model("mlp", (1, 4, 4), 3, width=8, init_scale=10), small[1]
+    x = data.pixels(dataset.x_test, torch.float32)
+    y = model(x).argmax(1)
+    dataset = replace(dataset, y_train=torch.cat([y, y]), y_test=y)
+    _, row = row_of((model, dataset), pgd_start="image", pgd_steps=4, pgd_step_size=0.1, epsilons=[0.2])
+    point, zero = x.clone(), []
+    for _ in range(4):
+        point.requires_grad_()
+        gradient, = torch.autograd.grad(F.cross_entropy(model(point), y, reduction="sum"), point)
+        zero.append((gradient == 0).flatten(1).all(1).sum().item())
+        point = (point.detach() + 0.1 * gradient.sign()).clamp(x - 0.2, x + 0.2).clamp(0, 1).detach()
+    assert 0 < zero[0] < zero[-1] < 20 and row["zero_gradient"] == zero[0] / 20
+    right = model(point).argmax(1) == y
+    assert row["adv_acc"]["0.2"] == right.sum().item() / 20 and row["outcomes"]["adv"]["0.2"] == measure.hex_of(right)
+
+
 def test_a_layer_with_a_pre_activation_that_is_not_a_number_has_no_mean(small):
     model, dataset = small
     broken = build_model("mlp", (1, 4, 4), 3, width=8)
     broken.load_state_dict(model.state_dict())
     broken.layers[2].weight.data[0, 0] = torch.nan
-    _, row = row_of((broken, dataset), lc_samples=200, lc_directions=3)
+    config, row = row_of((broken, dataset), lc_samples=200, lc_directions=3)
     for means in row["local_complexity"].values():
         assert np.isnan(means["0.1"]).tolist() == [False, True, True]
+    directions = measure.draw_probes(config, dataset).directions
+    for split, images in (("train", dataset.x_train), ("test", dataset.x_test)):  # fewer than 200: all of them
+        counts = local_complexity.local_complexity(broken, data.pixels(images, torch.float32), 0.1, directions)
+        assert row["local_complexity"][split]["0.1"][0] == pytest.approx(counts[:, 0].double().mean().item())

@@ -2,11 +2,12 @@ import copy
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import models
-from models import ACTIVATIONS, build_model, from_config, load_network
+from models import ACTIVATIONS, MODELS, build_model, from_config, load_network
 
 SHAPES = {"digits": (1, 8, 8), "mnist": (1, 28, 28), "colour": (3, 40, 40)}
 WIDTHS = {"mlp": 12, "cnn": 4, "resnet18": 4}
@@ -57,6 +58,46 @@ def test_images_are_normalised_inside():
     assert torch.equal(inside(x), bare(by_hand))
 
 
+def plain_logits(name, w, x):
+    """The logits of the CNN ("cnn") or the ResNet-18 with the weights w, in eval mode, by PyTorch's functions alone."""
+    def conv(x, place, stride=1, padding=1):
+        return F.conv2d(x, w[f"{place}.weight"], w.get(f"{place}.bias"), stride, padding)
+
+    def norm(x, place):
+        names = [f"{place}.{part}" for part in ("running_mean", "running_var", "weight", "bias")]
+        return F.batch_norm(x, *(w[name] for name in names)) if names[0] in w else x
+
+    def linear(x, place):
+        return F.linear(x, w[f"{place}.weight"], w[f"{place}.bias"])
+
+    if name == "cnn":
+        places = sorted(int(key.split(".")[1]) for key in w if key.startswith("features") and w[key].dim() == 4)
+        for k, stride in zip(places, (1, 2, 1, 2, 2), strict=True):
+            x = norm(conv(x, f"features.{k}", stride), f"features.{k + 1}").relu()
+        return linear(linear(x.mean((2, 3)), "classifier.0").relu(), "classifier.2")
+    x = conv(x, "stem")
+    for k, stride in enumerate((1, 1, 2, 1, 2, 1, 2, 1)):
+        block = f"blocks.{k}"
+        out = norm(x, f"{block}.norm1").relu()
+        short = conv(out, f"{block}.shortcut", stride, padding=0) if f"{block}.shortcut.weight" in w else x
+        x = short + conv(norm(conv(out, f"{block}.conv1", stride), f"{block}.norm2").relu(), f"{block}.conv2")
+    return linear(norm(x, "norm").relu().mean((2, 3)), "classifier")
+
+
+@pytest.mark.parametrize("batch_norm", [False, True])
+@pytest.mark.parametrize("name", ["cnn", "resnet18"])
+def test_the_convolutional_networks_equal_plain_functions(name, batch_norm):
+    torch.manual_seed(0)
+    model = build_model(name, (3, 20, 20), 5, width=4, batch_norm=batch_norm).double()
+    x = torch.rand(4, 3, 20, 20, dtype=torch.float64)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.normal_(module.weight)
+            nn.init.normal_(module.bias)
+    model(x)  # gives batch norm its statistics
+    torch.testing.assert_close(model.eval()(x), plain_logits(name, model.state_dict(), x))
+
+
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("name", WIDTHS)
 def test_each_activation_is_a_module_used_once(name, activation):
@@ -72,14 +113,15 @@ def test_each_activation_is_a_module_used_once(name, activation):
     assert len(calls) == {"mlp": 3, "cnn": 6, "resnet18": 17}[name]
 
 
-def test_init_scale_multiplies_the_initial_weights():
+@pytest.mark.parametrize("name", MODELS)
+def test_init_scale_multiplies_the_initial_weights(name):
     torch.manual_seed(0)
-    one = build_model("mlp", (1, 8, 8), 10, width=5, batch_norm=True)
+    one = build_model(name, (1, 8, 8), 10, width=5, batch_norm=True)
     torch.manual_seed(0)
-    three = build_model("mlp", (1, 8, 8), 10, width=5, batch_norm=True, init_scale=3.0)
-    for (name, small), large in zip(one.named_parameters(), three.parameters(), strict=True):
-        factor = 1 if "layers.1." in name or "layers.4." in name or "layers.7." in name else 3  # batch norm's own
-        assert torch.allclose(large, factor * small), name
+    three = build_model(name, (1, 8, 8), 10, width=5, batch_norm=True, init_scale=3.0)
+    norms = {place for place, module in one.named_modules() if isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d))}
+    for (place, small), large in zip(one.named_parameters(), three.parameters(), strict=True):
+        assert torch.allclose(large, small if place.rpartition(".")[0] in norms else 3 * small), place
 
 
 @pytest.mark.parametrize("name, options, says", [

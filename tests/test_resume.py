@@ -1,6 +1,7 @@
 """Runs that are interrupted, killed, starved of room or fed damaged files: what is on the disk stays sound, and the
 resumed run ends equal, bit for bit, to one that was never interrupted."""
 
+import argparse
 import contextlib
 import errno
 import functools
@@ -913,6 +914,21 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, monkeypatch, capsys, 
     assert one_line(capsys.readouterr().err).partition("; ")[0] == line.partition("; ")[0]
 
 
+def test_weights_whose_next_loss_is_not_finite_are_no_good_checkpoint(tmp_path, monkeypatch, capsys):
+    made = []
+
+    def loss_of(logits, labels):
+        made.extend([None] * torch.is_grad_enabled())
+        return torch.nn.functional.cross_entropy(logits, labels) * (math.inf if len(made) == 18 else 1)
+
+    monkeypatch.setitem(losses.LOSSES, "ce", loss_of)
+    run_here(tmp_path, *TINY, "--n_steps=40", status=1)
+    line = one_line(capsys.readouterr().err)
+    assert "the loss of step 18 is not finite" in line
+    assert [checkpoints.step_in_name(path) for path in saved(tmp_path)][:2] == [17, 7]
+    assert f"the last good checkpoint is {saved(tmp_path)[1]};" in line
+
+
 def test_on_nan_continue_goes_on_and_writes_null(tmp_path, capsys):
     flags = [flag for flag in TINY if flag != "--no_plot"] + ["--n_steps=40", "--lr=1e30", "--on_nan=continue"]
     interrupted_run(tmp_path, flags, after_step, 10, terminate)
@@ -933,6 +949,12 @@ def test_a_signal_in_the_first_log_step_with_the_default_flags(tmp_path, monkeyp
     assert "stopped by SIGTERM at step 0" in capsys.readouterr().out
     run_here(tmp_path, *flags, "--resume")
     assert history_of(tmp_path)["step"] == [0, 1, 2, 3]
+
+
+def test_a_save_is_due_checkpoint_minutes_after_the_last():
+    config, device = argparse.Namespace(checkpoint_minutes=2), torch.device("cpu")
+    assert [Run.save_due(argparse.Namespace(config=config, device=device, saved_at=time.perf_counter() - seconds))
+            for seconds in (60, 121)] == [False, True]
 
 
 def test_a_stop_that_brought_nothing_new_touches_no_checkpoint(tmp_path):

@@ -154,7 +154,7 @@ def test_every_variant_lowers_the_training_loss(tmp_path, flags):
 
 
 def test_log_interval_logs_every_n_epochs(tmp_path):
-    run_here(tmp_path, *SMALL, "--n_epochs=7", "--log_interval=3")
+    run_here(tmp_path, *SMALL, "--n_epochs=7", "--log_interval=3", "--batch_size=300")  # 1,000 images: 3 steps an epoch
     assert history_of(tmp_path)["epoch"] == [0, 3, 6, 7]
 
 
@@ -226,6 +226,7 @@ def test_the_gap_between_the_measures_is_explained_beyond_five_points():
     assert list(remarks({**row, "saturated": 0.0}, config)) == ["stronger attack"]
     row["robust_acc"]["0.2"] = 0.46
     assert remarks(row, config) == {}
+    assert list(remarks({**row, "zero_gradient": 0.02}, config)) == ["zero gradient"]
 
 
 def test_saturated_training_is_explained_for_the_loss_that_suffers_from_it():
@@ -238,12 +239,14 @@ def test_saturated_training_is_explained_for_the_loss_that_suffers_from_it():
     assert remarks(row, argparse.Namespace(loss="exact_ce")) == {}
 
 
-def test_log_points_after_the_first_begin_at_log_from():
+def test_log_points_after_the_first_begin_at_log_from(tmp_path):
     steps = log_schedule(100_000, 25, log_from=100)
     assert steps[:2] == [0, 100] and steps[-1] == 100_000 and len(steps) == 25
     ratios = np.diff(np.log(steps[1:]))
     assert ratios.max() - ratios.min() < 0.02
     assert log_schedule(50, 25, log_from=100) == [0, 50]
+    run_here(tmp_path, *SMALL, "--n_steps=12", "--log_points=3", "--log_from=5")
+    assert history_of(tmp_path)["step"] == [0, 5, 12]
 
 
 def test_the_authors_attack_never_moves_where_the_gradient_is_zero(tmp_path):
@@ -420,6 +423,15 @@ def test_choices_and_implied_values_are_those_of_the_registries():
     assert flags.IMPLIED["depth"] == {name: kind.depth for name, kind in models.MODELS.items() if kind.depth}
     assert flags.IMPLIED["train_size"] == {
         name: source.train_size for name, source in data.DATASETS.items() if source.train_size}
+
+
+@pytest.mark.parametrize("channels, epsilons, radius", [
+    (1, [0.03, 0.06, 0.10, 0.13, 0.16, 0.20], 0.05), (3, [1 / 255, 2 / 255, 4 / 255, 8 / 255], 0.005)])
+def test_what_is_measured_by_default_depends_on_colour(channels, epsilons, radius):
+    images, labels = torch.zeros(200, channels, 16, 16, dtype=torch.uint8), torch.zeros(200, dtype=torch.int64)
+    dataset = data.Dataset("black", images, labels, images, labels, 10, [0.0], [1.0])
+    config = train.complete(parse_args([]), dataset, torch.device("cpu"))
+    assert (config.epsilons, config.lc_radius) == (epsilons, [radius])
 
 
 @pytest.mark.parametrize("words, name", [
