@@ -326,7 +326,7 @@ def test_a_branch_begins_with_its_parents_columns_and_goes_its_own_way(tmp_path,
     assert columns(branch)["step"][-1] == 60
     for flag in ("--width=8", "--activation=tanh", f"--n_steps={step}"):
         capsys.readouterr()
-        run_here(tmp_path / "other", *SMALL, flag, f"--branch_from={source}", status=2)
+        run_here(tmp_path / "other", *SMALL, "--n_steps=40", flag, f"--branch_from={source}", status=2)
         assert flag.partition("=")[0] in capsys.readouterr().err
     # which images were right is not known of a parent that attacked others
     run_here(tmp_path / "fewer", *SMALL, "--adv_size=10", f"--n_steps={step + 1}", f"--branch_from={source}")
