@@ -11,6 +11,7 @@ import json
 import math
 import os
 import pickle
+import platform
 import random
 import re
 import signal
@@ -785,10 +786,14 @@ def test_resuming_a_complete_run_changes_nothing(tmp_path, finished, capsys):
 def test_flags_that_do_not_change_the_result_may_change(tmp_path, finished):
     copied(finished(*RUN), tmp_path)
     saved(tmp_path)[0].unlink()
+    edit_history(tmp_path, environment={"python": "2.7"})
     flags = [flag for flag in RUN if flag != "--no_plot"]
     run_here(tmp_path, *flags, "--resume", "--checkpoint_minutes=0", "--keep_checkpoints=last", "--on_nan=continue",
              "--device=auto" if not torch.cuda.is_available() else "--device=cpu", "--data_dir=nowhere")
     assert columns(tmp_path) == columns(finished(*RUN))
+    after = history_of(tmp_path)  # says how it went on
+    assert after["config"]["data_dir"] == "nowhere" and "data_dir" in after["asked"]
+    assert after["environment"]["python"] == platform.python_version()
     assert len(saved(tmp_path)) == 1 and (tmp_path / "logs" / "training_history.svg").exists()
 
 

@@ -324,9 +324,12 @@ def test_a_branch_begins_with_its_parents_columns_and_goes_its_own_way(tmp_path,
     # a branch resumes like any run, and refuses what is not its parent's network
     run_here(branch, *SMALL, "--n_steps=60", "--loss=exact_ce", f"--branch_from={source}", "--resume")
     assert columns(branch)["step"][-1] == 60
+    again = sorted((branch / "checkpoints").glob("*.pt"))[-1]
+    run_here(tmp_path / "twig", *SMALL, "--n_steps=61", f"--branch_from={again}")
+    assert columns(tmp_path / "twig")["branch"] == {"of": str(again), "step": 60}
     for flag in ("--width=8", "--activation=tanh", f"--n_steps={step}"):
         capsys.readouterr()
-        run_here(tmp_path / "other", *SMALL, flag, f"--branch_from={source}", status=2)
+        run_here(tmp_path / "other", *SMALL, "--n_steps=40", flag, f"--branch_from={source}", status=2)
         assert flag.partition("=")[0] in capsys.readouterr().err
     # which images were right is not known of a parent that attacked others
     run_here(tmp_path / "fewer", *SMALL, "--adv_size=10", f"--n_steps={step + 1}", f"--branch_from={source}")
