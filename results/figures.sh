@@ -41,6 +41,7 @@ curves digits digits digits_exact
 curves large_init digits_large_init mnist_large_init
 curves cnn cnn cnn_exact cnn_decay cnn_batch_norm
 curves resnet18 resnet18 resnet18_batch_norm
+curves resnet18_whole resnet18_whole
 
 partition partition.gif first '*'
 partition mnist_partition mnist_large_init 000005172 000027368 000100000

@@ -51,6 +51,7 @@ cnn_exact               CIFAR --model=cnn --n_steps=100000 --weight_decay=0 --lo
 cnn_decay               CIFAR --model=cnn --n_steps=100000
 cnn_batch_norm          CIFAR --model=cnn --n_steps=20000 --weight_decay=0 --batch_norm
 resnet18                CIFAR --model=resnet18 --n_steps=50000 --weight_decay=0
+resnet18_whole          --dataset=imagefolder --model=resnet18 --width=16 --batch_size=64 --n_steps=100000 --weight_decay=0 --log_from=100 --log_points=17 --adv_size=500 --lc_samples=128 --epsilons 0.5/255 1/255 2/255 4/255 8/255 10/255 --pgd_start=image --pgd_step_size=0.8/255 --compile=on
 resnet18_batch_norm     CIFAR --model=resnet18 --n_steps=20000 --weight_decay=0 --batch_norm --log_points=25
 END
 }
