@@ -1,7 +1,7 @@
 """l-infinity attacks on classifiers of images in [0, 1]: PGD, and robust accuracy close to AutoAttack's.
 
-They take any nn.Module that maps images to logits (N, classes), attack it in eval mode, compute no gradients of its
-parameters, and leave it and the caller's tensors as they were. They work inside torch.inference_mode() as well.
+They take any nn.Module that maps images to logits (N, classes), attack it in eval mode and leave it and the caller's
+tensors as they were, also inside torch.inference_mode().
 """
 
 import math
@@ -16,8 +16,8 @@ from losses import log_odds
 from models import evaluating
 
 # budget: (wrong classes attacked one by one, rounds over them, factor on `steps`, reach: how far from falling an image
-# may be before its class is given up). Each further class finds images that no number of steps or restarts on the
-# strongest class finds; a longer reach matters for convolutions with batch norm, little for an MLP.
+# may be before its class is given up). Each further class finds images that no number of steps on the strongest class
+# finds; a longer reach matters for convolutions with batch norm, little for an MLP.
 BUDGETS = {"low": (2, 1, 1, 0.1), "default": (9, 1, 1, 0.3), "high": (9, 2, 2, 0.5)}
 DEFAULT_BUDGET = "default"
 # Steps toward a class, in one ball, before it can be given up as out of reach: the first goes to a corner of the
@@ -32,10 +32,9 @@ def pgd(model: nn.Module, x: Tensor, y: Tensor, epsilon: float, steps: int = 10,
     arXiv:1706.06083), clipped to [0, 1], last iterate.
 
     x: images (N, ...) in [0, 1], in the model's dtype; y: true classes, int64 (N,); epsilon: radius in [0, 1], in
-    pixel units. step_size: in pixel units, by default 2.5 * epsilon / steps. restarts: number of runs; for each image
-    the most misclassified of their last iterates is returned. starts: (restarts, N, ...), uniform in [-1, 1], the
-    random points in units of epsilon; drawn from `seed` if not given. start: "random" begins at a random point of the
-    ball, "image" at x itself; where the gradient at x is exactly zero, an attack that begins there never moves.
+    pixel units. step_size: in pixel units, by default 2.5 * epsilon / steps. restarts: of their last iterates the most
+    misclassified one is returned for each image. start: "random" begins at a random point of the ball, "image" at x
+    itself. starts: the random points (restarts, N, ...), in [-1, 1], in units of epsilon; by default drawn by `seed`.
 
     objective "exact" ascends u = logsumexp over j != y of z_j, minus z_y: the log-odds of being wrong. Cross-entropy
     is softplus(u), so both have the same ascent direction; but in float32 the gradient of cross-entropy, which is
@@ -66,10 +65,8 @@ def pgd(model: nn.Module, x: Tensor, y: Tensor, epsilon: float, steps: int = 10,
         for offset in starts.to(x):
             x_adv = torch.add(x, offset, alpha=epsilon).clamp_(low, high)
             for _ in range(steps):
-                x_adv.requires_grad_()
-                logits = model(x_adv)
-                loss = (F.cross_entropy(logits, y, reduction="sum") if objective == "ce"
-                        else log_odds(logits, y).sum())
+                logits = model(x_adv.requires_grad_())
+                loss = F.cross_entropy(logits, y, reduction="sum") if objective == "ce" else log_odds(logits, y).sum()
                 gradient, = torch.autograd.grad(loss, x_adv)
                 torch.sign(gradient, out=direction)
                 x_adv = x_adv.detach().add_(direction, alpha=step_size).clamp_(low, high)
@@ -106,8 +103,8 @@ def robust_accuracy(model: nn.Module, x: Tensor, y: Tensor, epsilons: Sequence[f
     if batch_size is not None and batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, not {batch_size}")
     size = batch_size or max(1, len(x))
-    parts = [slice(first, first + size) for first in range(0, max(1, len(x)), size)]
-    rank = torch.cat([ranks(model, x[part], y[part], epsilons, steps, budget) for part in parts])
+    rank = torch.cat([ranks(model, x[i:i + size], y[i:i + size], epsilons, steps, budget)
+                      for i in range(0, max(1, len(x)), size)])
     radii = ascending(epsilons)
     return [(rank > radii.index(epsilon)).sum().item() / len(x) for epsilon in epsilons]
 
@@ -147,23 +144,17 @@ def ranks(model: nn.Module, x: Tensor, y: Tensor, epsilons: Sequence[float], ste
 def drop_while_fallen(model: nn.Module, x: Tensor, y: Tensor, start: Tensor, target: Tensor | None, rank: Tensor,
                       radii: Tensor, steps: int, reach: float) -> Tensor:
     """Attack every image in the largest ball that it withstands so far, of radius radii[rank - 1], and lower its rank,
-    in place, at each misclassified iterate, until `steps` steps in one ball have not misclassified it or are not
-    going to. Return the last points.
+    in place, at each misclassified iterate, until `steps` steps in one ball have not misclassified it or, by the linear
+    model, a step of reach * radius would not. Return the last points.
 
-    start: the first points, which are clipped to the balls. target: the wrong class (N,) to aim for, or None for the
-    strongest one at each step. reach: the target is given up when the linear model says that a step of reach * radius
-    would not get there.
+    start: the first points, clipped to the balls. target: the wrong class (N,), or None for the strongest at each step.
     """
     end = start.clone()
     active = (rank > 1).nonzero().flatten()
-
-    def rows(values: Tensor, index: Tensor) -> Tensor:  # twice as fast as values[index]
-        return values.index_select(0, index)
-
-    # The active images are kept together; they are moved when some are done, not at every step.
+    # The active images are kept together, and moved only when some are done.
     labels, held = rows(y, active), rows(rank, active)
     goal = labels if target is None else rows(target, active)
-    low, high = ball(rows(x, active), like_images(radii[held - 1], x))
+    low, high = ball(rows(x, active), radii[held - 1])
     points = rows(start, active).clamp_(low, high)
     ages, iteration = torch.zeros_like(held), 0  # steps taken in the present ball, and in all
     while len(active) > 0:
@@ -177,9 +168,8 @@ def drop_while_fallen(model: nn.Module, x: Tensor, y: Tensor, start: Tensor, tar
         held, ages = held - fallen.long(), ages.masked_fill(fallen, 0)
         radius = radii[held - 1]
         if len(hit := fallen.nonzero().flatten()):
-            smaller = ball(rows(x, rows(active, hit)), like_images(rows(radius, hit), x))
-            low.index_copy_(0, hit, smaller[0])
-            high.index_copy_(0, hit, smaller[1])
+            for bound, smaller in zip((low, high), ball(rows(x, rows(active, hit)), rows(radius, hit)), strict=True):
+                bound.index_copy_(0, hit, smaller)
         going_on = (held > 1) & (ages < steps)
         if iteration >= PATIENCE:
             out_of_reach = -excess > reach * radius * gradient.flatten(1).abs().sum(1)
@@ -196,6 +186,10 @@ def drop_while_fallen(model: nn.Module, x: Tensor, y: Tensor, start: Tensor, tar
     return end
 
 
+def rows(values: Tensor, index: Tensor) -> Tensor:
+    return values.index_select(0, index)  # twice as fast as values[index]
+
+
 def correct(logits: Tensor, y: Tensor) -> Tensor:
     """Return whether the prediction is right, bool (N,): a row of logits with a NaN predicts nothing."""
     largest, prediction = logits.max(1)  # NaN if any is
@@ -208,7 +202,8 @@ def ascending(epsilons: Sequence[float]) -> list[float]:
 
 
 def ball(x: Tensor, radius: float | Tensor) -> tuple[Tensor, Tensor]:
-    """Return the least and the greatest value of each pixel in the ball, within [0, 1]."""
+    """Return the least and the greatest value of each pixel in the ball, within [0, 1]. radius: one for all, or (N,)"""
+    radius = like_images(radius, x) if isinstance(radius, Tensor) else radius
     return (x - radius).clamp_(min=0), (x + radius).clamp_(max=1)
 
 
@@ -236,7 +231,7 @@ def attacking(model: nn.Module, x: Tensor, y: Tensor, epsilons: Sequence[float])
     if x.dim() < 2 or len(x) == 0 or y.shape != x.shape[:1]:
         raise ValueError(f"an attack needs images (N, ...) and as many labels (N,), not {tuple(x.shape)} and "
                          f"{tuple(y.shape)}")
-    if not x.is_floating_point() or not x.min() >= 0 or not x.max() <= 1:  # not: comparisons with NaN are false
+    if not (x.is_floating_point() and x.min() >= 0 and x.max() <= 1):  # comparisons with NaN are false
         raise ValueError("an attack needs images in [0, 1], of a floating-point dtype")
     if y.dtype != torch.int64 or y.device != x.device:
         raise ValueError(f"an attack needs int64 labels on the images' device, {x.device}, not {y.dtype} on {y.device}")

@@ -4,10 +4,8 @@ A compute node often has no internet. Download and check the data beforehand, on
 
     python data.py mnist cifar10 --data_dir data
 
-torchvision downloads and checks mnist, fashion_mnist, kmnist, cifar10, cifar100, svhn and imagenette. digits comes with
-scikit-learn, and the modular_* sets are computed. imagefolder is any folder with the layout
-{train,test or val}/CLASS/IMAGE, npz any file with arrays of images and labels. To add a data set, add an entry to
-DATASETS.
+imagefolder is any folder with the layout {train,test or val}/CLASS/IMAGE, npz any file with arrays of images and
+labels. To add a data set, add an entry to DATASETS.
 """
 
 import hashlib
@@ -19,7 +17,6 @@ import sys
 import unicodedata
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -34,6 +31,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.datasets.mnist import read_image_file, read_label_file
 from torchvision.datasets.utils import check_integrity
 from tqdm import tqdm
+from tqdm.contrib.concurrent import thread_map
 
 from flags import OneLineParser, number
 
@@ -66,7 +64,7 @@ class Dataset:
 class Source:
     """How to get a data set: an entry of DATASETS."""
 
-    read: Callable[..., Tensors]  # called with name, data_dir and the options below
+    read: Callable[..., Tensors]  # called with name, data_dir and the options
     statistics: tuple = ()  # mean and std of the whole training split; if empty, they are computed
     train_size: int | None = None  # default number of training images (1,000 in the paper); None: all
     archives: str = ""  # without internet, put these into data_dir/folder: torchvision takes them for its download
@@ -82,20 +80,19 @@ def load_dataset(name: str, data_dir: str | Path = "data", train_size: int | str
     """Return a Dataset on the CPU; download it into data_dir if it is missing and can be downloaded.
 
     name: a key of DATASETS. data_dir: for imagefolder the folder that holds train/ and test/ (or val/), for npz the
-    file; digits and modular_* do not use it. train_size: number of training images, drawn at random by seed, or "all"
-    (default: 1,000 for digits and the sets like MNIST, or all if there are fewer; all for the others). For one seed a
-    smaller draw is part of a larger one; the test set is always whole. image_size: side in pixels, for imagenette
-    (default 128) and imagefolder: the shorter side is resized to it and the centre cut out. By default an imagefolder
-    whose images all have one size keeps it, any other gets 128. An imagefolder without colour has one channel.
-    label_noise: fraction of the selected training labels to replace by uniformly random ones (one in num_classes is
-    right by chance). modulus, train_fraction: for modular_*, the p of (a + b) mod p (default 97) and the fraction of
-    the p * p pairs to train on (default 0.5). mean and std are those of the whole training split.
+    file. train_size: number of training images, or "all" (default: 1,000 for digits and the sets like MNIST, if they
+    have as many; all for the others). For one seed a smaller draw is part of a larger one; the test set is always
+    whole. image_size: side in pixels, for imagenette (default 128) and imagefolder: the shorter side is resized to it
+    and the centre cut out. By default an imagefolder whose images all have one size keeps it, any other gets 128. An
+    imagefolder without colour has one channel. label_noise: fraction of the selected training labels to replace by
+    uniformly random ones (one in num_classes is right by chance). modulus, train_fraction: for modular_*, the p of
+    (a + b) mod p (default 97) and the fraction of the p * p pairs to train on (default 0.5).
 
     The decoded images of a folder are cached in it, as decoded-SIZE.npz, if it can be written. The cache trusts
     everyone who can write to that folder.
 
-    Raises ValueError for an unknown name, an option out of range or damaged files, and OSError (such as
-    FileNotFoundError, NotADirectoryError or PermissionError) if data are missing, unreadable or cannot be downloaded.
+    Raises ValueError for an unknown name, an option out of range or damaged files, and OSError if data are missing,
+    unreadable or cannot be downloaded.
     """
     if isinstance(train_size, int) and train_size < 1:
         raise ValueError(f"train_size must be at least 1, not {train_size}")
@@ -174,7 +171,7 @@ def read_dataset(name: str, data_dir: str | Path, **options: Any) -> Dataset:
         if not os.access(path, os.R_OK | os.X_OK):
             raise PermissionError(f"no permission to read {path}: change its mode or give another --data_dir")
     x_train, y_train, x_test, y_test, num_classes = source.read(
-        name, path, **{option: options[option] for option in source.options})
+        name, path, **{option: options[option] for option in source.options if options[option] is not None})
     if x_train.shape[1:] != x_test.shape[1:]:
         raise ValueError(f"the training images of {name} are {shape_text(x_train)} and its test images "
                          f"{shape_text(x_test)}: files of two data sets are mixed in {path}")
@@ -185,13 +182,13 @@ def read_dataset(name: str, data_dir: str | Path, **options: Any) -> Dataset:
 def channel_statistics(x: torch.Tensor) -> tuple[list[float], list[float]]:
     """Return mean and standard deviation of each channel of a uint8 tensor (N, C, H, W), in pixel units of [0, 1].
 
-    A channel without contrast gets the deviation 1, since images are divided by it. The histogram needs no
+    A channel without contrast gets the deviation 1, since images are divided by it. The histogram saves a
     floating-point copy of the images.
     """
     values = torch.arange(256, dtype=torch.float64)
     means, stds = [], []
-    for channel in range(x.shape[1]):
-        weights = torch.bincount(x[:, channel].flatten(), minlength=256).double()
+    for channel in x.unbind(1):
+        weights = torch.bincount(channel.flatten(), minlength=256).double()
         mean = (weights @ values) / weights.sum()
         std = ((weights @ (values - mean) ** 2) / weights.sum()).sqrt()
         means.append(mean.item() / 255)
@@ -234,23 +231,22 @@ def read_digits(name: str, data_dir: str) -> Tensors:
     return x[train], y[train], x[test], y[test], 10
 
 
-def read_modular(operation: Callable, name: str, data_dir: str, modulus: int | None, train_fraction: float | None,
-                 seed: int) -> Tensors:
+def read_modular(operation: Callable, name: str, data_dir: str, seed: int, modulus: int = 97,
+                 train_fraction: float = 0.5) -> Tensors:
     """Return all pairs (a, b) as one-hot rows, uint8 (1, 2, p), with the labels operation(a, b) mod p.
 
     This is the task of Power et al. 2022, arXiv:2201.02177.
     """
-    modulus = 97 if modulus is None else modulus
-    train_fraction = 0.5 if train_fraction is None else train_fraction
     if not 2 <= modulus <= LARGEST_MODULUS:
         raise ValueError(f"modulus must be from 2 to {LARGEST_MODULUS}, not {modulus}")
     if not 0 < train_fraction < 1:
         raise ValueError(f"train_fraction must be above 0 and below 1, not {train_fraction}")
-    train = round(train_fraction * modulus**2)
-    if not 0 < train < modulus**2:
+    pairs = modulus**2
+    train = round(train_fraction * pairs)
+    if train in (0, pairs):
         raise ValueError(f"train_fraction {train_fraction} leaves no pair to {'test' if train else 'train'} on, of "
-                         f"{modulus**2} pairs")
-    order = torch.from_numpy(np.random.default_rng((seed, SPLIT)).permutation(modulus**2))
+                         f"{pairs} pairs")
+    order = torch.from_numpy(np.random.default_rng((seed, SPLIT)).permutation(pairs))
     a, b = order // modulus, order % modulus
     x = (255 * torch.eye(modulus, dtype=torch.uint8))[torch.stack([a, b], 1)].unsqueeze(1)
     y = operation(a, b) % modulus
@@ -288,19 +284,18 @@ def read_mnist(dataset_class: type, name: str, data_dir: str) -> Tensors:
     folder = os.path.join(data_dir, dataset_class.__name__)
     pairs = [[os.path.join(folder, "raw", f"{split}-{kind}-ubyte") for kind in ("images-idx3", "labels-idx1")]
              for split in ("train", "t10k")]
-    if not all(os.path.exists(path) for pair in pairs for path in pair):
+    paths = pairs[0] + pairs[1]
+    if not all(map(os.path.exists, paths)):
         fetch(name, dataset_class, data_dir)
+    missing = [path for path in paths if not os.path.isfile(path)]
+    if missing:
+        raise ValueError(f"{missing[0]} is missing or not a regular file: {remedy(folder, name)}")
     splits = []
     for images, labels in pairs:
-        for path in (images, labels):  # reading a FIFO would never end
-            if not os.path.isfile(path):
-                raise ValueError(f"{path} is missing or not a regular file: {remedy(folder, name)}")
         try:
             x, y = read_image_file(images).unsqueeze(1), read_label_file(labels)
-            if len(x) != len(y):
-                raise ValueError(f"{len(x)} images and {len(y)} labels")
-            if y.max() > 9:
-                raise ValueError(f"the label {y.max()}, not only 0 to 9")
+            if len(x) != len(y) or y.max() > 9:
+                raise ValueError(f"{len(x)} images and {len(y)} labels from 0 to {y.max()}")
         except Exception as error:  # torchvision asserts what it expects
             raise ValueError(f"{images} or {labels} is damaged ({last_line(error)}): {remedy('both', name)}") from error
         splits += [x, y]
@@ -314,7 +309,7 @@ def remedy(path: str | Path, name: str) -> str:
 def check_md5(name: str, folder: str, files: Sequence) -> None:
     """Raise ValueError if one of the (file name, MD5) is there and damaged.
 
-    torchvision downloads a damaged file again: without a network its error would hide what is wrong.
+    torchvision would download it again: without a network its error would hide what is wrong.
     """
     for file_name, md5 in files:
         path = os.path.join(folder, file_name)
@@ -324,25 +319,21 @@ def check_md5(name: str, folder: str, files: Sequence) -> None:
 
 def read_cifar(dataset_class: Any, name: str, data_dir: str) -> Tensors:
     meta = dataset_class.meta
-    files = [*dataset_class.train_list, *dataset_class.test_list, (meta["filename"], meta["md5"])]
-    check_md5(name, os.path.join(data_dir, dataset_class.base_folder), files)
-    splits = []
-    for train in (True, False):
-        split = fetch(name, dataset_class, data_dir, train=train)
-        splits += [torch.from_numpy(split.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(split.targets)]
-    return *splits, len(split.classes)
+    check_md5(name, os.path.join(data_dir, dataset_class.base_folder),
+              [*dataset_class.train_list, *dataset_class.test_list, (meta["filename"], meta["md5"])])
+    train, test = (fetch(name, dataset_class, data_dir, train=train) for train in (True, False))
+    x_train, x_test = (torch.from_numpy(split.data).permute(0, 3, 1, 2).contiguous() for split in (train, test))
+    return x_train, torch.tensor(train.targets), x_test, torch.tensor(test.targets), len(train.classes)
 
 
 def read_svhn(name: str, data_dir: str) -> Tensors:
     check_md5(name, data_dir, [datasets.SVHN.split_list[split][1:] for split in ("train", "test")])
-    splits = []
-    for split in ("train", "test"):
-        found = fetch(name, datasets.SVHN, data_dir, split=split)
-        splits += [torch.from_numpy(np.ascontiguousarray(found.data)), torch.from_numpy(found.labels)]
-    return *splits, 10
+    train, test = (fetch(name, datasets.SVHN, data_dir, split=split) for split in ("train", "test"))
+    x_train, x_test = (torch.from_numpy(np.ascontiguousarray(split.data)) for split in (train, test))
+    return x_train, torch.from_numpy(train.labels), x_test, torch.from_numpy(test.labels), 10
 
 
-def read_imagenette(name: str, data_dir: str, image_size: int | None) -> Tensors:
+def read_imagenette(name: str, data_dir: str, image_size: int = DEFAULT_IMAGE_SIZE) -> Tensors:
     root = os.path.join(data_dir, "imagenette2-160")
     if not os.path.exists(root):
         fetch(name, datasets.Imagenette, data_dir, size="160px")
@@ -353,7 +344,7 @@ def read_imagenette(name: str, data_dir: str, image_size: int | None) -> Tensors
         found, whole = ("{train} training and {val} test images".format(**c) for c in (counts, IMAGENETTE_COUNTS))
         raise ValueError(f"{root} holds {found} where Imagenette has {whole}, as after an interrupted extraction: "
                          f"{remedy(root, name)}; to train on a part of it, --dataset=imagefolder --data_dir={root}")
-    return read_folder(name, root, image_size or DEFAULT_IMAGE_SIZE)
+    return read_folder(name, root, image_size)
 
 
 # ---- arrays in a file -----------------------------------------------------------------------------------------------
@@ -392,34 +383,40 @@ def check_arrays(x: np.ndarray, y: np.ndarray, images: str, labels: str) -> tupl
         raise ValueError(f"{labels} has the dtype {y.dtype}: give integers")
     if y.shape not in ((len(x),), (len(x), 1)):
         raise ValueError(f"{labels} has the shape {y.shape}: give one label for each of the {len(x)} images")
-    if y.min() < 0 or y.max() >= 2**31:
+    y = y.astype(np.int64).reshape(-1)
+    if y.min() < 0:
         raise ValueError(f"{labels} holds labels from {y.min()} to {y.max()}: number the classes from 0")
     x = np.ascontiguousarray(x[:, None] if x.ndim == 3 else x.transpose(0, 3, 1, 2))
-    return torch.from_numpy(x), torch.from_numpy(y.astype(np.int64).reshape(-1))
+    return torch.from_numpy(x), torch.from_numpy(y)
 
 
 # ---- folders of images ----------------------------------------------------------------------------------------------
 
-def read_folder(name: str, root: str, image_size: int | None) -> Tensors:
+def read_folder(name: str, root: str, image_size: int | None = None) -> Tensors:
     """Decode root/train and root/test (or root/val), or take the decoded images from the cache."""
-    splits = scan(root, "train"), scan(root, "test", "val")
-    check_classes(root, *splits)
+    splits = train, test = scan(root, "train"), scan(root, "test", "val")
+    differing = sorted(train.keys() ^ test.keys())
+    if differing:
+        in_pairs = 2 * len({unicodedata.normalize("NFC", name) for name in differing}) == len(differing)
+        reason = " (the names differ only in their Unicode normalisation: rename one of them)" if in_pairs else ""
+        raise ValueError(f"the training and the test images in {root} have different classes: only one of the two has "
+                         f"a folder {', '.join(differing[:5])}{' ...' if len(differing) > 5 else ''}{reason}")
+    if len(train) < 2:
+        raise ValueError(f"{root} has only one class ({', '.join(train)}): at least two are needed")
     paths = [[path for images in split.values() for path in images] for split in splits]
     y_train, y_test = (torch.tensor([label for label, images in enumerate(split.values()) for _ in images])
                        for split in splits)
-
-    cache = os.path.join(root, f"decoded-{image_size or 'auto'}.npz")
-    key = cache_key(root, paths[0] + paths[1], image_size)
-    images = load_cache(cache, key, len(paths[0]), len(paths[1]))
+    cache, key = os.path.join(root, f"decoded-{image_size or 'auto'}.npz"), cache_key(root, sum(paths, []), image_size)
+    images = load_cache(cache, key)
     if images is None:
-        sizes = {(image_size, image_size)} if image_size else {size_of(path) for path in paths[0] + paths[1]}
+        sizes = {(image_size, image_size)} if image_size else {size_of(path) for path in sum(paths, [])}
         size = sizes.pop() if len(sizes) == 1 else (DEFAULT_IMAGE_SIZE, DEFAULT_IMAGE_SIZE)
         images = [decode(split, size) for split in paths]
         if all(np.array_equal(image[:1].repeat(3, 0), image) for split in images for image in split):
-            images = [split[:, :1] for split in images]  # no colour
+            images = [np.ascontiguousarray(split[:, :1]) for split in images]  # no colour
         save_cache(cache, fingerprint=key, x_train=images[0], x_test=images[1])
-    x_train, x_test = (torch.from_numpy(np.ascontiguousarray(split)) for split in images)
-    return x_train, y_train, x_test, y_test, len(splits[0])
+    x_train, x_test = map(torch.from_numpy, images)
+    return x_train, y_train, x_test, y_test, len(train)
 
 
 def scan(root: str, *names: str) -> dict[str, list[str]]:
@@ -435,16 +432,21 @@ def scan(root: str, *names: str) -> dict[str, list[str]]:
     found = ([path for path in visible(folder) if os.path.isdir(path) or not os.path.exists(path)]
              for folder in folders)
     classes = {path: find_images(path) for path in next(filter(None, found), [])}
-    empty = [path for path, images in classes.items() if not images]
-    if empty or not classes:
-        raise FileNotFoundError(f"no images in {empty[0] if empty else folders[0]}: the layout is "
-                                f"{os.path.join(root, names[0])}/CLASS/IMAGE, with at least one image "
-                                f"({' '.join(IMG_EXTENSIONS)}) for each class")
+    empty = [path for path, images in classes.items() if not images] if classes else folders
+    if empty:
+        raise FileNotFoundError(f"no images in {empty[0]}: the layout is {os.path.join(root, names[0])}/CLASS/IMAGE, "
+                                f"with at least one image ({' '.join(IMG_EXTENSIONS)}) for each class")
     return {os.path.basename(path): images for path, images in classes.items()}
 
 
 def visible(folder: str) -> list[str]:
     """Return the paths in folder, sorted, without hidden ones, @eaDir and the like, and links that lead back up."""
+    above = [Path(os.path.realpath(path)) for path in (Path(folder), *Path(folder).parents)]
+
+    def leads_back(path: str) -> bool:
+        target = os.path.realpath(path)
+        return os.path.islink(path) and any(parent.is_relative_to(target) for parent in above)
+
     paths = (os.path.join(folder, name) for name in sorted(os.listdir(folder)) if name[0] not in ".@")
     return [path for path in paths if not leads_back(path)]
 
@@ -460,75 +462,63 @@ def find_images(folder: str) -> list[str]:
     return sorted(found, key=os.path.split)
 
 
-def leads_back(path: str) -> bool:
-    """Return whether path is a link to one of the folders above it, or to a folder that holds one of them."""
-    if not os.path.islink(path):
-        return False
-    target = os.path.realpath(path)
-    return any(Path(os.path.realpath(parent)).is_relative_to(target) for parent in Path(path).parents)
-
-
-def check_classes(root: str, train: dict, test: dict) -> None:
-    """Raise ValueError unless both splits have the same classes, at least two."""
-    differing = sorted(train.keys() ^ test.keys())
-    if differing:
-        same = {unicodedata.normalize("NFC", name) for name in train} == {
-            unicodedata.normalize("NFC", name) for name in test}
-        reason = " (the names differ only in their Unicode normalisation: rename one of them)" if same else ""
-        raise ValueError(f"the training and the test images in {root} have different classes: only one of the two has "
-                         f"a folder {', '.join(differing[:5])}{' ...' if len(differing) > 5 else ''}{reason}")
-    if len(train) < 2:
-        raise ValueError(f"{root} has only one class ({', '.join(train)}): at least two are needed")
-
-
 def cache_key(root: str, paths: list[str], image_size: int | None) -> str:
     """Return a key that depends on the size wanted and on the name and content of each file.
 
-    Size and date would not do: archives and `cp -p` replace files by others of the same date. Reading takes some 70
-    microseconds a file; with threads it takes longer.
+    Size and date would not do: archives and `cp -p` replace files by others of the same date.
     """
     digest = hashlib.sha256(f"2 {image_size}".encode())
     for path in paths:
-        if not os.path.isfile(path):  # reading a FIFO would never end
-            raise unreadable(path, "not a file, or a dangling link")
-        digest.update(os.fsencode(os.path.relpath(path, root)) + b"\0")
-        digest.update(hashlib.sha256(Path(path).read_bytes()).digest())
+        with blaming(path):
+            if not os.path.isfile(path):
+                raise OSError("not a file, or a dangling link")
+            digest.update(os.fsencode(os.path.relpath(path, root)) + b"\0")
+            digest.update(hashlib.sha256(Path(path).read_bytes()).digest())
     return digest.hexdigest()
 
 
-def unreadable(path: str, reason: str) -> ValueError:
-    return ValueError(f"cannot read the image {path} ({reason}): replace or remove it")
-
-
-def load_cache(path: str, key: str, n_train: int, n_test: int) -> list[np.ndarray] | None:
+def load_cache(path: str, key: str) -> list[np.ndarray] | None:
     """Return [x_train, x_test], or None if the cache is missing, damaged, or made for something else."""
-    if not os.path.isfile(path):  # reading a FIFO would never end
-        return None
     # Whatever is wrong with a cache, the images are still there. Damage shows: a zip file carries checksums.
-    with suppress(Exception), np.load(path, allow_pickle=False) as cache:
-        images = [cache["x_train"], cache["x_test"]]
-        shapes = [(n, *images[0].shape[1:]) for n in (n_train, n_test)]
-        is_sound = all(x.dtype == np.uint8 and x.ndim == 4 and x.size for x in images)
-        if is_sound and [x.shape for x in images] == shapes and str(cache["fingerprint"]) == key:
-            return images
+    with suppress(Exception), np.load(path) as cache:
+        if str(cache["fingerprint"]) == key:
+            return [cache["x_train"], cache["x_test"]]
     return None
 
 
 def save_cache(path: str, **arrays: Any) -> None:
     """Write the cache under another name, then rename it. A folder that cannot be written gets no cache."""
-    temporary = f"{path}.{uuid.uuid4().hex}.tmp"
+    temporary = Path(f"{path}.{uuid.uuid4().hex}.tmp")
     with suppress(OSError):
         try:
             with open(temporary, "xb") as file:
                 np.savez(file, **arrays)
             os.replace(temporary, path)
         finally:
-            Path(temporary).unlink(missing_ok=True)
+            temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def blaming(path: str) -> Iterator[None]:
+    """Turn whatever goes wrong into a ValueError that names the image."""
+    try:
+        yield
+    except Exception as error:  # Pillow raises OSError, SyntaxError, struct.error and more for a damaged file
+        reason = "not an image" if isinstance(error, UnidentifiedImageError) else last_line(error)
+        raise ValueError(f"cannot read the image {path} ({reason}): replace or remove it") from error
 
 
 def size_of(path: str) -> tuple[int, int]:
-    with opened(path) as image:
+    with blaming(path), Image.open(path, formats=IMAGE_FORMATS) as image:
         return image.size
+
+
+def read_image(path: str, size: tuple[int, int]) -> np.ndarray:
+    """Return the image as RGB, uint8 (3, H, W): resized to cover size (width, height), then its centre."""
+    with blaming(path), Image.open(path, formats=IMAGE_FORMATS) as image:
+        if image.mode[0] in "IF":  # Pillow would clip values above 255 to white
+            raise ValueError("more than 8 bits per channel")
+        return np.asarray(ImageOps.fit(image.convert("RGB"), size, Image.Resampling.BILINEAR)).transpose(2, 0, 1)
 
 
 def decode(paths: list[str], size: tuple[int, int]) -> np.ndarray:
@@ -544,30 +534,9 @@ def decode(paths: list[str], size: tuple[int, int]) -> np.ndarray:
         images[i] = read_image(paths[i], size)
 
     # Threads, not processes: Pillow decodes without the interpreter lock, and forking is unsafe after CUDA.
-    with ThreadPoolExecutor() as pool:
-        for _ in tqdm(pool.map(work, range(len(paths))), total=len(paths), desc="decoding", unit="image", delay=1,
-                      leave=False, disable=None if sys.stderr else True):  # None: unless it is a terminal
-            pass
+    thread_map(work, range(len(paths)), tqdm_class=tqdm, desc="decoding", unit="image", delay=1, leave=False,
+               disable=None if sys.stderr else True)  # None: unless it is a terminal
     return images
-
-
-def read_image(path: str, size: tuple[int, int]) -> np.ndarray:
-    """Return the image as RGB, uint8 (3, H, W): resized to cover size (width, height), then its centre."""
-    with opened(path) as image:
-        if image.mode[0] in "IF":  # Pillow would clip values above 255 to white
-            raise ValueError("more than 8 bits per channel")
-        return np.asarray(ImageOps.fit(image.convert("RGB"), size, Image.Resampling.BILINEAR)).transpose(2, 0, 1)
-
-
-@contextmanager
-def opened(path: str) -> Iterator[Image.Image]:
-    """Open an image. Whatever goes wrong becomes a ValueError that names the file."""
-    try:
-        with Image.open(path, formats=IMAGE_FORMATS) as image:
-            yield image
-    except Exception as error:  # Pillow raises OSError, SyntaxError, struct.error and more for a damaged file
-        raise unreadable(path, "not an image" if isinstance(error, UnidentifiedImageError) else last_line(error)
-                         ) from error
 
 
 def shape_text(x: torch.Tensor) -> str:
@@ -582,31 +551,28 @@ def like_mnist(dataset_class: type, url: str, statistics: tuple = ()) -> Source:
                   f"{dataset_class.__name__}/raw")
 
 
-def like_cifar(dataset_class: Any, *statistics: list[float]) -> Source:
-    return Source(partial(read_cifar, dataset_class), statistics,
-                  archives=f"{dataset_class.filename} from https://www.cs.toronto.edu/~kriz/")
-
-
-def modular(operation: Callable) -> Source:
-    return Source(partial(read_modular, operation), ([0.0], [1.0]), options=("modulus", "train_fraction", "seed"),
-                  package="this program")
-
-
+TORONTO = "https://www.cs.toronto.edu/~kriz/"
+MODULAR: dict[str, Any] = dict(
+    statistics=([0.0], [1.0]), options=("seed", "modulus", "train_fraction"), package="this program")
 DATASETS = {
     "mnist": like_mnist(datasets.MNIST, "https://ossci-datasets.s3.amazonaws.com/mnist/", ([0.1307], [0.3081])),
     "fashion_mnist": like_mnist(datasets.FashionMNIST, "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/"),
     "kmnist": like_mnist(datasets.KMNIST, "http://codh.rois.ac.jp/kmnist/dataset/kmnist/"),
-    "cifar10": like_cifar(datasets.CIFAR10, [0.4914, 0.4822, 0.4465], [0.2470, 0.2435, 0.2616]),
-    "cifar100": like_cifar(datasets.CIFAR100, [0.5071, 0.4865, 0.4409], [0.2673, 0.2564, 0.2762]),
+    "cifar10": Source(
+        partial(read_cifar, datasets.CIFAR10), ([0.4914, 0.4822, 0.4465], [0.2470, 0.2435, 0.2616]),
+        archives=f"cifar-10-python.tar.gz from {TORONTO}"),
+    "cifar100": Source(
+        partial(read_cifar, datasets.CIFAR100), ([0.5071, 0.4865, 0.4409], [0.2673, 0.2564, 0.2762]),
+        archives=f"cifar-100-python.tar.gz from {TORONTO}"),
     "svhn": Source(read_svhn, archives="train_32x32.mat and test_32x32.mat from "
                                        "http://ufldl.stanford.edu/housenumbers/"),
     "imagenette": Source(
         read_imagenette, ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]), options=("image_size",),
         archives="imagenette2-160.tgz from https://s3.amazonaws.com/fast-ai-imageclas/"),
     "digits": Source(read_digits, train_size=1000, package="scikit-learn"),
-    "modular_addition": modular(operator.add),
-    "modular_subtraction": modular(operator.sub),
-    "modular_multiplication": modular(operator.mul),
+    "modular_addition": Source(partial(read_modular, operator.add), **MODULAR),
+    "modular_subtraction": Source(partial(read_modular, operator.sub), **MODULAR),
+    "modular_multiplication": Source(partial(read_modular, operator.mul), **MODULAR),
     "imagefolder": Source(read_folder, options=("image_size",)),
     "npz": Source(read_npz, is_file=True),
 }
@@ -622,10 +588,10 @@ def main() -> None:
     args = parser.parse_args()
     with suppress(AttributeError):  # standard output may be closed
         sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # a path may be unprintable
+    path = os.path.abspath(os.path.expanduser(args.data_dir))
     try:
         for name, source in [(name, source_of(name)) for name in args.names]:
             dataset = load_dataset(name, args.data_dir, "all", image_size=args.image_size)
-            path = os.path.abspath(os.path.expanduser(args.data_dir))
             print(f"{name}: {len(dataset.x_train):,} training and {len(dataset.x_test):,} test images, "
                   f"{shape_text(dataset.x_train)}, {dataset.num_classes} classes "
                   f"({f'part of {source.package}' if source.package else path})", flush=True)

@@ -93,15 +93,13 @@ def local_complexity(model: nn.Module, x: Tensor, radius: float | Sequence[float
 
     A unit counts unless torch.sign of its pre-activation is the same at all 2P points (zero is a sign of its own).
     Where a pre-activation is not a number, the point's count of that layer is -1. The model is in eval mode, and
-    autocast is off. layer_units gives the layers' names and sizes, in the same order.
-
-    The affine first part of a models.Network is computed at x and at the directions only, not at every vertex. That
-    saves two thirds of an MLP's work on MNIST. Any other module is passed every vertex.
+    autocast is off. The affine first part of a models.Network is computed at x and at the directions only, not at every
+    vertex: that saves two thirds of an MLP's work on MNIST.
 
     x: (N, C, H, W), any range, in the model's dtype and on its device. radius: in the units of x, or a sequence of R
-    of them. directions: (P, C*H*W), orthonormal rows. batch_size: the most network inputs held at once. It bounds the
-    memory and does not change the counts; fewer are held where that is faster, and with None.
-    Returns int64 (N, layers), or (R, N, layers) for a sequence of radii.
+    of them. directions: (P, C*H*W), orthonormal rows. batch_size: the most network inputs held at once; it does not
+    change the counts, and fewer are held where that is faster.
+    Returns int64 (N, layers), or (R, N, layers) for a sequence of radii. layer_units gives the layers' names and sizes.
 
     Raises ValueError if a radius is not a positive number, the directions do not fit x or are not orthonormal, or
     layer_units does.
@@ -122,20 +120,17 @@ def local_complexity(model: nn.Module, x: Tensor, radius: float | Sequence[float
         axes = directions.to(x).view(-1, *x.shape[1:])
         steps = torch.cat([encode(part) for part in axes.split(batch_size)]) - encode(torch.zeros_like(axes[:1]))
         steps = torch.cat([steps, -steps])
-        counts = []
-        for images in x.split(batch_size):
-            for centers in encode(images).split(max(1, batch_size // len(steps))):
-                counts.append(torch.stack([
-                    sign_changes(decode, layers, centers, steps, r, batch_size) for r in radii.view(-1).tolist()
-                ]))
+        counts = [torch.stack([sign_changes(decode, layers, centers, steps, r, batch_size)
+                               for r in radii.view(-1).tolist()])
+                  for images in x.split(batch_size)
+                  for centers in encode(images).split(max(1, batch_size // len(steps)))]
     return torch.cat(counts, dim=1).view(*radii.shape, len(x), len(layers))
 
 
 def sign_changes(decode: Callable[[Tensor], Any], layers: dict[nn.Module, str], centers: Tensor, steps: Tensor,
                  radius: float, batch_size: int) -> Tensor:
     """Return int64 (N, layers): the units that change sign among the vertices centers[n] + radius * steps[k]."""
-    low: dict[nn.Module, Tensor] = {}
-    high: dict[nn.Module, Tensor] = {}
+    extremes: dict[nn.Module, tuple[Tensor, Tensor]] = {}  # the lowest and the highest pre-activations
     last, rows = list(layers)[-1], 0
 
     def watch(layer: nn.Module, args: tuple[Tensor, ...]) -> None:
@@ -143,9 +138,10 @@ def sign_changes(decode: Callable[[Tensor], Any], layers: dict[nn.Module, str], 
         # A reduction is fast over what lies in memory as its shape says; a convolution may put the channels last.
         z = args[0] if args[0].is_contiguous() else args[0].movedim(1, -1)
         z = z.unflatten(0, (-1, len(centers)))
-        z_low, z_high = z.amin(0), z.amax(0)
-        low[layer] = torch.minimum(low[layer], z_low) if layer in low else z_low
-        high[layer] = torch.maximum(high[layer], z_high) if layer in high else z_high
+        low, high = z.amin(0), z.amax(0)
+        if layer in extremes:
+            low, high = torch.minimum(extremes[layer][0], low), torch.maximum(extremes[layer][1], high)
+        extremes[layer] = low, high
         if layer is last:
             raise Counted
 
@@ -155,9 +151,8 @@ def sign_changes(decode: Callable[[Tensor], Any], layers: dict[nn.Module, str], 
             with suppress(Counted):
                 decode(torch.add(centers, part.unsqueeze(1), alpha=radius).flatten(0, 1))
     # sign is monotone: the same at every vertex if it is the same at the lowest and the highest pre-activation
-    counts = torch.stack([(low[layer].sign() != high[layer].sign()).flatten(1).sum(1) for layer in layers], dim=1)
-    undefined = torch.stack([low[layer].isnan().flatten(1).any(1) for layer in layers], dim=1)
-    return counts.masked_fill(undefined, -1)
+    return torch.stack([(low.sign() != high.sign()).flatten(1).sum(1).masked_fill(low.isnan().flatten(1).any(1), -1)
+                        for low, high in extremes.values()], dim=1)
 
 
 def check_rows(name: str, z: Tensor, rows: int) -> None:

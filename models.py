@@ -6,6 +6,7 @@ data set. Each non-linearity is a module of its own, used once in the forward pa
 whose sign local complexity watches.
 """
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -94,16 +95,13 @@ class MLP(Network):
     """`depth` linear layers; the hidden ones are `width` units wide (Section 4 of the paper: depth 4, width 200)."""
 
     def __init__(self, in_shape: Sequence[int], num_classes: int, depth: int, width: int, activation: type[nn.Module],
-                 batch_norm: bool, mean: Sequence[float] | None, std: Sequence[float] | None, products: str):
-        super().__init__(in_shape, mean, std)
-        channels, height, image_width = in_shape
-        features = channels * height * image_width
+                 batch_norm: bool, products: str, **statistics: Any):
+        super().__init__(in_shape, **statistics)
+        features = math.prod(in_shape)
         layers: list[nn.Module] = []
         for _ in range(depth - 1):
-            layers.append(linear(features, width, products))
-            if batch_norm:
-                layers.append(nn.BatchNorm1d(width))
-            layers.append(activation())
+            norm = [nn.BatchNorm1d(width)] if batch_norm else []
+            layers += [linear(features, width, products), *norm, activation()]
             features = width
         self.layers = nn.Sequential(*layers, linear(features, num_classes, products))
 
@@ -120,15 +118,13 @@ class CNN(Network):
     """Five 3x3 convolutions (three of them halve the resolution), the spatial mean, two linear layers."""
 
     def __init__(self, in_shape: Sequence[int], num_classes: int, width: int, activation: type[nn.Module],
-                 batch_norm: bool, mean: Sequence[float] | None, std: Sequence[float] | None, products: str):
-        super().__init__(in_shape, mean, std)
+                 batch_norm: bool, products: str, **statistics: Any):
+        super().__init__(in_shape, **statistics)
         channels = in_shape[0]
         layers: list[nn.Module] = []
         for out_channels, stride in [(width, 1), (2 * width, 2), (2 * width, 1), (4 * width, 2), (4 * width, 2)]:
-            layers.append(nn.Conv2d(channels, out_channels, 3, stride, padding=1))
-            if batch_norm:
-                layers.append(nn.BatchNorm2d(out_channels))
-            layers.append(activation())
+            norm = [nn.BatchNorm2d(out_channels)] if batch_norm else []
+            layers += [nn.Conv2d(channels, out_channels, 3, stride, padding=1), *norm, activation()]
             channels = out_channels
         self.features = nn.Sequential(*layers)
         self.classifier = nn.Sequential(
@@ -146,31 +142,28 @@ class CNN(Network):
 class PreActBlock(nn.Module):
     """Norm, activation and convolution, twice, added to the shortcut (He et al. 2016, arXiv:1603.05027, Fig. 1b)."""
 
-    def __init__(self, in_channels: int, out_channels: int, stride: int, activation: type[nn.Module],
-                 batch_norm: bool):
+    def __init__(self, in_channels: int, out_channels: int, stride: int, activation: type[nn.Module], batch_norm: bool):
         super().__init__()
         norm = nn.BatchNorm2d if batch_norm else nn.Identity
         self.norm1, self.act1 = norm(in_channels), activation()
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, stride, padding=1, bias=not batch_norm)
         self.norm2, self.act2 = norm(out_channels), activation()
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1, bias=not batch_norm)
-        self.shortcut = None
-        if stride != 1 or in_channels != out_channels:
-            self.shortcut = nn.Conv2d(in_channels, out_channels, 1, stride, bias=False)
+        same_shape = stride == 1 and in_channels == out_channels
+        self.shortcut = None if same_shape else nn.Conv2d(in_channels, out_channels, 1, stride, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         out = self.act1(self.norm1(x))
         shortcut = x if self.shortcut is None else self.shortcut(out)
-        out = self.conv1(out)
-        return shortcut + self.conv2(self.act2(self.norm2(out)))
+        return shortcut + self.conv2(self.act2(self.norm2(self.conv1(out))))
 
 
 class ResNet18(Network):
     """Pre-activation ResNet-18 with a 3x3 stem; the four stages have width, 2, 4 and 8 times width channels."""
 
     def __init__(self, in_shape: Sequence[int], num_classes: int, width: int, activation: type[nn.Module],
-                 batch_norm: bool, mean: Sequence[float] | None, std: Sequence[float] | None, products: str):
-        super().__init__(in_shape, mean, std)
+                 batch_norm: bool, products: str, **statistics: Any):
+        super().__init__(in_shape, **statistics)
         self.stem = nn.Conv2d(in_shape[0], width, 3, padding=1)
         blocks, channels = [], width
         for stage in range(4):
@@ -233,12 +226,10 @@ def build_model(name: str, in_shape: Sequence[int], num_classes: int, *, depth: 
 
     model = architecture.network(in_shape, num_classes, activation=ACTIVATIONS[activation], batch_norm=batch_norm,
                                  mean=mean, std=std, products=products, **size)
-    if init_scale != 1.0:
-        with torch.no_grad():
-            for module in model.modules():
-                if isinstance(module, (nn.Linear, nn.Conv2d)):
-                    for parameter in module.parameters():
-                        parameter.mul_(init_scale)
+    layers = [module for module in model.modules() if isinstance(module, (nn.Linear, nn.Conv2d))]
+    with torch.no_grad():
+        for parameter in nn.ModuleList(layers).parameters():
+            parameter.mul_(init_scale)
     return model
 
 
@@ -261,13 +252,17 @@ def load_network(checkpoint: Mapping[str, Any]) -> Network:
     memory and time only once it is known to fit.
     """
     misfit = "its weights do not fit the network that its config describes"
+
+    def described(tensors: Mapping[str, Tensor]) -> dict[str, tuple]:
+        return {name: (tuple(tensor.shape), tensor.dtype, tensor.layout) for name, tensor in tensors.items()}
+
     try:
         config, sizes, state = checkpoint["config"], checkpoint["sizes"], checkpoint["model_state_dict"]
         if (config.get("depth") or 0) > len(state) or len(sizes["in_shape"]) != 3:
             raise ValueError(misfit)
         with torch.device("meta"):  # a network of any width, without memory
             model = from_config(config, sizes["in_shape"], sizes["num_classes"])
-        if any(described(state.get(name)) != described(value) for name, value in model.state_dict().items()):
+        if described(state) != described(model.state_dict()):
             raise ValueError(misfit)
         model.to_empty(device="cpu").load_state_dict(state)
     except KeyError as error:
@@ -275,11 +270,6 @@ def load_network(checkpoint: Mapping[str, Any]) -> Network:
     except (RuntimeError, TypeError, AttributeError, OverflowError):
         raise ValueError(misfit) from None
     return model.eval()
-
-
-def described(value: Any) -> tuple:
-    """Return shape, dtype and layout of a tensor: what the weights of a checkpoint must agree in with the network."""
-    return tuple(value.shape), value.dtype, value.layout
 
 
 @contextmanager

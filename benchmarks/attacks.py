@@ -54,25 +54,17 @@ def main(argv: list[str] | None = None) -> None:
     for path in args.checkpoints:
         try:
             checkpoint = checkpoints.load_checkpoint(path)
-            model, x, y = load(checkpoint, args)
+            config, device = checkpoint["config"], devices.choose_device(args.device)
+            dataset, model = data.from_config(config, args.data_dir), models.load_network(checkpoint).to(device)
         except (ValueError, OSError) as error:
             parser.error(str(error) if path in str(error) else f"{path}: {error}")
-        config = checkpoint["config"]
-        epsilons = args.epsilons or config["epsilons"]
+        x = data.pixels(dataset.x_test[:args.images].to(device), next(model.parameters()).dtype)
         print(f"\n{path}: {config['model']} on {config['dataset']}, step {checkpoint['step']}, {len(x)} test images, "
-              f"{x.device.type}, --threads={args.threads}\n", flush=True)
-        columns = measure(model, x, y, epsilons, args.autoattack_steps)
+              f"{device.type}, --threads={args.threads}\n", flush=True)
+        epsilons = args.epsilons or config["epsilons"]
+        columns = measure(model, x, dataset.y_test[:args.images].to(device), epsilons, args.autoattack_steps)
         labels = [flags.epsilon_label(flags.history_key(epsilon)) for epsilon in epsilons]
         print_markdown(["epsilon", *columns], [*zip([*labels, "seconds"], *columns.values(), strict=True)])
-
-
-def load(checkpoint: dict, args: argparse.Namespace) -> tuple[torch.nn.Module, torch.Tensor, torch.Tensor]:
-    """Return the network of a checkpoint, the images to attack and their labels."""
-    device, config = devices.choose_device(args.device), checkpoint["config"]
-    dataset = data.from_config(config, args.data_dir)
-    model = models.load_network(checkpoint).to(device)
-    x = data.pixels(dataset.x_test[:args.images].to(device), next(model.parameters()).dtype)
-    return model, x, dataset.y_test[:args.images].to(device)
 
 
 def measure(model: torch.nn.Module, x: torch.Tensor, y: torch.Tensor, epsilons: Sequence[float],

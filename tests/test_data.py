@@ -11,7 +11,7 @@ import tarfile
 import time
 import urllib.error
 import urllib.request
-from pathlib import Path
+from contextlib import suppress
 
 import numpy as np
 import pytest
@@ -118,35 +118,13 @@ def test_pixels_are_the_same_on_a_gpu(dtype):
     assert result.is_cuda and torch.equal(result.cpu(), data.pixels(values, dtype))
 
 
-def change_pixel(dataset):
-    dataset.x_test[-1, 0, 3, 4] ^= 1
-
-
-def change_label(dataset):
-    dataset.y_train[5] = (dataset.y_train[5] + 1) % 10
-
-
-def change_order(dataset):
-    order = torch.tensor([1, 0, *range(2, 30)])
-    dataset.x_train, dataset.y_train = dataset.x_train[order], dataset.y_train[order]
-
-
-def change_shape(dataset):
-    dataset.x_train, dataset.x_test = (x.reshape(-1, 1, 4, 16) for x in (dataset.x_train, dataset.x_test))
-
-
-def move_an_image_between_the_splits(dataset):
-    dataset.x_test = torch.cat([dataset.x_train[-1:], dataset.x_test])
-    dataset.y_test = torch.cat([dataset.y_train[-1:], dataset.y_test])
-    dataset.x_train, dataset.y_train = dataset.x_train[:-1], dataset.y_train[:-1]
-
-
 def test_fingerprint_changes_with_the_data():
     expected = data.fingerprint(data.load_dataset("digits", train_size=30))
     assert expected == "fe331428324b256f"  # for ever: a resume compares it with an older run's
-    for change in (change_pixel, change_label, change_order, change_shape, move_an_image_between_the_splits):
+    for name, change in [("x_test", lambda x: x ^ 1), ("y_train", lambda y: (y + 1) % 10),
+                         ("x_train", lambda x: x.flip(0)), ("x_train", lambda x: x.reshape(-1, 1, 4, 16))]:
         digits = data.load_dataset("digits", train_size=30)
-        change(digits)
+        setattr(digits, name, change(getattr(digits, name)))
         assert data.fingerprint(digits) != expected
 
 
@@ -194,17 +172,6 @@ def test_digits():
     assert digits.std == pytest.approx([x.std(correction=0).item()])
 
 
-def test_digits_are_scikit_learns_each_used_once():
-    from sklearn.datasets import load_digits
-
-    digits, source = data.load_dataset("digits"), load_digits()
-    x, y = torch.cat([digits.x_train, digits.x_test]), torch.cat([digits.y_train, digits.y_test])
-    ours = [(*image, label) for image, label in zip(x.flatten(1).tolist(), y.tolist(), strict=True)]
-    theirs = [(*image, label) for image, label in
-              zip(np.rint(source.data * 255 / 16).tolist(), source.target.tolist(), strict=True)]
-    assert sorted(ours) == sorted(theirs)
-
-
 def test_subset_is_drawn_by_seed_and_the_test_set_stays():
     whole, first = data.load_dataset("digits"), data.load_dataset("digits", train_size=300, seed=1)
     again, other = (data.load_dataset("digits", train_size=300, seed=seed) for seed in (1, 2))
@@ -215,16 +182,6 @@ def test_subset_is_drawn_by_seed_and_the_test_set_stays():
     assert (first.mean, first.std) == (whole.mean, whole.std)
     smaller = data.load_dataset("digits", train_size=100, seed=1)
     assert torch.equal(smaller.x_train, first.x_train[:100])
-
-
-def test_subset_leaves_global_random_state_alone():
-    np.random.seed(0)
-    torch.manual_seed(0)
-    expected = np.random.rand(), torch.rand(1)
-    np.random.seed(0)
-    torch.manual_seed(0)
-    data.load_dataset("digits", train_size=10, label_noise=0.5)
-    assert (np.random.rand(), torch.rand(1)) == expected
 
 
 def test_label_noise():
@@ -311,12 +268,10 @@ def test_npz(tmp_path, shape, names):
 @pytest.mark.parametrize("change, message", [
     ({"x_train": np.zeros((6, 8, 9))}, "x_train in .* dtype float64"),
     ({"x_train": np.zeros((6, 72), np.uint8)}, r"x_train in .* shape \(6, 72\)"),
-    ({"x_test": np.zeros((4, 3, 8, 9), np.uint8)}, "1 to 4 channels"),
     ({"x_test": np.zeros((0, 8, 9), np.uint8), "y_test": np.zeros(0, int)}, "x_test in .* shape"),
     ({"x_test": np.zeros((4, 8, 8), np.uint8)}, "training images of npz are 1x8x9 and its test images 1x8x8"),
     ({"y_train": np.zeros(6)}, "y_train in .* dtype float64"),
     ({"y_train": np.zeros(5, int)}, "each of the 6 images"),
-    ({"y_test": np.zeros((4, 2), int)}, "each of the 4 images"),
     ({"y_test": np.array([0, 1, -1, 0])}, "from -1 to 1"),
     ({"y_test": np.array([0, 1, 2, 10**9])}, "go up to 1000000000"),
     ({"y_train": np.zeros(6, int), "y_test": np.zeros(4, int)}, "at least two"),
@@ -362,16 +317,10 @@ def test_mnist_smaller_than_the_default_subset_is_used_whole(tmp_path):
 
 @pytest.mark.parametrize("name, damage, message", [
     ("train-images-idx3-ubyte", lambda b: b[:-1], ""),
-    ("train-images-idx3-ubyte", lambda b: b + b"\0", ""),
     ("train-images-idx3-ubyte", lambda b: b"\0\0\x08\x01" + b[4:], ""),
-    ("train-images-idx3-ubyte", lambda b: b"\x1f\x8b\x08\x08" + b[4:], ""),
-    ("train-images-idx3-ubyte", lambda b: b"", ""),
     ("t10k-images-idx3-ubyte", lambda b: b[:10], ""),
-    ("t10k-images-idx3-ubyte", lambda b: b[:4] + b"\0\0\0\0" + b[8:16], ""),
     ("t10k-labels-idx1-ubyte", lambda b: b[:4] + b"\0\0\0\x05" + b[8:13], "30 images and 5 labels"),
-    ("t10k-labels-idx1-ubyte", lambda b: b[:-1], ""),
-    ("train-labels-idx1-ubyte", lambda b: b"\0\0\x08\x03" + b[4:], ""),
-    ("train-labels-idx1-ubyte", lambda b: b[:-1] + b"\x0a", "the label 10"),
+    ("train-labels-idx1-ubyte", lambda b: b[:-1] + b"\x0a", "60 images and 60 labels from 0 to 10"),
 ])
 def test_damaged_mnist(tmp_path, name, damage, message):
     path = write_mnist(tmp_path, train=60) / "MNIST/raw" / name
@@ -479,12 +428,6 @@ def test_imagenette(tmp_path, monkeypatch):
     (root / "val/n02102040/0.JPEG").unlink()
     line = error_line("imagenette", tmp_path)
     assert "4 training and 3 test images" in line and "python data.py imagenette" in line
-
-
-def test_interrupted_extraction_of_imagenette(tmp_path):
-    root = write_images(tmp_path / "imagenette2-160", classes=("n01440764",), splits=("train",), suffix=".JPEG")
-    line = error_line("imagenette", tmp_path)
-    assert "9469" in line and "interrupted" in line
     assert f"--dataset=imagefolder --data_dir={root}" in line  # the way to use a part on purpose
 
 
@@ -564,12 +507,6 @@ def test_cache_is_used_and_equal(tmp_path, monkeypatch):
     assert len(decoded) == 8
 
 
-def test_cache_under_another_sizes_name_is_not_used(tmp_path):
-    data.load_dataset("imagefolder", write_images(tmp_path), image_size=6)
-    (tmp_path / "decoded-6.npz").rename(tmp_path / "decoded-7.npz")
-    assert data.load_dataset("imagefolder", tmp_path, image_size=7).x_train.shape == (2, 3, 7, 7)
-
-
 def repaint(root):
     path = root / "test/cat/0.png"
     before = path.stat()
@@ -582,9 +519,7 @@ def repaint(root):
 @pytest.mark.parametrize("change", [
     repaint,
     lambda root: Image.new("RGB", (8, 8), (200, 0, 0)).save(root / "train/cat/new.png"),
-    lambda root: (root / "train/cat/1.png").unlink(),
     lambda root: (root / "train/cat/1.png").rename(root / "train/dog/other.png"),
-    lambda root: (root / "train/cat").rename(root / "train/bird") and (root / "test/cat").rename(root / "test/bird"),
 ])
 def test_changed_folder_is_decoded_again(tmp_path, monkeypatch, change):
     write_images(tmp_path, sizes=((8, 8),) * 2)
@@ -605,9 +540,7 @@ def flip_pixel(content):
 @pytest.mark.parametrize("damage", [
     flip_pixel,
     lambda content: content[:len(content) // 2],
-    lambda content: b"",
     lambda content: b"not a cache",
-    lambda content: pickle.dumps({"fingerprint": "x"}),
 ])
 def test_damaged_cache_is_rebuilt(tmp_path, monkeypatch, damage):
     write_images(tmp_path, sizes=((64, 64),))
@@ -620,65 +553,20 @@ def test_damaged_cache_is_rebuilt(tmp_path, monkeypatch, damage):
     assert decoded == []  # the load before left a sound cache
 
 
-def test_cache_with_a_pickle_inside_is_not_unpickled(tmp_path):
-    class Trap:
-        def __reduce__(self):
-            return Path.touch, (tmp_path / "sprung",)
-
-    write_images(tmp_path)
-    trap = np.array([Trap()], dtype=object)
-    np.savez(tmp_path / "decoded-auto.npz", fingerprint=trap, x_train=trap, x_test=trap)
-    data.load_dataset("imagefolder", tmp_path)
-    assert not (tmp_path / "sprung").exists()
-
-
-def test_cache_that_does_not_fit_is_rebuilt(tmp_path):
-    first = data.load_dataset("imagefolder", write_images(tmp_path))
-    cache = tmp_path / "decoded-auto.npz"
-    with np.load(cache) as file:
-        sound = dict(file)
-    x = sound["x_train"]
-    for other in (x.astype(np.float32), x[:1], x[:, :1], x[0], x[:, :, :0]):
-        np.savez(cache, **{**sound, "x_train": other})
-        assert same_tensors(first, data.load_dataset("imagefolder", tmp_path))
-    cache.unlink()
-    os.mkfifo(cache)
-    assert same_tensors(first, data.load_dataset("imagefolder", tmp_path))
-
-
-@pytest.mark.parametrize("function", ["open", "savez", "replace"])
-def test_folder_without_room_or_permission_stays_without_a_cache(tmp_path, monkeypatch, function):
-    def full_disk(file, **arrays):
-        file.write(b"half of it")
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    def read_only(*args):
-        raise OSError(errno.EROFS, "Read-only file system")
-
-    write_images(tmp_path)
-    if function == "open":
-        monkeypatch.setattr(data.uuid, "uuid4", lambda: type("", (), {"hex": "no/such/folder"}))
-    elif function == "savez":
-        monkeypatch.setattr(data.np, "savez", full_disk)
-    else:
-        monkeypatch.setattr(data.os, "replace", read_only)
-    assert len(data.load_dataset("imagefolder", tmp_path).x_train) == 2
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["test", "train"]
-
-
-def test_failed_write_leaves_the_older_cache_whole(tmp_path, monkeypatch):
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt()], ids=repr)
+def test_failed_write_leaves_the_older_cache_whole(tmp_path, monkeypatch, error):
     write_images(tmp_path)
     data.load_dataset("imagefolder", tmp_path)
     before = (tmp_path / "decoded-auto.npz").read_bytes()
     repaint(tmp_path)
 
-    def interrupted(file, **arrays):
+    def failing(file, **arrays):
         file.write(b"half of it")
-        raise KeyboardInterrupt
+        raise error
 
-    monkeypatch.setattr(data.np, "savez", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        data.load_dataset("imagefolder", tmp_path)
+    monkeypatch.setattr(data.np, "savez", failing)
+    with suppress(KeyboardInterrupt):
+        assert len(data.load_dataset("imagefolder", tmp_path).x_train) == 2  # a full disk only costs the cache
     assert (tmp_path / "decoded-auto.npz").read_bytes() == before
     assert sorted(path.name for path in tmp_path.iterdir()) == ["decoded-auto.npz", "test", "train"]
 
@@ -831,27 +719,19 @@ def test_bad_folder(tmp_path, remove, add, message):
 @pytest.mark.parametrize("name, options, message", [
     ("mnits", {}, "unknown data set 'mnits': choose from mnist, "),
     ("digits", {"train_size": 0}, "at least 1"),
-    ("digits", {"train_size": -5}, "at least 1"),
     ("digits", {"train_size": 1001}, "more than the 1000 training images"),
-    ("digits", {"label_noise": -0.1}, "label_noise"),
     ("digits", {"label_noise": 1.01}, "label_noise"),
     ("digits", {"label_noise": float("nan")}, "label_noise"),
     ("digits", {"image_size": 28}, "imagenette and imagefolder only"),
-    ("mnist", {"image_size": 28}, "imagenette and imagefolder only"),
     ("digits", {"seed": -1}, "seed"),
     ("imagefolder", {"image_size": 0}, "at least 1 pixel"),
-    ("imagenette", {"image_size": -128}, "at least 1 pixel"),
     ("digits", {"modulus": 97}, "modular_addition and modular_subtraction and modular_multiplication only"),
-    ("mnist", {"train_fraction": 0.5}, "modular_multiplication only"),
-    ("modular_addition", {"image_size": 8}, "imagenette and imagefolder only"),
     ("modular_addition", {"modulus": 1}, "modulus must be from 2 to 500"),
     ("modular_addition", {"modulus": 501}, "modulus must be from 2 to 500"),
-    ("modular_addition", {"train_fraction": 0.0}, "above 0 and below 1"),
     ("modular_addition", {"train_fraction": 1.0}, "above 0 and below 1"),
     ("modular_addition", {"train_fraction": float("nan")}, "above 0 and below 1"),
     ("modular_addition", {"modulus": 3, "train_fraction": 0.01}, "no pair to train on"),
     ("modular_addition", {"modulus": 3, "train_fraction": 0.99}, "no pair to test on"),
-    ("modular_addition", {"modulus": 3, "train_size": 6}, "more than the 4 training images"),
 ])
 def test_bad_arguments(tmp_path, name, options, message):
     with pytest.raises(ValueError, match=message):
@@ -928,23 +808,10 @@ def test_command_line_prints_one_line_a_data_set(tmp_path, monkeypatch, capsys):
     assert digits == "digits: 1,000 training and 797 test images, 1x8x8, 10 classes (part of scikit-learn)"
 
 
-def test_command_line_decodes_ahead(tmp_path, monkeypatch, capsys):
-    write_images(tmp_path)
-    status, out, _ = run_main(monkeypatch, capsys, "imagefolder", "--data_dir", tmp_path, "--image_size", 16)
-    assert status == 0 and "3x16x16" in out
-    decoded = count_decoded(monkeypatch)
-    data.load_dataset("imagefolder", tmp_path, image_size=16)
-    assert decoded == []
-
-
 @pytest.mark.parametrize("arguments, message", [
     ([], "NAME"),
-    (["mnits"], "unknown data set 'mnits'"),
     (["digits", "mnits"], "unknown data set 'mnits'"),
-    (["digits", "--image_size", "abc"], "--image_size"),
-    (["digits", "--image_size", "8"], "imagenette and imagefolder only"),
     (["imagefolder", "--image_size", "0"], "--image_size"),
-    (["mnist", "--data_dir", "EMPTY"], "cannot download mnist"),
     (["imagefolder", "--data_dir", "EMPTY"], "no folder train/"),
     (["digits", "--bogus"], "--bogus"),
 ])

@@ -82,13 +82,6 @@ def test_counts_equal_the_definition(name, in_shape, kwargs, radius):
     assert 0 < counts.sum() < len(x) * sum(layer_units(model, in_shape).values())
 
 
-def test_counts_equal_the_definition_in_any_range_of_x():
-    model = make("mlp", (1, 8, 8), width=40)
-    x, directions = points_and_directions((1, 8, 8))
-    x = 20 * x - 10
-    assert torch.equal(local_complexity(model, x, 0.7, directions), definition(model, x, 0.7, directions))
-
-
 def test_training_mode_of_the_caller_does_not_change_the_counts():
     model = make("cnn", (1, 8, 8), width=4, batch_norm=True)
     x, directions = points_and_directions((1, 8, 8))
@@ -97,39 +90,6 @@ def test_training_mode_of_the_caller_does_not_change_the_counts():
     model.train()
     assert torch.equal(local_complexity(model, x, 0.3, directions), expected)
     assert all(torch.equal(a, b) for a, b in zip(statistics, model.buffers(), strict=True))
-
-
-def test_float32_on_a_network_trained_on_digits():
-    """In single precision a count may differ only where a pre-activation is zero to rounding."""
-    digits = pytest.importorskip("sklearn.datasets").load_digits()
-    x = torch.tensor(digits.images / 16, dtype=torch.float32).unsqueeze(1)
-    y = torch.tensor(digits.target)
-    torch.manual_seed(0)
-    model = build_model("mlp", (1, 8, 8), 10, width=100)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
-    for step in range(100):
-        batch = slice(step * 100 % 1000, step * 100 % 1000 + 100)
-        nn.functional.cross_entropy(model(x[batch]), y[batch]).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    assert (model(x[:1000]).argmax(1) == y[:1000]).float().mean() > 0.95
-
-    directions = random_directions(10, 64, seed=3)
-    counts = local_complexity(model, x[:20], 0.3, directions)
-    expected = definition(model.double(), x[:20].double(), 0.3, directions.double())
-    assert expected.sum() > 100
-    assert (counts - expected).abs().sum() <= 2
-
-
-def test_one_layer_has_a_closed_form():
-    torch.manual_seed(0)
-    linear = nn.Linear(64, 500, dtype=torch.float64)
-    model = nn.Sequential(nn.Flatten(), linear, nn.ReLU())
-    x, directions = points_and_directions((1, 8, 8), n_points=6, n_directions=9)
-    for radius in (0.01, 0.1, 1.0):
-        reach = radius * (directions @ linear.weight.T).abs().amax(0)
-        expected = (linear(x.flatten(1)).abs() < reach).sum(1, keepdim=True)
-        assert torch.equal(local_complexity(model, x, radius, directions), expected)
 
 
 @pytest.mark.parametrize("batch_size", [None, 1])
@@ -352,14 +312,6 @@ def test_random_directions_are_orthonormal_and_fixed_by_the_seed():
     assert not torch.allclose(directions, random_directions(25, 784, seed=6), atol=1e-2)
     square = random_directions(9, 9, dtype=torch.float64)
     assert torch.allclose(square.T @ square, torch.eye(9, dtype=torch.float64), atol=1e-12)
-
-
-def test_random_directions_leave_the_global_generator_alone():
-    torch.manual_seed(0)
-    expected = torch.rand(3)
-    torch.manual_seed(0)
-    random_directions(2, 10, seed=7)
-    assert torch.equal(torch.rand(3), expected)
 
 
 @pytest.mark.parametrize("n_directions", [0, 11])
