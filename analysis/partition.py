@@ -27,6 +27,7 @@ import models
 from analysis import panels, runs, statistics
 from analysis.panels import SMALL, Axes, Figure, matplotlib
 from runtime import checkpoints, files
+from runtime.history import append
 
 RASTER = 600  # pixels along each side of a panel
 MARGIN = 0.35  # how far the picture reaches beyond the three images, relative to their distance from its centre
@@ -69,15 +70,6 @@ def load_all(paths: Sequence[str | Path], data_dir: str | None = None) -> tuple[
         if tuple(checkpoint["sizes"]["in_shape"]) != tuple(dataset.x_test.shape[1:]):
             raise ValueError(f"{path} was trained on images of another shape than those of {dataset.name}")
     return found, dataset
-
-
-def history_of(found: Sequence[dict]) -> dict:
-    """Return the accuracies in the checkpoints as columns of a history; None where a checkpoint has none."""
-    columns: dict = {"step": [], "adv_acc": {}, "robust_acc": {}}
-    for checkpoint in found:
-        history.append(columns, {name: checkpoint.get(name) for name in (
-            "step", "train_acc", "test_acc", *panels.SHARES, "adv_acc", "robust_acc")})
-    return columns
 
 
 # ---- the plane ------------------------------------------------------------------------------------------------------
@@ -186,21 +178,19 @@ def figure(paths: Sequence[str | Path], data_dir: str | None = None) -> Figure:
     fig = panels.new_figure(1.2 + 3.3 * columns, 3.45 * rows + 1.1,
                             f"{runs.run_title(found[0], flags)}: the plane through three test images")
     grid = fig.add_gridspec(1, 2, width_ratios=[0.8, 3.2 * columns])
-    thumbnails = grid[0].subgridspec(3 * rows, 1)
-    draw_images([fig.add_subplot(thumbnails[k]) for k in range(3)], plane)
-    axes = grid[1].subgridspec(rows, columns).subplots(squeeze=False).flatten()
-    n_layers = 0
-    for ax, path, checkpoint in zip(axes, paths, found, strict=False):
+    left, right = grid[0].subgridspec(3 * rows, 1), grid[1].subgridspec(rows, columns)
+    draw_images([fig.add_subplot(left[k]) for k in range(3)], plane)
+    axes = [fig.add_subplot(right[k]) for k in range(len(paths))]
+    drawn = []
+    for ax, path, checkpoint in zip(axes, paths, found, strict=True):
         layers, decision = boundaries(load(path)[1], plane, RASTER)
-        n_layers = max(n_layers, len(layers))
         draw_plane(ax, paint(layers, decision), plane)
         over = f"step {checkpoint['step']:,}\n{runs.group_title([checkpoint], flags)}"
         ax.set_title(over.strip(), fontsize=SMALL + 1, pad=4)
-    for ax in axes[len(paths):]:
-        ax.remove()
-    add_legend(fig, n_layers, plane)
+        drawn.append(len(layers))
+    add_legend(fig, max(drawn), plane)
     panels.lay_out(fig)
-    for ax in axes[:len(paths)]:
+    for ax in axes:
         snap(ax, RASTER)
     return fig
 
@@ -293,8 +283,11 @@ def progress(items: Sequence[int]) -> Iterator[int]:
 
 
 def film_figure(found: Sequence[dict], plane: Plane, raster: int, n_layers: int) -> tuple[Figure, Callable]:
-    """Return (fig, show): show(picture, step) draws a frame."""
-    history = history_of(found)
+    """Return (fig, show): show(picture, step) draws a frame. The accuracies are those in the checkpoints `found`."""
+    history: dict = {"step": [], "adv_acc": {}, "robust_acc": {}}
+    for checkpoint in found:
+        append(history, {name: checkpoint.get(name) for name in (
+            "step", "train_acc", "test_acc", *panels.SHARES, "adv_acc", "robust_acc")})
     side = raster / FILM_DPI
     fig = panels.new_figure(side + 4.8, side + 1.6, runs.run_title(found[0]), FILM_DPI)
     axes = fig.subplot_mosaic("PLLL;PABC", width_ratios=[side, 0.95, 0.95, 0.95], height_ratios=[3, 1])
