@@ -1,14 +1,14 @@
 """The figure of one run, of one configuration's seeds, or of several configurations."""
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
 from analysis import panels, phases, runs
 from analysis.panels import RANDOM, SHARES, SMALL, TEST, TRAIN, Axes, Figure, matplotlib
-from analysis.statistics import as_array, total_complexity
+from analysis.statistics import complexity_of, total_complexity
 
 OUTBREAK = "#CC79A7"
 # Inches. Small multiples fill a page of A4 or letter when printed at four fifths; small text is 6 points there.
@@ -24,15 +24,6 @@ def point_sets(history: dict, radius: str) -> list[str]:
     return [points for points in ("random", "test", "train") if radius in history["local_complexity"].get(points, {})]
 
 
-def layers_around_train(radius: str) -> Callable[[dict], np.ndarray]:
-    """The column (log points, layers) of local complexity around the training points, for runs.together."""
-    def column(history: dict) -> np.ndarray:
-        entries = history["local_complexity"]["train"][radius]
-        unknown = [None] * max((len(entry) for entry in entries if entry), default=1)
-        return as_array([entry or unknown for entry in entries])
-    return column
-
-
 def highest_complexity(group: Sequence[dict], radius: str) -> float:
     totals = np.concatenate([total_complexity(history, points, radius)
                              for history in group for points in point_sets(history, radius)])
@@ -41,7 +32,7 @@ def highest_complexity(group: Sequence[dict], radius: str) -> float:
 
 def complexity_panel(ax: Axes, group: Sequence[dict], radius: str) -> None:
     """Local complexity around random, test and train points, the layers of train stacked."""
-    steps, layers, _, _ = runs.together(group, layers_around_train(radius))
+    steps, layers, _, _ = runs.together(group, lambda history: complexity_of(history, "train", radius))
     edges = np.cumsum(np.pad(layers, ((0, 0), (1, 0))), axis=1)
     greys = matplotlib.colormaps["Greys"](np.linspace(0.4, 0.08, layers.shape[1]))
     for below, above, grey in zip(edges.T, edges.T[1:], greys, strict=False):

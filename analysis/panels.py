@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from analysis.runs import together
-from analysis.statistics import as_array, column_of, interpolation_index
+from analysis.statistics import column_of, interpolation_of
 from flags import epsilon_label
 from runtime import files
 
@@ -172,7 +172,7 @@ def shown_shares(group: Sequence[dict]) -> list[str]:
 def accuracy_panel(ax: Axes, group: Sequence[dict]) -> None:
     """Train, test, robust_acc (full lines) and adv_acc (dashed, in the same colours) against the step."""
     def values(name: str, key: str | None = None) -> Callable[[dict], np.ndarray]:
-        return lambda history: column_of(history, name) if key is None else as_array(history[name][key])
+        return lambda history: column_of(history, name) if key is None else column_of(history[name], key)
 
     draw_curve(ax, group, values("train_acc"), "train", color=TRAIN, lw=1.0)
     for column in shown_shares(group):
@@ -192,7 +192,7 @@ def accuracy_panel(ax: Axes, group: Sequence[dict]) -> None:
 def mark_interpolation(axes: Sequence[Axes], group: Sequence[dict]) -> None:
     """A line through all panels where training accuracy reaches 99%, with the step above the first."""
     steps, train, _, _ = together(group, lambda history: column_of(history, "train_acc"))
-    index = interpolation_index(train)
+    index = interpolation_of({"train_acc": list(train)})
     if index is None:
         return
     for ax in axes:

@@ -27,6 +27,7 @@ import models
 from analysis import panels, runs, statistics
 from analysis.panels import SMALL, Axes, Figure, matplotlib
 from runtime import checkpoints, files
+from runtime.history import append
 
 RASTER = 600  # pixels along each side of a panel
 MARGIN = 0.35  # how far the picture reaches beyond the three images, relative to their distance from its centre
@@ -49,7 +50,10 @@ def load(path: str | Path) -> tuple[dict, nn.Module]:
 
 
 def load_all(paths: Sequence[str | Path], data_dir: str | None = None) -> tuple[list[dict], data.Dataset]:
-    """Return (checkpoints without their tensors, the data set that they were all trained on)."""
+    """Return (checkpoints without their tensors, the data set that they were all trained on).
+
+    The data are in data_dir, or else in the folder of the first checkpoint's config.
+    """
     found: list[dict] = []
     for path in paths:
         checkpoint, _ = load(path)
@@ -57,39 +61,15 @@ def load_all(paths: Sequence[str | Path], data_dir: str | None = None) -> tuple[
         if any(checkpoint["config"].get(name) != found[0]["config"].get(name)
                for name in ("dataset", "image_size", "modulus")):
             raise ValueError(f"{path} was trained on other images than {paths[0]}: there is no plane for both")
-    dataset = load_data(paths[0], found[0]["config"], data_dir)
+    config = found[0]["config"]
+    folder = data_dir or config["data_dir"]
+    if not (data_dir or data.source_of(config["dataset"]).package or Path(folder).expanduser().exists()):
+        raise ValueError(f"{paths[0]}: its data were in {folder}, which is not here: name their folder with --data_dir")
+    dataset = data.from_config(config, folder)
     for path, checkpoint in zip(paths, found, strict=True):
         if tuple(checkpoint["sizes"]["in_shape"]) != tuple(dataset.x_test.shape[1:]):
             raise ValueError(f"{path} was trained on images of another shape than those of {dataset.name}")
     return found, dataset
-
-
-def load_data(path: str | Path, config: dict, data_dir: str | None) -> data.Dataset:
-    """The data set of a checkpoint's config, from data_dir or else from the config's own folder."""
-    try:
-        folder = data_dir or config["data_dir"]
-        if not (data_dir or data.source_of(config["dataset"]).package or Path(folder).expanduser().exists()):
-            raise ValueError(f"its data were in {folder}, which is not here: name their folder with --data_dir")
-        return data.from_config(config, folder)
-    except KeyError as error:
-        raise ValueError(f"{path}: its config lacks {error}") from None
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{path}: {error}") from None
-
-
-def history_of(found: Sequence[dict]) -> dict:
-    """The accuracies in the checkpoints, as columns of a history; None where a checkpoint has none."""
-    def column(*keys: str) -> list[float | None]:
-        values: list[Any] = list(found)
-        for key in keys:
-            values = [value.get(key) if isinstance(value, dict) else None for value in values]
-        return [value if isinstance(value, float) else None for value in values]
-
-    history: dict = {name: column(name) for name in ("train_acc", "test_acc", *panels.SHARES)}
-    for name in ("adv_acc", "robust_acc"):
-        entries = [checkpoint[name] for checkpoint in found if isinstance(checkpoint.get(name), dict)]
-        history[name] = {key: column(name, key) for key in dict.fromkeys(itertools.chain(*entries))}
-    return {"step": [checkpoint["step"] for checkpoint in found], **history}
 
 
 # ---- the plane ------------------------------------------------------------------------------------------------------
@@ -101,10 +81,9 @@ def three_images(dataset: data.Dataset, seed: int = 0) -> tuple[torch.Tensor, to
     """
     if len(dataset.y_test) < 3:
         raise ValueError(f"a plane needs three test images, and {dataset.name} has {len(dataset.y_test)}")
-    order = torch.randperm(len(dataset.y_test), generator=torch.Generator().manual_seed(seed)).tolist()
-    first_of_class = {dataset.y_test[i].item(): i for i in reversed(order)}
-    chosen = sorted(first_of_class.values(), key=order.index)[:3]
-    chosen += [i for i in order if i not in chosen][:3 - len(chosen)]
+    order = torch.randperm(len(dataset.y_test), generator=torch.Generator().manual_seed(seed)).numpy()
+    first_of_class = np.sort(np.unique(dataset.y_test.numpy()[order], return_index=True)[1])
+    chosen = order[[*first_of_class, *np.setdiff1d(np.arange(len(order)), first_of_class)][:3]]
     return data.pixels(dataset.x_test[chosen], torch.float64), dataset.y_test[chosen]
 
 
@@ -167,17 +146,18 @@ def boundaries(model: nn.Module, plane: Plane, raster: int) -> tuple[np.ndarray,
 
 
 def layer_colours(count: int) -> np.ndarray:
-    """One colour for each layer, from light to dark: (count, 3), RGB."""
+    """Return one colour for each layer, from light to dark: (count, 3), RGB."""
     return matplotlib.colormaps["viridis"](np.linspace(0.8, 0.1, count))[:, :3]
 
 
 def paint(layers: np.ndarray, decision: np.ndarray) -> np.ndarray:
-    """The picture, (raster, raster, 3): the layers' boundaries on white, the deepest on top, then the decision's."""
+    """Return (raster, raster, 3): the layers' boundaries on white, the deepest on top, then the decision's."""
+    from scipy import ndimage
+
     picture = np.ones((*decision.shape, 3))
     for mask, colour in zip(layers, layer_colours(len(layers)), strict=True):
         picture[mask] = colour
-    padded = np.pad(decision, 1)  # three pixels wide, to stand out
-    picture[np.lib.stride_tricks.sliding_window_view(padded, (3, 3)).any(axis=(2, 3))] = DECISION
+    picture[ndimage.binary_dilation(decision, np.ones((3, 3)))] = DECISION  # three pixels wide, to stand out
     return picture
 
 
@@ -198,21 +178,19 @@ def figure(paths: Sequence[str | Path], data_dir: str | None = None) -> Figure:
     fig = panels.new_figure(1.2 + 3.3 * columns, 3.45 * rows + 1.1,
                             f"{runs.run_title(found[0], flags)}: the plane through three test images")
     grid = fig.add_gridspec(1, 2, width_ratios=[0.8, 3.2 * columns])
-    thumbnails = grid[0].subgridspec(3 * rows, 1)
-    draw_images([fig.add_subplot(thumbnails[k]) for k in range(3)], plane)
-    axes = grid[1].subgridspec(rows, columns).subplots(squeeze=False).flatten()
-    n_layers = 0
-    for ax, path, checkpoint in zip(axes, paths, found, strict=False):
+    left, right = grid[0].subgridspec(3 * rows, 1), grid[1].subgridspec(rows, columns)
+    draw_images([fig.add_subplot(left[k]) for k in range(3)], plane)
+    axes = [fig.add_subplot(right[k]) for k in range(len(paths))]
+    drawn = []
+    for ax, path, checkpoint in zip(axes, paths, found, strict=True):
         layers, decision = boundaries(load(path)[1], plane, RASTER)
-        n_layers = max(n_layers, len(layers))
         draw_plane(ax, paint(layers, decision), plane)
         over = f"step {checkpoint['step']:,}\n{runs.group_title([checkpoint], flags)}"
         ax.set_title(over.strip(), fontsize=SMALL + 1, pad=4)
-    for ax in axes[len(paths):]:
-        ax.remove()
-    add_legend(fig, n_layers, plane)
+        drawn.append(len(layers))
+    add_legend(fig, max(drawn), plane)
     panels.lay_out(fig)
-    for ax in axes[:len(paths)]:
+    for ax in axes:
         snap(ax, RASTER)
     return fig
 
@@ -305,8 +283,11 @@ def progress(items: Sequence[int]) -> Iterator[int]:
 
 
 def film_figure(found: Sequence[dict], plane: Plane, raster: int, n_layers: int) -> tuple[Figure, Callable]:
-    """Return (fig, show): show(picture, step) draws a frame."""
-    history = history_of(found)
+    """Return (fig, show): show(picture, step) draws a frame. The accuracies are those in the checkpoints `found`."""
+    history: dict = {"step": [], "adv_acc": {}, "robust_acc": {}}
+    for checkpoint in found:
+        append(history, {name: checkpoint.get(name) for name in (
+            "step", "train_acc", "test_acc", *panels.SHARES, "adv_acc", "robust_acc")})
     side = raster / FILM_DPI
     fig = panels.new_figure(side + 4.8, side + 1.6, runs.run_title(found[0]), FILM_DPI)
     axes = fig.subplot_mosaic("PLLL;PABC", width_ratios=[side, 0.95, 0.95, 0.95], height_ratios=[3, 1])
@@ -315,7 +296,7 @@ def film_figure(found: Sequence[dict], plane: Plane, raster: int, n_layers: int)
     curves = axes["L"]
     panels.step_axis(curves, *panels.span([history]), 2.7)
     panels.accuracy_panel(curves, [history])
-    if statistics.interpolation_index(history["train_acc"]):  # the first checkpoint does not say when it was fitted
+    if statistics.interpolation_of(history):  # the first checkpoint does not say when it was fitted
         panels.mark_interpolation([curves], [history])
     mark = curves.axvline(0, color="black", lw=1.5, marker="^", markevery=[0], clip_on=False)
     draw_images([axes[letter] for letter in "ABC"], plane)

@@ -3,7 +3,6 @@
 from typing import Any
 
 import numpy as np
-from numpy.lib.stride_tricks import sliding_window_view
 
 from analysis.statistics import HOLD, column_of, interpolation_of
 
@@ -14,9 +13,10 @@ TENTH = float(np.log(1.1))
 
 def held(values: Any) -> np.ndarray:
     """Return the largest curve below `values` whose every level lasts for HOLD points; the first may be shorter."""
+    from scipy import ndimage
+
     padded = np.pad(np.asarray(values, dtype=float), (HOLD - 1, 0), mode="edge")
-    lows = np.pad(sliding_window_view(padded, HOLD).min(axis=1), HOLD - 1, constant_values=-np.inf)
-    return sliding_window_view(lows, HOLD).max(axis=1)[HOLD - 1:]
+    return ndimage.grey_opening(padded, HOLD, mode="constant", cval=-np.inf)[HOLD - 1:]
 
 
 def smoothed(values: np.ndarray) -> np.ndarray:
@@ -31,15 +31,14 @@ def turning_points(log: np.ndarray, least: float, most: int = 4) -> list[int]:
     The smallest move is dropped until this holds. The first move that is large enough stays: what follows a rise is
     not a first descent.
     """
-    slopes = np.sign(np.diff(log))
-    moving = np.flatnonzero(slopes)
-    turns = moving[1:][slopes[moving][1:] != slopes[moving][:-1]]
-    points = [0, *turns.tolist(), len(log) - 1]
+    moving = np.flatnonzero(np.diff(log))
+    slopes = np.sign(np.diff(log))[moving]
+    points = [0, *moving[1:][slopes[1:] != slopes[:-1]].tolist(), len(log) - 1]
     while len(points) > 1:
         moves = np.abs(np.diff(log[points]))
         enough = moves.min() >= least
         if enough and len(moves) <= most:
-            return points
+            break
         weakest = int(np.argmin(moves[1:])) + 1 if enough else int(np.argmin(moves))
         if weakest == 0:
             del points[0]
@@ -47,16 +46,14 @@ def turning_points(log: np.ndarray, least: float, most: int = 4) -> list[int]:
             del points[-1]
         else:
             del points[weakest:weakest + 2]  # the moves before and after become one
-    return []
+    return points
 
 
 def without_plateaus(log: np.ndarray, first: int, last: int) -> tuple[int, int]:
     """Return the part of a descent or ascent from index first to last in which the curve moves."""
     near = min(0.15 * abs(log[last] - log[first]), TENTH)
-    part = log[first:last + 1]
-    leaves = int(np.flatnonzero(abs(part - log[first]) <= near)[-1])
-    arrives = leaves + int(np.flatnonzero(abs(part[leaves:] - log[last]) <= near)[0])
-    return first + leaves, first + arrives
+    leaves = first + int(np.flatnonzero(abs(log[first:last + 1] - log[first]) <= near)[-1])
+    return leaves, leaves + int(np.flatnonzero(abs(log[leaves:last + 1] - log[last]) <= near)[0])
 
 
 def phases(complexity: Any) -> list[tuple[str, int, int]]:
@@ -75,10 +72,9 @@ def phases(complexity: Any) -> list[tuple[str, int, int]]:
     noise = 1.4826 * np.median(np.abs(np.diff(log, 2))) / np.sqrt(6)
     log = smoothed(log)
     points = turning_points(log, max(TENTH, 5 * noise))
-    if not points:
-        return []
-    names = (("first descent", "ascent", "second descent", "second ascent") if log[points[1]] < log[points[0]] else
-             ("ascent", "descent", "second ascent", "second descent"))
+    names = ("first descent", "ascent", "second descent", "second ascent")
+    if len(points) > 1 and log[points[1]] > log[points[0]]:
+        names = ("ascent", "descent", "second ascent", "second descent")
     return [(name, *without_plateaus(log, first, last))
             for name, first, last in zip(names, points, points[1:], strict=False)]
 
@@ -94,8 +90,7 @@ def outbreaks(history: dict) -> list[int]:
     if start is None:
         return []
     loss = column_of(history, "train_loss")
-    batch, images = history["config"].get("batch_size"), history["sizes"].get("train")
-    share = min(1.0, batch / images) if batch and images else 1.0
+    share = min(1.0, history["config"]["batch_size"] / history["sizes"]["train"])
     peak = np.fmax(loss, share * column_of(history, "max_batch_loss"))
     found, lowest = [], loss[start]
     for i in range(start + 1, len(loss)):

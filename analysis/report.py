@@ -5,20 +5,10 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
+from analysis import statistics
 from analysis.phases import OUTBREAK, outbreaks, phases
-from analysis.runs import NOT_COMPARED, asked, differing_flags, flag_text, grouped, short_names
-from analysis.statistics import (
-    CONFIDENCE,
-    HOLD,
-    Rise,
-    column_of,
-    interpolation_of,
-    last_value,
-    poolable,
-    pooled_rises,
-    rises_of,
-    total_complexity,
-)
+from analysis.runs import NOT_COMPARED, asked, differing_flags, flag_text, grouped
+from analysis.statistics import CONFIDENCE, HOLD, Rise, column_of, interpolation_of, rises_of, total_complexity
 from flags import epsilon_label
 
 WIDTH = 80  # columns of the summary
@@ -34,9 +24,9 @@ def factor(step: int, interpolation_step: int) -> str:
     return f"{step / interpolation_step:,.1f}x" if interpolation_step else "-"
 
 
-def listing(words: Iterable[str]) -> str:
-    *most, last = words
-    return f"{', '.join(most)} and {last}" if most else last
+def of_measure(measure: str, rises: dict[str, Rise]) -> dict[str, Rise]:
+    """Return {epsilon: Rise} of the curves of "robust" or "adv"."""
+    return {label.removeprefix(f"{measure} ε "): rise for label, rise in rises.items() if label.startswith(measure)}
 
 
 # ---- the summary ----------------------------------------------------------------------------------------------------
@@ -49,9 +39,10 @@ def summary(history: dict) -> str:
     if not history["step"]:
         return "no log step yet"
     rises = rises_of(history)
-    lines = [fitting_text(history), *accuracy_texts(history, rises), complexity_text(history), *outbreak_texts(history)]
-    lines = [textwrap.fill(line, WIDTH, subsequent_indent="  ") for line in lines if line]
-    return "\n".join([*lines, "", *accuracy_table(history, rises), "",
+    sentences = [fitting_text(history), generalisation_text(history, rises["test"]), *robustness_texts(history, rises),
+                 complexity_text(history), *outbreak_texts(history)]
+    return "\n".join([*(textwrap.fill(text, WIDTH, subsequent_indent="  ") for text in sentences if text), "",
+                      *accuracy_table(history, rises), "",
                       *(textwrap.fill(note, WIDTH) for note in notes(history, rises))])
 
 
@@ -62,27 +53,24 @@ def fitting_text(history: dict) -> str:
     if start is not None:
         return f"Interpolation: train accuracy reaches 99% at step {history['step'][start]:,} (the run {end})."
     return (f"Interpolation: train accuracy does not reach 99% within {last:,} steps, it is "
-            f"{percent(last_value(column_of(history, 'train_acc')))} (the run {end}); so there is no delay to measure.")
+            f"{percent(history['train_acc'][-1])} (the run {end}); so there is no delay to measure.")
 
 
-def accuracy_texts(history: dict, rises: dict[str, Rise]) -> list[str]:
-    """Return sentences on delayed generalisation, delayed robustness, and what of the latter may be numerical."""
-    steps, start = history["step"], interpolation_of(history)
-    test = rises["test"]
-    reached = np.flatnonzero(column_of(history, "test_acc") >= 0.95 * test.final)
-    settled = (f"test accuracy reaches 95% of its final value ({percent(test.final)}) at step {steps[reached[0]]:,}"
-               if len(reached) else "test accuracy is unknown")
+def generalisation_text(history: dict, test: Rise) -> str:
+    start, reached = interpolation_of(history), int(np.argmax(column_of(history, "test_acc") >= 0.95 * test.final))
+    settled = f"reaches 95% of its final value ({percent(test.final)}) at step {history['step'][reached]:,}"
     if start is None:
-        return [settled[0].upper() + settled[1:] + "."]
-    late = len(reached) > 0 and reached[0] > start and test.half is not None
-    return [f"Delayed generalisation: {'seen' if late else 'not seen'}; {settled} and is {percent(test.start)} at "
-            "interpolation.", robustness_text(rises, steps, start), numerical_text(rises)]
+        return f"Test accuracy {settled}."
+    seen = "seen" if reached > start and test.half is not None else "not seen"
+    return f"Delayed generalisation: {seen}; test accuracy {settled} and is {percent(test.start)} at interpolation."
 
 
-def robustness_text(rises: dict[str, Rise], steps: list[int], start: int) -> str:
-    robust = of_measure("robust", rises)
-    if not robust:
-        return ""
+def robustness_texts(history: dict, rises: dict[str, Rise]) -> list[str]:
+    """Return sentences on delayed robustness, and on what of it may be numerical."""
+    steps, start = history["step"], interpolation_of(history)
+    robust, adv = of_measure("robust", rises), of_measure("adv", rises)
+    if start is None or not robust:
+        return []
     halves = {epsilon: rise.half for epsilon, rise in robust.items() if rise.half is not None}
     text = ("Delayed robustness: not seen; robust accuracy holds no level above its value at interpolation for "
             f"{HOLD} log points.")
@@ -93,25 +81,21 @@ def robustness_text(rises: dict[str, Rise], steps: list[int], start: int) -> str
         text = (f"Delayed robustness: seen; after interpolation robust accuracy rises at ε {listing(halves)}. Half of "
                 f"the rise is reached at {first if first == last else f'{first} to {last}'} the step of "
                 f"interpolation{later}.")
-    briefly = [epsilon for epsilon, rise in robust.items() if rise.brief]
-    dipped = [epsilon for epsilon, rise in robust.items() if rise.half is None and rise.recovery is not None]
-    return (text + (f" At ε {listing(briefly)} it lies above it for less." if briefly else "")
-            + (f" At ε {listing(dipped)} it falls after interpolation and recovers." if dipped else ""))
-
-
-def numerical_text(rises: dict[str, Rise]) -> str:
-    robust, adv = of_measure("robust", rises), of_measure("adv", rises)
+    if brief := [epsilon for epsilon, rise in robust.items() if rise.brief]:
+        text += f" At ε {listing(brief)} it lies above it for less."
+    if dipped := [epsilon for epsilon, rise in robust.items() if rise.half is None and rise.recovery is not None]:
+        text += f" At ε {listing(dipped)} it falls after interpolation and recovers."
     numerical = [epsilon for epsilon, rise in adv.items()
                  if rise.half is not None and epsilon in robust and robust[epsilon].half is None]
     if not numerical:
-        return ""
-    return (f"Numerical: at ε {listing(numerical)} adv rises and robust does not. PGD on cross-entropy finds fewer "
-            "attacks there; that can be rounding (a softmax of exactly 1), not robustness.")
+        return [text]
+    return [text, f"Numerical: at ε {listing(numerical)} adv rises and robust does not. PGD on cross-entropy finds "
+            "fewer attacks there; that can be rounding (a softmax of exactly 1), not robustness."]
 
 
-def of_measure(measure: str, rises: dict[str, Rise]) -> dict[str, Rise]:
-    """Return {epsilon: Rise} of the curves of "robust" or "adv"."""
-    return {label.removeprefix(f"{measure} ε "): rise for label, rise in rises.items() if label.startswith(measure)}
+def listing(words: Iterable[str]) -> str:
+    *most, last = words
+    return f"{', '.join(most)} and {last}" if most else last
 
 
 def complexity_text(history: dict) -> str:
@@ -131,27 +115,25 @@ def complexity_text(history: dict) -> str:
 
 def outbreak_texts(history: dict) -> list[str]:
     """Return sentences on the outbreaks of the training loss, and on what changed in the first three of them."""
-    start = interpolation_of(history)
-    if start is None or not np.isfinite(column_of(history, "train_loss")[start:]).any():
-        return []
     found = outbreaks(history)
+    if interpolation_of(history) is None:
+        return []
     if not found:
         return [f"Training loss: no outbreak after interpolation (it never rises to {OUTBREAK} times its level)."]
-    number = f"{len(found)} outbreaks" if len(found) > 1 else "1 outbreak"
-    return [f"Training loss: {number} after interpolation (it rises to {OUTBREAK} times its level or more)"
-            + (", the first three:" if len(found) > 3 else ":"), *(outbreak_text(history, i) for i in found[:3])]
+    return [f"Training loss: {len(found)} outbreak{'s' * (len(found) > 1)} after interpolation (it rises to {OUTBREAK} "
+            f"times its level or more){', the first three' * (len(found) > 3)}:",
+            *(outbreak_text(history, i) for i in found[:3])]
 
 
 def outbreak_text(history: dict, i: int) -> str:
     """Return what changed from log point i - 1 to i, between which the training loss broke out."""
     peak = column_of(history, "max_batch_loss")[i]
-    columns = [("loss", column_of(history, "train_loss"), ".1e"),
-               ("weight norm", column_of(history, "weight_norm"), ".1f"),
-               ("local complexity", total_complexity(history), ".2f"),
-               ("test accuracy", column_of(history, "test_acc"), ".1%")]
-    words = [f"{name} {values[i - 1]:{form}} to {values[i]:{form}}"
-             + (f" (up to {peak:.1e} in a batch)" if name == "loss" and not np.isnan(peak) else "")
-             for name, values, form in columns if np.isfinite(values[i - 1:i + 1]).all()]
+    in_batch = "" if np.isnan(peak) else f" (up to {peak:.1e} in a batch)"
+    words = [f"{name} {before:{form}} to {after:{form}}{more}" for name, (before, after), form, more in [
+        ("loss", column_of(history, "train_loss")[i - 1:i + 1], ".1e", in_batch),
+        ("weight norm", column_of(history, "weight_norm")[i - 1:i + 1], ".1f", ""),
+        ("local complexity", total_complexity(history)[i - 1:i + 1], ".2f", ""),
+        ("test accuracy", column_of(history, "test_acc")[i - 1:i + 1], ".1%", "")] if np.isfinite(before + after)]
     return f"  Step {history['step'][i - 1]:,} to {history['step'][i]:,}: {', '.join(words)}."
 
 
@@ -185,31 +167,28 @@ def notes(history: dict, rises: dict[str, Rise]) -> list[str]:
     """Return explanations of the summary's rows and columns, of those that it has."""
     from scipy import stats
 
-    words = []
-    if of_measure("robust", rises):
-        words.append("robust: right, and no attack on the exact objective succeeds.")
-    if of_measure("adv", rises):
-        words.append("adv: right after PGD on cross-entropy as computed.")
     compared = any(np.isfinite(rise.largest) for rise in rises.values())
-    if interpolation_of(history) is not None:
-        words.append("at 99%: at interpolation.")
-    if compared:
-        words.append("dip, highest: the lowest later level, if it is lower, and the highest, held for "
-                     f"{HOLD} log points. half: of the rise to highest; 1.5x: at 1.5 times the step of interpolation.")
-    images = history["sizes"].get("attacked") or history["sizes"].get("test") or 1
+    words = {
+        "robust: right, and no attack on the exact objective succeeds.": of_measure("robust", rises),
+        "adv: right after PGD on cross-entropy as computed.": of_measure("adv", rises),
+        "at 99%: at interpolation.": interpolation_of(history) is not None,
+        f"dip, highest: the lowest later level, if it is lower, and the highest, held for {HOLD} log points. half: of "
+        "the rise to highest; 1.5x: at 1.5 times the step of interpolation.": compared}
+    chance = ("A rise or recovery counts if it is held and beyond chance (an exact sign test on the images that "
+              "changed, corrected for all lines and log points together; "
+              f"{CONFIDENCE:.0%} confidence). ") if compared else ""
+    images = history["sizes"]["attacked"]
     low, high = stats.binomtest(images // 2, images).proportion_ci(CONFIDENCE, method="wilson")
-    scale = f"Measured on {images:,} images, {percent(images // 2 / images)} means {percent(low)} to {percent(high)}."
-    return [" ".join(words), ("A rise or recovery counts if it is held and beyond chance (an exact sign test on the "
-                              "images that changed, corrected for all lines and log points together; "
-                              f"{CONFIDENCE:.0%} confidence). " if compared else "") + scale]
+    return [" ".join(word for word, shown in words.items() if shown), chance + f"Measured on {images:,} images, "
+            f"{percent(images // 2 / images)} means {percent(low)} to {percent(high)}."]
 
 
 # ---- the tables -----------------------------------------------------------------------------------------------------
 
-def middle_epsilon(history: dict) -> str | None:
-    """Return the label of the middle epsilon of a run's grid, or None."""
-    labels = [epsilon_label(key) for key in history.get("robust_acc", {})]
-    return labels[(len(labels) - 1) // 2] if labels else None
+def middle_epsilon(history: dict) -> str:
+    """Return the label of the middle epsilon of a run's grid, "-" if the grid is empty."""
+    labels = [epsilon_label(key) for key in history["robust_acc"]] or ["-"]
+    return labels[(len(labels) - 1) // 2]
 
 
 def table_row(history: dict) -> list[str]:
@@ -217,30 +196,27 @@ def table_row(history: dict) -> list[str]:
     if not history["step"]:
         return ["0"] + ["-"] * 12
     steps, start, rises = history["step"], interpolation_of(history), rises_of(history)
-    epsilon = middle_epsilon(history)
-    row = [f"{steps[-1]:,}", percent(last_value(column_of(history, "train_acc"))), percent(rises["test"].final),
-           "-" if start is None else f"{steps[start]:,}", epsilon or "-"]
+    epsilon, total = middle_epsilon(history), total_complexity(history)
+    row = [f"{steps[-1]:,}", percent(history["train_acc"][-1]), percent(rises["test"].final),
+           "-" if start is None else f"{steps[start]:,}", epsilon]
     for measure in ("robust", "adv"):
         rise = rises.get(f"{measure} ε {epsilon}", UNKNOWN)
         delay = "-" if np.isnan(rise.largest) else "brief" if rise.brief else "none"
         row += [percent(rise.start), percent(rise.final),
                 delay if start is None or rise.half is None else factor(steps[rise.half], steps[start])]
-    totals = total_complexity(history)
-    totals = totals[np.isfinite(totals)]
-    return row + ([f"{min(totals):.2f}", f"{max(totals):.2f}"] if len(totals) else ["-", "-"])
+    total = total[np.isfinite(total)]
+    return row + ([f"{min(total):.2f}", f"{max(total):.2f}"] if len(total) else ["-", "-"])
 
 
-def table(histories: Sequence[dict], names: Sequence[str] | None = None) -> str:
-    """Return text: one line for each run, with the flags in which the runs differ.
+def table(histories: Sequence[dict], names: Sequence[str]) -> str:
+    """Return text: one line for each run, with its name and the flags in which the runs differ.
 
-    names: what to call each run, by default config["log_dir"]. Robust and adversarial accuracy are those of the middle
-    epsilon of each run's grid, at interpolation and at the end; local complexity is the sum over the layers around
-    training points at the first radius, its lowest and highest value in the run. Where the lines would be longer than
-    120 columns, the flags follow in a list of their own.
+    Robust and adversarial accuracy are those of the middle epsilon of each run's grid, at interpolation and at the end;
+    local complexity is the sum over the layers around training points at the first radius, its lowest and highest value
+    in the run. Where the lines would be longer than 120 columns, the flags follow in a list of their own.
     """
-    names = names or short_names([history["config"].get("log_dir", "-") for history in histories])
     flags = differing_flags(histories)
-    values = [[*flags], *([flag_text(flag, history["config"].get(flag)) for flag in flags] for history in histories)]
+    values = [flags, *([flag_text(flag, history["config"].get(flag)) for flag in flags] for history in histories)]
     rows = [["run", "steps", "train", "test", "99% at", "ε", "robust", "end", "delay", "adv", "end", "delay", "LC min",
              "max"], *([name, *table_row(history)] for name, history in zip(names, histories, strict=True))]
     whole = aligned([[row[0], *cells, *row[1:]] for row, cells in zip(rows, values, strict=True)])
@@ -261,15 +237,14 @@ def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
     return ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows]
 
 
-def markdown_table(histories: Sequence[dict], names: Sequence[str] | None = None, epsilon: str | None = None) -> str:
+def markdown_table(histories: Sequence[dict], names: Sequence[str]) -> str:
     """Return Markdown: one row for each configuration, runs that differ only in the seed together.
 
-    names: what to call each run; a row has the name of its first. epsilon: a key of robust_acc, by default the middle
-    one of each grid. "then" is the step of interpolation; dip and highest are the lowest later level, if it is lower,
-    and the highest, held for HOLD log points. Several seeds: mean (lowest to highest), and rises tested on the images
-    of all of them, but for runs that have not come as far as the others or not fitted their training set.
+    names: what to call each run; a row has the name of its first. The epsilon is the middle one of each grid. "then" is
+    the step of interpolation; dip and highest are the lowest later level, if it is lower, and the highest, held for
+    HOLD log points. Several seeds: mean (lowest to highest), and rises tested on the images of all of them, but for
+    runs that have not come as far as the others or not fitted their training set.
     """
-    names = names or short_names([history["config"].get("log_dir", "-") for history in histories])
     name_of = {id(history): name for history, name in zip(histories, names, strict=True)}
     groups, _ = grouped([history for history in histories if history["step"]])
     rows = [["run", "flags", "training 99% at step", "test accuracy then", "at the end", "ε",
@@ -277,21 +252,21 @@ def markdown_table(histories: Sequence[dict], names: Sequence[str] | None = None
              "`adv_acc` then", "highest later", "half of the rise by step"]]
     rows.append(["---"] * len(rows[0]))
     for group in groups:
-        tested = len(poolable(group))
+        tested = len(statistics.poolable(group))
         seeds = f" ({len(group)} seeds" + (f", {tested} of them tested)" if tested < len(group) else ")")
         flags = [name for name in asked(group[0])
                  if name not in NOT_COMPARED and not (name == "seed" and len(group) > 1)]
         text = command_flags(group[0]["config"], flags)
         rows.append([name_of[id(group[0])] + (seeds if len(group) > 1 else ""), f"`{text}`" if text else "-",
-                     *markdown_cells(group, epsilon)])
+                     *markdown_cells(group)])
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
-def markdown_cells(group: Sequence[dict], epsilon: str | None = None) -> list[str]:
+def markdown_cells(group: Sequence[dict]) -> list[str]:
     """Return what the runs of one configuration did, as the cells of markdown_table."""
-    label = epsilon_label(epsilon) if epsilon else middle_epsilon(group[0])
+    label = middle_epsilon(group[0])
     fitted = [history["step"][start] for history in group if (start := interpolation_of(history)) is not None]
-    runs, (steps, pooled) = [rises_of(history) for history in group], pooled_rises(group)
+    runs, (steps, pooled) = [rises_of(history) for history in group], statistics.pooled_rises(group)
 
     def cells(curve: str, *fields: str) -> list[str]:
         return [spread_text([getattr(run[curve], field) for run in runs if curve in run]) for field in fields]
@@ -303,7 +278,7 @@ def markdown_cells(group: Sequence[dict], epsilon: str | None = None) -> list[st
         return f"out of the dip: {steps[found.recovery]:,}" if found.recovery is not None else "-"
 
     robust, adv = f"robust ε {label}", f"adv ε {label}"
-    return [spread_text(fitted, "{:,.0f}"), *cells("test", "start", "final"), label or "-",
+    return [spread_text(fitted, "{:,.0f}"), *cells("test", "start", "final"), label,
             *cells(robust, "start", "dip", "level"), rise(robust), *cells(adv, "start", "level"), rise(adv)]
 
 

@@ -1,16 +1,15 @@
 """When a training set was fitted, and which accuracies rise after that beyond chance.
 
-How a rise is told from chance. The same images are attacked at every log step, so two log points are compared image by
-image: `gains` were wrong and are now right, `losses` the reverse. If the network is not better, gains are at most as
-likely as losses, so their number is at most binomial with probability 1/2: the exact one-sided sign test (McNemar's).
-A level counts only if it is held: each of HOLD consecutive log points must be better than the reference, so the p-value
-of such a stretch is the largest of its points'. Bonferroni's correction multiplies it by all that was searched: the
-stretches (for a recovery those before it, too), the curves, and QUESTIONS. So with a probability of CONFIDENCE no
-statement about a run is due to the choice of test images. The test says nothing about chance in training: what a
-network does to all images at one log step and not at the next is real to the test. HOLD is for that.
+The same images are attacked at every log step, so two log points are compared image by image: `gains` were wrong and
+are now right, `losses` the reverse. If the network is not better, the number of gains is at most binomial with
+probability 1/2: the exact one-sided sign test (McNemar's). A level counts only if it is held: each of HOLD consecutive
+log points must be better than the reference, so the p-value of such a stretch is the largest of its points'.
+Bonferroni's correction multiplies it by all that was searched: the stretches (for a recovery those before it, too), the
+curves, and QUESTIONS. So with a probability of CONFIDENCE no statement about a run is due to the choice of test images.
+The test says nothing about chance in training: HOLD is for that.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -23,97 +22,69 @@ HOLD = 3  # consecutive log points for which a level must last
 CONFIDENCE = 0.95  # that no statement about a run is due to the choice of test images
 QUESTIONS = 3  # for each curve: does it rise, does it recover from a dip, does it rise at any log point at all
 
-Outcomes = Sequence[np.ndarray | None]  # for each log point which images were right, bool (images,), None if unknown
-
-
-def as_array(column: Any) -> np.ndarray:
-    """Return a column of the history as floats; null becomes NaN."""
-    return np.array(column, dtype=float)
-
 
 def column_of(history: dict, name: str) -> np.ndarray:
     """Return a column of one number for each log step as floats, NaN where the history does not have it."""
-    return as_array(history.get(name) or [None] * len(history["step"]))
+    return np.array(history.get(name) or [None] * len(history["step"]), dtype=float)
 
 
 def last_value(values: np.ndarray) -> float:
-    finite = values[np.isfinite(values)]
-    return finite[-1] if len(finite) else np.nan
-
-
-def interpolation_index(train_acc: Any) -> int | None:
-    """Return the index of the first log point with a training accuracy of at least 99%, or None."""
-    reached = np.flatnonzero(as_array(train_acc) >= INTERPOLATION)
-    return int(reached[0]) if len(reached) else None
+    return next((value for value in values[::-1] if np.isfinite(value)), np.nan)
 
 
 def interpolation_of(history: dict) -> int | None:
-    return interpolation_index(history.get("train_acc", []))
+    """Return the index of the first log point with a training accuracy of at least 99%, or None."""
+    reached = np.flatnonzero(column_of(history, "train_acc") >= INTERPOLATION)
+    return int(reached[0]) if len(reached) else None
 
 
-def total_complexity(history: dict, points: str = "train", radius: str | None = None) -> np.ndarray:
-    """Return local complexity summed over the layers: one value for each log step, NaN where it is unknown.
+def complexity_of(history: dict, points: str = "train", radius: str | None = None) -> np.ndarray:
+    """Return local complexity, (log points, layers), with NaN where it is unknown.
 
     points: "train", "test" or "random". radius: a key of the history, by default its first.
     """
-    radii = history.get("local_complexity", {}).get(points, {})
-    radius = next(iter(radii), None) if radius is None else radius
-    if radius not in radii:
-        return np.full(len(history["step"]), np.nan)
-    return np.array([np.nan if not layers or None in layers else sum(layers) for layers in radii[radius]], dtype=float)
+    radii = history["local_complexity"].get(points, {})
+    entries = radii.get(radius or next(iter(radii), None), [None] * len(history["step"]))
+    layers = max((len(entry) for entry in entries if entry), default=1)
+    return np.array([entry or [None] * layers for entry in entries], dtype=float).reshape(-1, layers)
 
 
-# ---- the outcomes of single images ----------------------------------------------------------------------------------
+def total_complexity(history: dict, points: str = "train", radius: str | None = None) -> np.ndarray:
+    """Return local complexity summed over the layers: one value for each log point."""
+    return complexity_of(history, points, radius).sum(axis=1)
+
 
 class Curve(NamedTuple):
-    """An accuracy at the log points of a run: fractions, NaN where unknown, and which images were right."""
+    """An accuracy at the log points of a run."""
 
-    values: np.ndarray
-    outcomes: Outcomes
+    values: np.ndarray  # fractions, NaN where unknown
+    outcomes: Sequence[Any]  # for each log point which images were right, bool (images,), None where unknown
 
 
 def accuracy_curves(history: dict) -> dict[str, Curve]:
     """Return {label: Curve} of test accuracy, and of robust_acc and adv_acc at each epsilon."""
-    found = history.get("outcomes", {})
-    tested, attacked = (history["sizes"].get(name) or 1 for name in ("test", "attacked"))
-    unknown = [None] * len(history["step"])
+    outcomes, unknown = history.get("outcomes", {}), [None] * len(history["step"])
 
-    def decoded(texts: Sequence | None, decode: Callable) -> list:
-        return [None if text is None else decode(text) for text in texts or unknown]
+    def right(texts: Sequence | None, images: str) -> list[np.ndarray | None]:
+        return [text and from_hex(text, history["sizes"][images]) for text in texts or unknown]
 
-    curves = {"test": Curve(column_of(history, "test_acc"),
-                            decoded(found.get("test"), lambda text: from_hex(text, tested)))}
-    robust = history.get("robust_acc", {})
-    grid = sorted({0.0, *map(float, robust)})
-    ranks = decoded(found.get("robust"), lambda text: from_ranks(text, attacked))
-    for key, values in robust.items():
-        rank = grid.index(float(key))
-        curves[f"robust ε {epsilon_label(key)}"] = Curve(
-            as_array(values), [None if row is None else row > rank for row in ranks])
-    for key, values in history.get("adv_acc", {}).items():
-        right = decoded(found.get("adv", {}).get(key), lambda text: from_hex(text, attacked))
-        curves[f"adv ε {epsilon_label(key)}"] = Curve(as_array(values), right)
+    curves = {"test": Curve(column_of(history, "test_acc"), right(outcomes.get("test"), "test"))}
+    grid = sorted({0.0, *map(float, history["robust_acc"])})
+    ranks = [text and np.frombuffer(text.encode("utf-32-le"), np.uint32) for text in outcomes.get("robust") or unknown]
+    for key in history["robust_acc"]:
+        withstood = ord("0") + grid.index(float(key))  # a character's code is that of "0" plus the rank
+        curves[f"robust ε {epsilon_label(key)}"] = Curve(column_of(history["robust_acc"], key), [
+            None if codes is None else codes > withstood for codes in ranks])
+    for key in history["adv_acc"]:
+        curves[f"adv ε {epsilon_label(key)}"] = Curve(column_of(history["adv_acc"], key),
+                                                      right(outcomes.get("adv", {}).get(key), "attacked"))
     return curves
 
 
 def from_hex(text: str, images: int) -> np.ndarray:
-    """Return bool (images,) from hexadecimal digits: one bit for each image, the first in the highest.
-
-    Raises ValueError if there are more or fewer digits than the images take.
-    """
-    if len(text) != -(-images // 4):
-        raise ValueError(f"the history's outcomes are damaged: {len(text)} hexadecimal digits for {images} images")
+    """Return bool (images,) from hexadecimal digits: one bit for each image, the first in the highest."""
     return np.unpackbits(np.frombuffer(bytes.fromhex(text + "0" * (len(text) % 2)), np.uint8), count=images) > 0
 
-
-def from_ranks(text: str, images: int) -> np.ndarray:
-    """Return int (images,) from characters, chr(48 + rank); raises ValueError if there is not one for each image."""
-    if len(text) != images:
-        raise ValueError(f"the history's outcomes are damaged: {len(text)} characters for {images} images")
-    return np.frombuffer(text.encode("utf-32-le"), np.uint32).astype(int) - 48
-
-
-# ---- rises ----------------------------------------------------------------------------------------------------------
 
 class Rise(NamedTuple):
     """What an accuracy curve does after interpolation. Log points are given by index, None where there is none."""
@@ -125,9 +96,9 @@ class Rise(NamedTuple):
     lowest: float = np.nan  # lowest later level that is held
     half_at: int | None = None  # from here on the curve holds half of the rise from start to level
     recovery_at: int | None = None  # from here on it holds half of the rise from the lowest level
-    p: float = 1.0  # p-values: no level is held above start;
-    p_recovery: float = 1.0  # none is held above the lowest one;
-    p_once: float = 1.0  # no log point lies above start
+    p: float = 1.0  # of "no level is held above start"; with Bonferroni's correction these can exceed 1
+    p_recovery: float = 1.0  # of "none is held above the lowest one"
+    p_once: float = 1.0  # of "no log point lies above start"
 
     @property
     def half(self) -> int | None:
@@ -156,27 +127,25 @@ def delayed_rise(curve: Curve, start: int | None) -> Rise:
     Log points whose outcomes are unknown are passed over. The p-values are corrected for the search within this curve
     alone; rises_of() corrects them for all curves of a run.
     """
-    base = np.nan if start is None else curve.values[start]
-    rise = Rise(base, last_value(curve.values))
+    rise = Rise(np.nan if start is None else curve.values[start], last_value(curve.values))
     known = {i: right for i, right in enumerate(curve.outcomes) if right is not None and np.isfinite(curve.values[i])}
     later = np.array([i for i in known if start is not None and i > start])
     if start not in known or not len(later):
         return rise
     values, right = curve.values[later], np.stack([known[i] for i in later])
-    hold = min(HOLD, len(later))
-    windows = sliding_window_view(values, hold)
+    windows = sliding_window_view(values, min(HOLD, len(later)))
+    stretches, hold = windows.shape
     held_above, held_below = windows.min(axis=1), windows.max(axis=1)
 
     def half_of(bottom: float, first: int = 0) -> int:
         middle = (bottom + held_above[first:].max()) / 2 - 1e-9  # less than one image, more than rounding
         return int(later[first + np.argmax(held_above[first:] >= middle)])
 
-    p = p_values(known[start][None], right)
-    stretches = len(windows)
-    rise = rise._replace(largest=values.max(), level=held_above.max(), half_at=half_of(base),
-                         p=stretches * sliding_window_view(p, hold).max(axis=1).min(), p_once=len(later) * p.min())
     foot = int(np.argmin(held_below))
-    rise = rise._replace(lowest=held_below[foot])
+    p = p_values(known[start][None], right)
+    rise = rise._replace(largest=values.max(), level=held_above.max(), lowest=held_below[foot],
+                         half_at=half_of(rise.start), p=stretches * sliding_window_view(p, hold).max(axis=1).min(),
+                         p_once=len(later) * p.min())
     after = foot + hold
     if after < stretches:
         p = sliding_window_view(p_values(right[foot:after], right[after:]), hold).max(axis=1)
@@ -201,18 +170,15 @@ def rises_of(history: dict) -> dict[str, Rise]:
 
 def corrected(rises: dict[str, Rise]) -> dict[str, Rise]:
     """Multiply the p-values of a run's curves by the number of statements that are made about them."""
-    statements = QUESTIONS * len(rises)
-    return {label: rise._replace(**{name: min(1.0, statements * getattr(rise, name))
-                                    for name in ("p", "p_recovery", "p_once")}) for label, rise in rises.items()}
+    n = QUESTIONS * len(rises)
+    return {label: rise._replace(p=n * rise.p, p_recovery=n * rise.p_recovery, p_once=n * rise.p_once)
+            for label, rise in rises.items()}
 
-
-# ---- several seeds --------------------------------------------------------------------------------------------------
 
 def poolable(histories: Sequence[dict]) -> list[dict]:
     """Return the runs that fitted their training set and have come as far as the furthest of all."""
-    end = max((history["step"][-1] for history in histories if history["step"]), default=0)
-    return [history for history in histories
-            if interpolation_of(history) is not None and history["step"][-1] == end]
+    end = max(history["step"][-1] for history in histories)
+    return [history for history in histories if history["step"][-1] == end and interpolation_of(history) is not None]
 
 
 def pooled_rises(histories: Sequence[dict]) -> tuple[list[int], dict[str, Rise]]:
@@ -222,15 +188,10 @@ def pooled_rises(histories: Sequence[dict]) -> tuple[list[int], dict[str, Rise]]
     rises are those of `steps`: the median interpolation step, then the log steps that all runs have after theirs.
     Curves that not all runs have are left out. Each run's images count as its own: where runs share images (all do in
     test accuracy), this takes what two networks learn of one image as independent.
-
-    Raises ValueError if two runs have the same seed: their outcomes repeat each other.
     """
     runs = poolable(histories)
     if not runs:
         return [], {}
-    seeds = [history["config"].get("seed") for history in runs]
-    if len(set(seeds)) < len(seeds):
-        raise ValueError(f"two of the runs to be tested together have the same seed (seeds: {seeds}): leave one out")
     started = [(history["step"], interpolation_of(history) or 0) for history in runs]
     common = sorted(set.intersection(*(set(steps[start + 1:]) for steps, start in started)))
     first = int(np.median([steps[start] for steps, start in started]))
@@ -243,11 +204,7 @@ def pooled_rises(histories: Sequence[dict]) -> tuple[list[int], dict[str, Rise]]
 
 def joined(curves: Sequence[Curve], rows: Sequence[Sequence[int]]) -> Curve:
     """Return the images of several runs as one Curve, each run at its rows; NaN where not all outcomes are known."""
-    outcomes: list[np.ndarray | None] = []
-    values = []
-    for row in zip(*rows, strict=True):
-        point = [curve.outcomes[i] for curve, i in zip(curves, row, strict=True)]
-        known = [right for right in point if right is not None]
-        outcomes.append(np.concatenate(known) if len(known) == len(point) else None)
-        values.append(np.nan if outcomes[-1] is None else outcomes[-1].mean())
-    return Curve(np.array(values), outcomes)
+    points: list[list[Any]] = [[curve.outcomes[i] for curve, i in zip(curves, row, strict=True)]
+                               for row in zip(*rows, strict=True)]
+    outcomes = [None if any(right is None for right in point) else np.concatenate(point) for point in points]
+    return Curve(np.array([np.nan if right is None else right.mean() for right in outcomes]), outcomes)
