@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from analysis import phases, report, runs, statistics
+from analysis import report, runs, statistics
 from runtime.history import read_history
 
 
