@@ -209,10 +209,7 @@ class Remeasured:
         other = checkpoints.differences(state["config"], self.config, flags_of(EXPERIMENT))
         if other:
             raise ValueError(f"{path} is of another run: {'; '.join(other)}")
-        try:
-            self.model.load_state_dict(state["model_state_dict"])
-        except RuntimeError:
-            raise ValueError(f"{path}: its weights do not fit the network that its config describes") from None
+        checkpoints.load_weights(self.model, state, path)
         row = {name: state[name] for name in KNOWN if name in state}
         known_outcomes = test_outcomes(history_of(path, state["config"]))
         outcomes = known_outcomes.get((state["step"], state["seconds"]))
