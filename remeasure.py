@@ -320,7 +320,7 @@ def measure_run(args: argparse.Namespace, argv: list[str]) -> int:
     threads = given.get("threads") or max(1, devices.cpu_count() // len(places))
     run = Remeasured(args, first, threads)
     console = Console(run.empty, quiet=run.config.quiet)
-    lock = files.lock_folders(args.log_dir, args.log_dir)
+    lock = files.FolderLocks(args.log_dir, args.log_dir)
     run.continue_earlier(console.note)
     todo = {step: path for step, path in found.items() if step not in run.rows}
     console.note(f"{len(found)} checkpoints, {len(found) - len(todo)} of them measured already")
