@@ -209,10 +209,7 @@ class Remeasured:
         other = checkpoints.differences(state["config"], self.config, flags_of(EXPERIMENT))
         if other:
             raise ValueError(f"{path} is of another run: {'; '.join(other)}")
-        try:
-            self.model.load_state_dict(state["model_state_dict"])
-        except RuntimeError:
-            raise ValueError(f"{path}: its weights do not fit the network that its config describes") from None
+        checkpoints.load_weights(self.model, state, path)
         row = {name: state[name] for name in KNOWN if name in state}
         known_outcomes = test_outcomes(history_of(path, state["config"]))
         outcomes = known_outcomes.get((state["step"], state["seconds"]))
@@ -323,7 +320,7 @@ def measure_run(args: argparse.Namespace, argv: list[str]) -> int:
     threads = given.get("threads") or max(1, devices.cpu_count() // len(places))
     run = Remeasured(args, first, threads)
     console = Console(run.empty, quiet=run.config.quiet)
-    lock = files.lock_folders(args.log_dir, args.log_dir)
+    lock = files.FolderLocks(args.log_dir, args.log_dir)
     run.continue_earlier(console.note)
     todo = {step: path for step, path in found.items() if step not in run.rows}
     console.note(f"{len(found)} checkpoints, {len(found) - len(todo)} of them measured already")

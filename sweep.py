@@ -118,13 +118,6 @@ def is_complete(folder: Path, config: Config) -> bool:
         return False
 
 
-def refuse_links(folder: Path) -> None:
-    """Raise OSError if a file or folder of a run is a symbolic link, through which others could have it write."""
-    for path in (folder, folder / "logs", folder / "checkpoints", folder / "output.txt"):
-        if path.is_symlink():
-            raise OSError(f"{path} is a symbolic link: remove it")
-
-
 # ---- running them ---------------------------------------------------------------------------------------------------
 
 def train_all(runs: Runs) -> tuple[list[str], int]:
@@ -141,7 +134,6 @@ def train_all(runs: Runs) -> tuple[list[str], int]:
     print(f"{len(runs)} runs, {len(runs) - len(todo)} of them complete already; {len(places)} at a time", flush=True)
     jobs = []
     for folder, (words, config) in todo.items():
-        refuse_links(folder)
         command = [sys.executable, str(Path(__file__).with_name("train.py")), "--threads=1", *words, "--resume",
                    f"--log_dir={folder}/logs", f"--save_dir={folder}/checkpoints"]
         jobs.append(pool.Job(str(folder), command, folder / "output.txt", functools.partial(share, folder, config)))

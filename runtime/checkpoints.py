@@ -1,6 +1,5 @@
 """Checkpoints: written whole, read without trust, and what a resumed run needs of them."""
 
-import contextlib
 import io
 import math
 import pickle
@@ -12,12 +11,11 @@ from typing import Any
 import torch
 
 from flags import EXPERIMENT, FIELDS, MEASUREMENT, Config, flags_of
-from runtime.files import CHECKPOINT_PATTERN, ROLLING_NAME, check_regular, write_atomically
-from runtime.history import HISTORY_NAME, fault_in_origin, forget_after, is_number, read_history, strict
+from runtime.files import CHECKPOINT_PATTERN, ROLLING_NAME, write_atomically
+from runtime.history import HISTORY_NAME, forget_after, read_history
 
 # Flags that do not change what is computed, but how, and with it the last bits of the results.
 ROUNDING = ("device", "threads", "products", "compile", "eval_batch_size")
-ROW = ("epoch", "seconds", "train_loss", "train_acc", "test_loss", "test_acc")  # what a log step's checkpoint repeats
 
 
 def save_checkpoint(folder: str | Path, state: dict, keep: str | int = "all") -> Path:
@@ -25,19 +23,16 @@ def save_checkpoint(folder: str | Path, state: dict, keep: str | int = "all") ->
 
     keep: "all", "last", or N: this one and the N - 1 newest undamaged others stay.
     """
+    folder = Path(folder)
     name = f"checkpoint_epoch_{math.floor(state['epoch']):07d}_step_{state['step']:09d}.pt"
-    path = save_state(Path(folder) / name, state)
-    (Path(folder) / ROLLING_NAME).unlink(missing_ok=True)  # it is older
-    if keep != "all":
-        left = 0 if keep == "last" else int(keep) - 1
-        for old in saved_checkpoints(folder):
-            if old == path:
-                continue
-            if left == 0:
-                old.unlink(missing_ok=True)
-            else:
-                with contextlib.suppress(OSError):  # what cannot be read today may be sound tomorrow: it stays
-                    left -= intact(old)
+    path = save_state(folder / name, state)
+    (folder / ROLLING_NAME).unlink(missing_ok=True)  # it is older
+    left = math.inf if keep == "all" else 0 if keep == "last" else int(keep) - 1
+    for old in saved_checkpoints(folder) if keep != "all" else []:
+        if old != path and left > 0:
+            left -= is_intact(old)
+        elif old != path:
+            old.unlink(missing_ok=True)
     return path
 
 
@@ -54,13 +49,12 @@ def save_state(path: Path, state: dict) -> Path:
     return path
 
 
-def intact(path: Path) -> bool:
-    """Whether the checksums of a checkpoint's file are right; torch.load does not look at them."""
-    check_regular(path)
+def is_intact(path: Path) -> bool:
+    """Return whether the checksums of a checkpoint's file are right; torch.load does not look at them."""
     try:
         with zipfile.ZipFile(path) as archive:
             return archive.testzip() is None
-    except (OSError, MemoryError):
+    except OSError:
         raise
     except Exception:  # zipfile, zlib and struct raise errors of their own for a damaged file
         return False
@@ -69,11 +63,11 @@ def intact(path: Path) -> bool:
 def load_checkpoint(path: str | Path) -> dict:
     """Return the checkpoint in `path`, on the CPU.
 
-    Raises ValueError, in one line, if it is damaged or foreign, holds more than data, or cannot be read.
+    ValueError, in one line, if it cannot be read, is damaged or foreign, or holds more than data.
     """
     path = Path(path)
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True) if intact(path) else None
+        state = torch.load(path, map_location="cpu", weights_only=True) if is_intact(path) else None
     except MemoryError:
         raise
     except OSError as error:
@@ -84,36 +78,11 @@ def load_checkpoint(path: str | Path) -> dict:
         state = None
     if state is None:
         raise ValueError(f"{path} is damaged or not a checkpoint")
-    fault = fault_in(state)
-    if fault:
-        raise ValueError(f"{path} is not a checkpoint of this program: {fault}")
+    parts = {"config": dict, "sizes": dict, "model_state_dict": dict, "optimizer_state_dict": dict, "step": int,
+             "logged": int, "epoch": int | float, "seconds": int | float}
+    if not isinstance(state, dict) or not all(isinstance(state.get(name), kind) for name, kind in parts.items()):
+        raise ValueError(f"{path} is not a checkpoint of this program")
     return state
-
-
-def fault_in(state: Any) -> str | None:
-    """Return in words what is wrong with the content of a checkpoint, or None."""
-    parts = ("config", "sizes", "model_state_dict", "optimizer_state_dict")
-    if not isinstance(state, dict) or not all(isinstance(state.get(name), dict) for name in parts):
-        return "a part is missing"
-    if not (all(type(state.get(name)) is int and state[name] >= 0 for name in ("step", "logged"))
-            and all(is_number(state.get(name)) for name in ("epoch", "seconds"))
-            and type(state.get("largest_loss", 0.0)) in (int, float)):
-        return "its step, epoch, seconds, logged or largest_loss is not a number"
-    weights, moments = state["model_state_dict"], state["optimizer_state_dict"].get("state")
-    if not isinstance(moments, dict) or not all(isinstance(entries, dict) for entries in moments.values()):
-        return "it holds no state of an optimizer"
-    kept = [value for entries in moments.values() for value in entries.values() if isinstance(value, torch.Tensor)]
-    if not weights or not all(map(is_plain, [*weights.values(), *kept])) or {*map(type, weights)} != {str}:
-        return "its weights or its optimizer's state are not plain tensors"
-    largest = max(value.numel() for value in weights.values())
-    return fault_in_origin(state) or ("its weights are fewer than its config says" if (
-        (state["config"].get("depth") or 0) > len(weights) or (state["config"].get("width") or 0) > largest) else None)
-
-
-def is_plain(value: Any) -> bool:
-    """Whether value is a dense tensor that has each of its elements in memory."""
-    return (isinstance(value, torch.Tensor) and value.layout == torch.strided and value.device.type == "cpu"
-            and not value.is_quantized and value.untyped_storage().nbytes() >= value.numel() * value.element_size())
 
 
 def newest_checkpoint(folder: str | Path, note: Callable[[str], None], before: float = math.inf, finite: bool = True
@@ -160,14 +129,11 @@ def step_in_name(path: Path) -> int | None:
 
 
 def continue_from(config: Config, fingerprint: str, note: Callable[[str], None]) -> dict | None:
-    """Return the checkpoint to continue from, or None if --save_dir holds none.
+    """Return the newest sound checkpoint, with its "path" and "history" up to there, or None if --save_dir holds none.
 
-    It is the newest sound one, with its "path" and, as "history", the one in --log_dir up to its last log point.
     config: the complete flags. fingerprint: of this run's data. note is called with one line for each thing that the
-    user should know.
-
-    Raises ValueError, or FileNotFoundError without a history, in one line, if the files are damaged, belong to another
-    experiment or other data, do not go together, or if there are checkpoints and none can be used.
+    user should know. ValueError, or FileNotFoundError without a history, in one line, if the files are damaged, are of
+    another experiment or other data, or do not go together, or if there are checkpoints and none can be used.
     """
     checkpoint, path = newest_checkpoint(config.save_dir, note, finite=config.on_nan == "stop")
     if checkpoint is None or path is None:
@@ -221,50 +187,43 @@ def check_history(history_path: Path, history: dict, path: Path, checkpoint: dic
     if len(history["step"]) < checkpoint["logged"]:
         raise ValueError(f"{history_path} is older than {path}: its log points are missing")
     forget_after(history, checkpoint["logged"])
-    step = history["step"][-1] if history["step"] else 0
-    logged = [name for name in ROW if "train_loss" in checkpoint and history["step"]]  # not in a rolling checkpoint
-    if step > checkpoint["step"] or logged and step < checkpoint["step"] or any(
-            history[name][-1] != strict(checkpoint.get(name)) for name in logged):
+    last = (history["step"][-1], history["seconds"][-1]) if history["step"] else (0, 0)
+    its_own = checkpoint["step"], checkpoint["seconds"]
+    # A log step's checkpoint repeats its row, and two runs never take the same time; a rolling one comes later.
+    if last > its_own or (last != its_own and "train_loss" in checkpoint):
         raise ValueError(f"{history_path} and {path} are not of one run: log point {checkpoint['logged']} is at step "
-                         f"{step}, the checkpoint at step {checkpoint['step']}, or their values differ")
+                         f"{last[0]} after {last[1]} s, the checkpoint at step {its_own[0]} after {its_own[1]} s")
 
 
-def load_state(model: torch.nn.Module, optimizer: torch.optim.Optimizer, checkpoint: dict) -> None:
-    """Load a checkpoint (with its "path") into model and optimizer. The settings of the parameter groups stay this
-    run's: a GPU's optimizer needs others than a CPU's.
+def load_weights(model: torch.nn.Module, checkpoint: dict, path: Path) -> None:
+    """Load the weights of the checkpoint in path; ValueError, in one line, if they do not fit the model."""
+    try:
+        model.load_state_dict(checkpoint["model_state_dict"])
+    except (RuntimeError, AttributeError):
+        raise ValueError(f"{path}: its weights do not fit the network that its config describes") from None
 
-    Raises ValueError, and changes nothing, if names, shapes or dtypes do not fit the model and the optimizer. (PyTorch
-    does not check the optimizer's and crashes in the next step.)
+
+def load_moments(optimizer: torch.optim.Optimizer, checkpoint: dict) -> bool:
+    """Load the optimizer's state from a checkpoint; return False, and change nothing, if it is of another optimizer,
+    which PyTorch would only notice in the next step. The settings of the parameter group stay this run's: a GPU's
+    optimizer needs others than a CPU's.
     """
-    weights, state = checkpoint["model_state_dict"], checkpoint["optimizer_state_dict"]["state"]
-    group = optimizer.param_groups[0]
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    if "betas" in group:
-        names = {"step", "exp_avg", "exp_avg_sq"} | ({"max_exp_avg_sq"} if group["amsgrad"] else set())
-    else:
-        names = {"momentum_buffer"} if group.get("momentum") else set()
-
-    def fits(entries: dict, parameter: torch.Tensor) -> bool:
-        kept = {name: value for name, value in entries.items() if value is not None}
-        return kept.keys() == names and all(
-            isinstance(value, torch.Tensor) and value.is_floating_point() and (
-                value.ndim == 0 if name == "step" else (value.shape, value.dtype) == (parameter.shape, parameter.dtype))
-            for name, value in kept.items())
-
-    begun = state or checkpoint["step"] > 0 and names
-    if begun and not (state.keys() == set(range(len(parameters)))
-                      and all(fits(state[k], parameter) for k, parameter in enumerate(parameters))):
-        raise ValueError(f"{checkpoint['path']}: its state does not fit the optimizer that its config describes")
-    expected = {name: (value.shape, value.dtype) for name, value in model.state_dict().items()}
-    if expected != {name: (value.shape, value.dtype) for name, value in weights.items()}:
-        raise ValueError(f"{checkpoint['path']}: its weights do not fit the network that its config describes")
-    model.load_state_dict(weights)
+    state = checkpoint["optimizer_state_dict"]["state"]
+    (group,) = optimizer.param_groups
+    names = {"exp_avg", "exp_avg_sq"} if "betas" in group else {"momentum_buffer"} if group["momentum"] else set()
+    fitting = {k: {name: (p.shape, p.dtype) for name in names} for k, p in enumerate(group["params"])}
+    found = {k: {name: (value.shape, value.dtype) for name, value in entries.items()
+                 if name != "step" and value is not None} for k, entries in state.items()}
+    if found != fitting and (found or names and checkpoint["step"] > 0):
+        return False
     optimizer.load_state_dict({**optimizer.state_dict(), "state": {
-        k: {name: laid_out(value, parameters[k]) for name, value in entries.items()} for k, entries in state.items()}})
+        k: {name: laid_out(value, group["params"][k]) for name, value in entries.items()}
+        for k, entries in state.items()}})
+    return True
 
 
 def laid_out(value: Any, parameter: torch.Tensor) -> Any:
     """Return value in the memory layout of its parameter: the fused optimizers assume that they are the same."""
-    if not isinstance(value, torch.Tensor) or value.shape != parameter.shape:
+    if value is None or value.shape != parameter.shape:
         return value
     return torch.empty_like(parameter, dtype=value.dtype, requires_grad=False).copy_(value)

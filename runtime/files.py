@@ -4,12 +4,8 @@ import contextlib
 import datetime
 import errno
 import os
-import re
 import secrets
-import signal
-import stat
 import tempfile
-import threading
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,7 +20,6 @@ LOCK_NAME = ".lock"
 # How a file system says that it has no locks or does not sync folders.
 NOT_SUPPORTED = {errno.ENOSYS, errno.ENOLCK, errno.EINVAL, errno.EOPNOTSUPP, errno.ENOTSUP}
 FULL_DISK = {errno.ENOSPC, errno.EDQUOT}
-NO_LINKS = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)  # and do not wait for a FIFO's reader
 
 
 def write_atomically(path: str | Path, content: bytes | memoryview) -> None:
@@ -46,9 +41,8 @@ def write_atomically(path: str | Path, content: bytes | memoryview) -> None:
 
 
 def append_line(path: Path, line: bytes) -> None:
-    """Append line and a newline to an existing regular file, and fsync. OSError names the path."""
-    with naming(path), os.fdopen(os.open(path, os.O_WRONLY | os.O_APPEND | NO_LINKS), "ab") as file:
-        check_regular(path, os.fstat(file.fileno()))
+    """Append line and a newline to an existing file, and fsync. OSError names the path."""
+    with naming(path), open(os.open(path, os.O_WRONLY | os.O_APPEND), "ab") as file:
         write_through(file, line + b"\n")
 
 
@@ -56,12 +50,6 @@ def write_through(file: IO[bytes], content: bytes | memoryview) -> None:
     file.write(content)
     file.flush()
     os.fsync(file.fileno())
-
-
-def check_regular(path: str | Path, status: os.stat_result | None = None) -> None:
-    """Raise OSError unless path is a regular file: reading a FIFO or a device may never end."""
-    if not stat.S_ISREG((status or os.stat(path)).st_mode):
-        raise OSError(errno.EINVAL, "it is not a regular file", str(path))
 
 
 def sync_folder(folder: Path) -> None:
@@ -94,29 +82,37 @@ def check_room(folder: str | Path, size: int) -> None:
 
 
 class FolderLocks:
-    """The locks that a run holds on its folders. The kernel releases them when the process ends, however it ends."""
+    """The locks that a run holds on its folders. The kernel releases them when the process ends, however it ends.
 
-    def __init__(self) -> None:
-        self.locks: list[filelock.BaseFileLock] = []
-        self.held: dict[Path, tuple[int, int]] = {}  # lock file, under the name the user gave: its device and inode
+    Making them makes the folders. Raises OSError if one cannot be written, ValueError if another run holds it or its
+    file system has no locks.
+    """
+
+    def __init__(self, log_dir: str | Path, save_dir: str | Path):
+        self.locks = []
+        for folder in sorted({Path(os.path.realpath(folder)) for folder in (log_dir, save_dir)}):
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+                self.locks.append(lock(folder / LOCK_NAME))
+            except OSError as error:
+                reason = f"cannot write to {folder}: {error.strerror or error}; choose another --log_dir or --save_dir"
+                raise OSError(error.errno, reason) if error.errno in FULL_DISK else OSError(reason) from None
+            for part in folder.glob(f".*.{'?' * 16}.part"):  # a killed run was writing it
+                part.unlink(missing_ok=True)
+        paths = [Path(folder) / LOCK_NAME for folder in (log_dir, save_dir)]
+        self.held = {path: os.lstat(path) for path in paths}  # under the names that the user gave
 
     def check(self) -> None:
         """Raise OSError if a lock is no longer the one in its folder; call it before each write.
 
         FileNotFoundError means that a folder was removed and no other run has taken its place.
         """
-        missing = []
-        for path, identity in self.held.items():
-            try:
-                replaced = identify(path) != identity
-            except FileNotFoundError:
-                replaced = path.parent.exists()
-                missing.append(path.parent)
-            if replaced:
+        for path, status in self.held.items():
+            if not path.parent.exists():
+                raise FileNotFoundError(f"{path.parent} was removed while the run was writing to it")
+            if not path.exists() or not os.path.samestat(os.lstat(path), status):
                 raise OSError(f"{path.parent} was removed or replaced while the run was writing to it: the run ends "
                               "and leaves the folder to whoever uses it now")
-        if missing:
-            raise FileNotFoundError(f"{missing[0]} was removed while the run was writing to it")
 
     def release(self) -> None:
         """Release the locks, so that another run may use the folders."""
@@ -124,37 +120,9 @@ class FolderLocks:
             lock.release()
 
 
-def identify(path: Path) -> tuple[int, int]:
-    status = os.lstat(path)
-    return status.st_dev, status.st_ino
-
-
-def lock_folders(log_dir: str | Path, save_dir: str | Path) -> FolderLocks:
-    """Make the folders and lock them against a second run; the locks last as long as the returned object.
-
-    Raises OSError if a folder cannot be written, ValueError if another run holds it or its file system has no locks.
-    """
-    locks = FolderLocks()
-    for folder in sorted({Path(os.path.realpath(folder)) for folder in (log_dir, save_dir)}):
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            locks.locks.append(lock(folder / LOCK_NAME))
-        except OSError as error:
-            reason = f"cannot write to {folder}: {error.strerror or error}; choose another --log_dir or --save_dir"
-            raise OSError(error.errno, reason) if error.errno in FULL_DISK else OSError(reason) from None
-        for part in folder.glob(".*.part"):  # a killed run was writing it
-            if re.match(r"\.(checkpoint_epoch|rolling\.pt|training_history\.(json|rows))", part.name):
-                with contextlib.suppress(OSError):
-                    part.unlink()
-    locks.held = {path: identify(path) for path in (Path(log_dir) / LOCK_NAME, Path(save_dir) / LOCK_NAME)}
-    return locks
-
-
 def lock(path: Path) -> filelock.BaseFileLock:
     """Return the lock on a file, acquired."""
-    # Opened here first, so that a link, a device or a missing permission is named as such.
-    with os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | NO_LINKS, 0o644)) as file:
-        check_regular(path, os.fstat(file.fileno()))
+    path.touch()  # filelock would wait where a file cannot be made
     acquired = filelock.FileLock(path)
     # A file server may hold the lock of a dead node for a minute or two after SLURM has requeued its job.
     timeout = 1 if os.environ.get("SLURM_RESTART_COUNT", "0") == "0" else 150
@@ -174,44 +142,21 @@ def lock(path: Path) -> filelock.BaseFileLock:
     return acquired
 
 
-@contextlib.contextmanager
-def signals_delayed() -> Iterator[None]:
-    """Let SIGINT and SIGTERM arrive after the block, not in it."""
-    if threading.current_thread() is not threading.main_thread():  # only the main thread receives signals
-        yield
-        return
-    received: list[int] = []
-    handlers = {number: signal.signal(number, lambda received_number, _frame: received.append(received_number))
-                for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler or signal.SIG_DFL)
-        for received_number in received:
-            signal.raise_signal(received_number)
-
-
 def move_aside(log_dir: str | Path, save_dir: str | Path) -> list[Path]:
-    """Move an earlier run's files into new folders earlier-TIME next to them; return these folders.
-
-    Ctrl-C and SIGTERM wait until all files are moved, so that a run is never split over two folders.
-    """
+    """Move an earlier run's files into new folders earlier-TIME next to them; return these folders."""
     stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
     made: list[Path] = []
     # The history goes last: without checkpoints there is nothing to resume, but checkpoints need their history.
-    parts = [(Path(save_dir), [CHECKPOINT_PATTERN, ROLLING_NAME]), (Path(log_dir), [HISTORY_PATTERN])]
-    with signals_delayed():
-        for folder, patterns in parts:
-            files = [path for pattern in patterns for path in sorted(folder.glob(pattern))]
-            if not files:
-                continue
-            aside, again = folder / f"earlier-{stamp}", 1
-            while aside.exists():
-                again += 1
-                aside = folder / f"earlier-{stamp}-{again}"
-            aside.mkdir()
-            for path in files:
-                path.rename(aside / path.name)
-            made.append(aside)
+    for folder, patterns in ((save_dir, [CHECKPOINT_PATTERN, ROLLING_NAME]), (log_dir, [HISTORY_PATTERN])):
+        files = [path for pattern in patterns for path in sorted(Path(folder).glob(pattern))]
+        if not files:
+            continue
+        aside, again = Path(folder) / f"earlier-{stamp}", 1
+        while aside.exists():
+            again += 1
+            aside = Path(folder) / f"earlier-{stamp}-{again}"
+        aside.mkdir()
+        for path in files:
+            path.rename(aside / path.name)
+        made.append(aside)
     return made

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from runtime import files, signals
+from runtime import signals
 
 PARENT = "STOP_WITH_PARENT"  # environment variable with the pool's process id, for distributed.orphaned()
 SECONDS_BETWEEN_LOOKS = 0.1
@@ -46,10 +46,9 @@ def places(device: str, threads: int | None = None) -> list[str]:
 
 
 def start(job: Job, threads: int) -> None:
-    """Start a job's process. OSError if it cannot be started or its output is not a regular file."""
+    """Start a job's process. OSError if it cannot be started or its output cannot be written."""
     job.output.parent.mkdir(parents=True, exist_ok=True)
-    with open(job.output, "ab", opener=lambda path, mode: os.open(path, mode | files.NO_LINKS, 0o666)) as output:
-        files.check_regular(job.output, os.fstat(output.fileno()))
+    with open(job.output, "ab") as output:
         job.begin = output.tell()
         environment = {**os.environ, "OMP_NUM_THREADS": str(threads), PARENT: str(os.getpid())}
         # In its own session: otherwise Ctrl-C in a terminal reaches it twice, and the second ends it unsaved.

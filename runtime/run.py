@@ -100,7 +100,7 @@ class Run:
 
     def lock_folders(self) -> None:
         # Kept by rank 0 alone: a lock ends with what holds it.
-        self.held = files.lock_folders(self.config.log_dir, self.config.save_dir)
+        self.held = files.FolderLocks(self.config.log_dir, self.config.save_dir)
 
     def release(self) -> None:
         """Give up the folders, so that another run in this process may use them."""
@@ -115,13 +115,9 @@ class Run:
         self.model, self.trainer = model, trainer
         source = self.earlier or parent
         if source:
-            try:
-                checkpoints.load_state(model, trainer.optimizer, source)
-            except ValueError:
-                if self.earlier:
-                    raise
-                model.load_state_dict(source["model_state_dict"])
-                self.console.note("the optimizer starts anew: its state does not fit that of the run it branches from")
+            checkpoints.load_weights(model, source, source["path"])
+            if not checkpoints.load_moments(trainer.optimizer, source):
+                self.console.note(f"the optimizer starts anew: the state in {source['path']} is not one of its kind")
             self.step = self.saved_step = source["step"]
             self.began -= source["seconds"]
             own = {"config", "asked", "derived", "environment"} if self.earlier else {

@@ -2,7 +2,6 @@
 
 import copy
 import dataclasses
-import errno
 import math
 import os
 import re
@@ -47,26 +46,11 @@ def one_line(error):
 
 # ---- the files ------------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("edit", [
-    {"step": -1}, {"step": 1.0}, {"step": None}, {"step": True}, {"logged": "1"}, {"epoch": math.nan},
-    {"seconds": None}, {"largest_loss": "1"}, {"config": None}, {"config": {"seed": "1"}}, {"config": {"depth": 10**6}},
-    {"config": {"width": 10**6}}, {"sizes": 5}, {"sizes": {**SIZES, "in_shape": None}}, {"derived": []},
-    {"derived": {"threads": 10**9}}, {"derived": {"threads": 0}}, {"derived": {"data": 5}}, {"model_state_dict": None},
-    {"model_state_dict": {}}, {"model_state_dict": {"weight": 5}}, {"model_state_dict": {1: torch.ones(2)}},
-    {"model_state_dict": {"weight": torch.eye(2).to_sparse()}}, {"model_state_dict": {"weight": "quantised"}},
-    {"model_state_dict": {"weight": torch.ones(2, device="meta")}},
-    {"model_state_dict": {"weight": torch.ones(1).expand(10**12)}}, {"optimizer_state_dict": None},
-    {"optimizer_state_dict": {}}, {"optimizer_state_dict": {"state": {0: 5}}},
-    {"optimizer_state_dict": {"state": {0: {"exp_avg": torch.ones(1).expand(10**12)}}}},
-], ids=lambda edit: "-".join([*edit, *map(str, edit.values())])[:60])
-@pytest.mark.filterwarnings("ignore")  # of quantised and sparse tensors
+@pytest.mark.parametrize("edit", [{"step": None}, {"seconds": "1"}, {"config": None}, {"model_state_dict": 5}], ids=str)
 def test_an_edited_checkpoint_is_refused_in_one_line(tmp_path, edit):
-    path = checkpoints.save_checkpoint(tmp_path, make_state(5, largest_loss=-math.inf))
-    assert checkpoints.load_checkpoint(path)["step"] == 5
-    if edit == {"model_state_dict": {"weight": "quantised"}}:
-        edit = {"model_state_dict": {"weight": torch.quantize_per_tensor(torch.ones(2), 1.0, 0, torch.qint8)}}
+    path = checkpoints.save_checkpoint(tmp_path, make_state(5))
     torch.save({**make_state(5), **edit}, path)
-    with pytest.raises(ValueError, match="is not a checkpoint of this program: |is damaged or not") as error:
+    with pytest.raises(ValueError, match="is not a checkpoint of this program") as error:
         checkpoints.load_checkpoint(path)
     assert str(path) in one_line(error)
     notes = []
@@ -74,8 +58,7 @@ def test_an_edited_checkpoint_is_refused_in_one_line(tmp_path, edit):
 
 
 def test_a_checkpoint_that_cannot_be_read_says_why(tmp_path):
-    os.mkfifo(tmp_path / "fifo")
-    for name, said in (("none", "No such file"), (".", "not a regular file"), ("fifo", "not a regular file")):
+    for name, said in (("none", "No such file"), (".", "Is a directory")):
         with pytest.raises(ValueError, match=f"cannot be read: .*{said}") as error:
             checkpoints.load_checkpoint(tmp_path / name)
         one_line(error)
@@ -132,20 +115,6 @@ def test_damaged_checkpoints_do_not_count_among_those_kept(tmp_path, keep, sound
     path = checkpoints.save_checkpoint(tmp_path, make_state(5), keep)
     assert [step for step in steps_left(tmp_path) if step not in (3, 9)] == sound
     assert checkpoints.load_checkpoint(path)["step"] == 5
-
-
-def test_a_checkpoint_that_cannot_be_read_stays(tmp_path, monkeypatch):
-    for step in (3, 4, 5):
-        checkpoints.save_checkpoint(tmp_path, make_state(step))
-
-    def intact(path, intact=checkpoints.intact):
-        if checkpoints.step_in_name(path) == 5:
-            raise PermissionError(errno.EACCES, "Permission denied", str(path))
-        return intact(path)
-
-    monkeypatch.setattr(checkpoints, "intact", intact)
-    checkpoints.save_checkpoint(tmp_path, make_state(6), 2)
-    assert steps_left(tmp_path) == [4, 5, 6]
 
 
 # ---- continuing -----------------------------------------------------------------------------------------------------
@@ -257,8 +226,8 @@ def test_a_history_and_a_checkpoint_that_do_not_go_together_are_refused(tmp_path
 
 def test_a_history_with_other_values_or_none_is_refused(tmp_path):
     run_on_disk(tmp_path)
-    edit_history(tmp_path, train_loss=[None] * 3)
-    refused(tmp_path, "or their values differ")
+    edit_history(tmp_path, seconds=[1.0, 2.0, 6.5])
+    refused(tmp_path, "are not of one run: .* after 6.5 s")
     run_on_disk(tmp_path)
     edit_history(tmp_path, seconds=[None] * 3)
     refused(tmp_path, "is damaged: its 'seconds'")
@@ -281,7 +250,7 @@ OPTIMIZERS = {
     "sgd": lambda parameters: torch.optim.SGD(parameters, lr=0.1, fused=True),
     "momentum": lambda parameters: torch.optim.SGD(parameters, lr=0.1, momentum=0.9, fused=True),
     "adam": lambda parameters: torch.optim.Adam(parameters, lr=0.1, fused=True),
-    "adamw": lambda parameters: torch.optim.AdamW(parameters, lr=0.1, amsgrad=True),
+    "adamw": lambda parameters: torch.optim.AdamW(parameters, lr=0.1, fused=True),
 }
 
 
@@ -307,8 +276,13 @@ def trained(kind, steps=2, dtype=torch.float32, memory_format=torch.contiguous_f
 
 
 def checkpoint_of(model, optimizer, step=2):
-    return {"step": step, "path": "checkpoints/5.pt", "model_state_dict": copy.deepcopy(model.state_dict()),
+    return {"step": step, "model_state_dict": copy.deepcopy(model.state_dict()),
             "optimizer_state_dict": copy.deepcopy(optimizer.state_dict())}
+
+
+def load(model, optimizer, checkpoint):
+    checkpoints.load_weights(model, checkpoint, "5.pt")
+    assert checkpoints.load_moments(optimizer, checkpoint)
 
 
 def assert_same(model, other):
@@ -323,7 +297,7 @@ def test_a_loaded_state_goes_on_as_if_it_had_not_been_saved(kind, dtype):
     checkpoint = checkpoint_of(model, optimizer)
     train(model, optimizer, range(2, 5))
     again, its_optimizer = trained(kind, 0, dtype)
-    checkpoints.load_state(again, its_optimizer, checkpoint)
+    load(again, its_optimizer, checkpoint)
     train(again, its_optimizer, range(2, 5))
     assert_same(again, model)
 
@@ -335,7 +309,7 @@ def test_the_moments_take_on_the_memory_layout_of_this_runs_weights(kind, format
     """Fused optimizers read weights and moments as if they had the same layout."""
     model, optimizer = trained(kind, memory_format=formats[0])
     again, its_optimizer = trained(kind, 0, memory_format=formats[1])
-    checkpoints.load_state(again, its_optimizer, checkpoint_of(model, optimizer))
+    load(again, its_optimizer, checkpoint_of(model, optimizer))
     for parameter, state in its_optimizer.state.items():
         assert all(value.stride() == parameter.stride() for value in state.values() if value.ndim)
     train(model, optimizer, [2])
@@ -347,55 +321,25 @@ def test_the_moments_take_on_the_memory_layout_of_this_runs_weights(kind, format
 def test_the_settings_of_the_parameter_groups_stay_this_runs():
     again = network()
     its_optimizer = torch.optim.Adam(again.parameters(), lr=0.5, weight_decay=0.25)
-    checkpoints.load_state(again, its_optimizer, checkpoint_of(*trained("adam")))
+    load(again, its_optimizer, checkpoint_of(*trained("adam")))
     (group,) = its_optimizer.param_groups
     assert group["lr"] == 0.5 and group["weight_decay"] == 0.25 and not group["fused"]
 
 
-def does_not_load(kind, checkpoint, said):
-    """Loading fails in one line that names the file, and leaves model and optimizer as they were."""
-    model, optimizer = trained(kind, 0)
-    weights = copy.deepcopy(model)
-    with pytest.raises(ValueError, match=f"does not fit the {said}|do not fit the {said}") as error:
-        checkpoints.load_state(model, optimizer, checkpoint)
-    assert checkpoint["path"] in one_line(error)
-    assert_same(model, weights)
-    assert not optimizer.state_dict()["state"]
-
-
-@pytest.mark.parametrize("kind, name", [("momentum", "momentum_buffer"), ("adam", "exp_avg"), ("adam", "step"),
-                                        ("adamw", "max_exp_avg_sq")])
-@pytest.mark.parametrize("wrong", [
-    lambda value: torch.ones(7), lambda value: value.long(), lambda value: torch.zeros(0), lambda value: 1.0,
-    lambda value: None, lambda value: torch.ones(()) if value.ndim else torch.ones(1)])
-def test_moments_of_the_wrong_shape_or_dtype_are_refused(kind, name, wrong):
-    checkpoint = checkpoint_of(*trained(kind))
-    entries = checkpoint["optimizer_state_dict"]["state"][0]
-    entries[name] = wrong(entries[name])
-    does_not_load(kind, checkpoint, "optimizer")
-    does_not_load(kind, {**checkpoint, "step": 0}, "optimizer")
-
-
-@pytest.mark.parametrize("edit", [
-    lambda state: state.clear(), lambda state: state.pop(3), lambda state: state[3].clear(),
-    lambda state: state.update({17: state[0]}), lambda state: state[1].update(extra=torch.ones(3)),
-    lambda state: [entries.pop("exp_avg") for entries in state.values()]])
-def test_missing_or_additional_moments_are_refused(edit):
-    checkpoint = checkpoint_of(*trained("adam"))
-    edit(checkpoint["optimizer_state_dict"]["state"])
-    does_not_load("adam", checkpoint, "optimizer")
-
-
-@pytest.mark.parametrize("before, now", [("adam", "sgd"), ("momentum", "adam"), ("sgd", "adam"), ("adam", "adamw")])
-def test_the_state_of_another_optimizer_is_refused(before, now):
-    does_not_load(now, checkpoint_of(*trained(before)), "optimizer")
+@pytest.mark.parametrize("before, now", [("adam", "sgd"), ("momentum", "adam"), ("sgd", "adam"), ("adam", "momentum")])
+def test_the_state_of_another_optimizer_or_precision_is_not_loaded(before, now):
+    for kind, dtype in ((now, torch.float32), (before, torch.float64)):
+        optimizer = trained(kind, 0, dtype)[1]
+        if (before, dtype) != ("sgd", torch.float64):  # which has no state
+            assert not checkpoints.load_moments(optimizer, checkpoint_of(*trained(before)))
+        assert not optimizer.state_dict()["state"]
 
 
 @pytest.mark.parametrize("kind", OPTIMIZERS)
 def test_before_the_first_step_there_is_no_state_yet(kind):
     model, optimizer = trained(kind, 0)
     again = trained(kind, 1)
-    checkpoints.load_state(*again, checkpoint_of(model, optimizer, step=0))
+    load(*again, checkpoint_of(model, optimizer, step=0))
     assert_same(again[0], model)
     assert not again[1].state_dict()["state"]
 
@@ -403,12 +347,13 @@ def test_before_the_first_step_there_is_no_state_yet(kind):
 @pytest.mark.parametrize("edit", [
     lambda weights: weights.pop("3.bias"), lambda weights: weights.update(extra=torch.ones(2)),
     lambda weights: weights.update({"3.weight": weights["3.weight"].T}),
-    lambda weights: weights.update({"3.weight": weights["3.weight"].double()}),
-    lambda weights: weights.update({"1.num_batches_tracked": torch.tensor(1.0)})])
+    lambda weights: weights.update({"3.weight": 5})])
 def test_weights_that_do_not_fit_are_refused(edit):
     checkpoint = checkpoint_of(*trained("adam"))
     edit(checkpoint["model_state_dict"])
-    does_not_load("adam", checkpoint, "network")
+    with pytest.raises(ValueError, match="^5.pt: its weights do not fit the network") as error:
+        checkpoints.load_weights(network(), checkpoint, "5.pt")
+    one_line(error)
 
 
 def test_a_rolling_checkpoint_names_no_step(tmp_path):

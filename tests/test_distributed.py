@@ -109,7 +109,7 @@ def run_two(folder, *flags, launcher=by_torchrun):
 def is_locked(folder):
     """Return whether a run holds the folders in folder."""
     try:
-        files.lock_folders(folder / "logs", folder / "checkpoints").release()
+        files.FolderLocks(folder / "logs", folder / "checkpoints").release()
     except (ValueError, OSError):
         return True
     return False
@@ -402,7 +402,7 @@ def test_what_the_first_process_alone_finds_ends_both(tmp_path):
     folder = run_two(tmp_path, *FLAGS, "--n_steps=5")
     assert statuses(start_two(tmp_path, *FLAGS, "--n_steps=5", "--resume", "--seed=7")) == [2, 2]
     assert "belongs to another experiment: --seed was 42, is 7" in printed(tmp_path)[0]
-    held = files.lock_folders(folder / "logs", folder / "checkpoints")
+    held = files.FolderLocks(folder / "logs", folder / "checkpoints")
     assert statuses(start_two(tmp_path, *FLAGS, "--n_steps=5")) == [2, 2]
     assert "another run is writing to" in printed(tmp_path)[0] and printed(tmp_path)[1] == ""
     held.release()

@@ -80,33 +80,20 @@ def test_two_writers_of_one_file_do_not_disturb_each_other(tmp_path, monkeypatch
     assert (tmp_path / "file").read_bytes() == b"mine" and names_in(tmp_path) == {"file"}
 
 
-def test_nothing_is_written_through_a_link(tmp_path, monkeypatch):
+def test_no_file_is_written_through_a_link(tmp_path, monkeypatch):
     victim, folder = tmp_path / "victim", tmp_path / "logs"
     victim.write_bytes(b"precious")
     folder.mkdir()
     monkeypatch.setattr(files.secrets, "token_hex", lambda _n: "0")
-    for name in ("file", "rows", ".lock", ".part.0.part"):
+    for name in ("file", ".lock", ".part.0.part"):
         (folder / name).symlink_to(victim)
     files.write_atomically(folder / "file", b"new")
     assert (folder / "file").read_bytes() == b"new" and not (folder / "file").is_symlink()
-    with pytest.raises(OSError, match="rows"):
-        files.append_line(folder / "rows", b"line")
     with pytest.raises(OSError, match="part"):
         files.write_atomically(folder / "part", b"new")
     with pytest.raises(OSError, match=f"^cannot write to {re.escape(str(folder))}: "):
-        files.lock_folders(folder, folder)
+        files.FolderLocks(folder, folder)
     assert victim.read_bytes() == b"precious"
-
-
-def test_a_fifo_is_refused_and_does_not_block(tmp_path):
-    os.mkfifo(tmp_path / ".lock")
-    with pytest.raises(OSError):
-        files.append_line(tmp_path / ".lock", b"line")
-    with pytest.raises(OSError, match="not a regular file") as error:
-        files.check_regular(tmp_path / ".lock")
-    one_line(error)
-    with pytest.raises(OSError, match="cannot write to .*not a regular file"):
-        files.lock_folders(tmp_path, tmp_path)
 
 
 def test_room_is_checked_by_writing_and_nothing_stays(tmp_path, monkeypatch):
@@ -128,21 +115,21 @@ def test_room_is_checked_by_writing_and_nothing_stays(tmp_path, monkeypatch):
 
 def test_a_locked_folder_is_refused_until_it_is_released(tmp_path):
     a, b, c = (tmp_path / name for name in "abc")
-    locks = files.lock_folders(a, b)
+    locks = files.FolderLocks(a, b)
     for other in ((b, b), (c, b)):
         with pytest.raises(ValueError, match=f"^another run is writing to {re.escape(str(b))}: ") as error:
-            files.lock_folders(*other)
+            files.FolderLocks(*other)
         one_line(error)
         del error  # its traceback holds the lock on c
     locks.check()
     locks.release()
-    files.lock_folders(b, c).release()
+    files.FolderLocks(b, c).release()
 
 
 def test_one_folder_under_two_names_is_locked_once(tmp_path):
     (tmp_path / "a").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "a")
-    locks = files.lock_folders(tmp_path / "a", tmp_path / "link")
+    locks = files.FolderLocks(tmp_path / "a", tmp_path / "link")
     assert len(locks.locks) == 1
     locks.check()
     (tmp_path / "link").unlink()
@@ -155,11 +142,11 @@ def test_one_folder_under_two_names_is_locked_once(tmp_path):
 def test_the_lock_ends_with_a_process_that_is_killed(tmp_path):
     child = os.fork()
     if child == 0:
-        locks = files.lock_folders(tmp_path, tmp_path)
+        locks = files.FolderLocks(tmp_path, tmp_path)
         os.kill(os.getpid(), signal.SIGKILL if locks else signal.SIGTERM)
     _, status = os.waitpid(child, 0)
     assert os.WTERMSIG(status) == signal.SIGKILL
-    files.lock_folders(tmp_path, tmp_path).release()
+    files.FolderLocks(tmp_path, tmp_path).release()
 
 
 @pytest.mark.parametrize("code, kind, said", [
@@ -172,7 +159,7 @@ def test_a_folder_without_locks_is_refused(tmp_path, monkeypatch, recwarn, code,
     monkeypatch.setattr(fcntl, "flock", flock)
     for _ in range(2):  # the second run finds what the first left there
         with pytest.raises(kind, match=said) as error:
-            files.lock_folders(tmp_path, tmp_path)
+            files.FolderLocks(tmp_path, tmp_path)
         assert str(tmp_path) in one_line(error)
     assert not recwarn.list
 
@@ -188,13 +175,13 @@ def test_a_requeued_job_waits_for_the_lock_of_its_dead_node(tmp_path, monkeypatc
         monkeypatch.delenv("SLURM_RESTART_COUNT", raising=False)
         if count:
             monkeypatch.setenv("SLURM_RESTART_COUNT", count)
-        files.lock_folders(tmp_path, tmp_path)
+        files.FolderLocks(tmp_path, tmp_path)
     assert waited[0] == waited[1] < 10 and waited[2] > 90  # an NFS server's lease lasts 90 seconds
 
 
 def test_a_run_whose_folder_vanished_or_was_replaced_notices_it(tmp_path):
     logs, saves = tmp_path / "logs", tmp_path / "checkpoints"
-    locks = files.lock_folders(logs, saves)
+    locks = files.FolderLocks(logs, saves)
     logs.rename(tmp_path / "moved")
     with pytest.raises(FileNotFoundError, match=f"^{re.escape(str(logs))} was removed") as error:
         locks.check()
@@ -202,7 +189,7 @@ def test_a_run_whose_folder_vanished_or_was_replaced_notices_it(tmp_path):
     logs.mkdir()
     with pytest.raises(OSError, match="was removed or replaced"):
         locks.check()
-    other = files.lock_folders(logs, tmp_path / "c")
+    other = files.FolderLocks(logs, tmp_path / "c")
     with pytest.raises(OSError, match="was removed or replaced") as error:
         locks.check()
     assert not isinstance(error.value, FileNotFoundError) and str(logs) in one_line(error)
@@ -214,12 +201,11 @@ def test_a_run_whose_folder_vanished_or_was_replaced_notices_it(tmp_path):
 
 
 def test_what_a_killed_run_was_writing_is_removed(tmp_path):
-    stale = [".checkpoint_epoch_0000001_step_000000005.pt.0a.part", ".rolling.pt.0a.part",
-             ".training_history.json.0a.part", ".training_history.rows.jsonl.0a.part"]
-    others = [".mine.part", "rolling.pt", ".training_history.png.0a.part"]  # plot.py may be writing the last
+    stale = [".checkpoint_epoch_0000001_step_000000005.pt.0123456789abcdef.part", ".rolling.pt.0123456789abcdef.part"]
+    others = [".mine.part", "rolling.pt"]
     for name in [*stale, *others]:
         (tmp_path / name).touch()
-    files.lock_folders(tmp_path, tmp_path)
+    files.FolderLocks(tmp_path, tmp_path)
     assert names_in(tmp_path) == {*others, ".lock"}
 
 
@@ -228,10 +214,10 @@ def test_what_a_killed_run_was_writing_is_removed(tmp_path):
 def test_a_folder_that_cannot_be_made(tmp_path, make):
     make(tmp_path / "logs")
     with pytest.raises(OSError, match=f"^cannot write to {re.escape(str(tmp_path / 'logs'))}: ") as error:
-        files.lock_folders(tmp_path / "logs", tmp_path)
+        files.FolderLocks(tmp_path / "logs", tmp_path)
     one_line(error)
     with pytest.raises(OSError, match="^cannot write to /proc: "):
-        files.lock_folders("/proc", tmp_path)
+        files.FolderLocks("/proc", tmp_path)
 
 
 def test_a_full_disk_at_the_start_keeps_its_number(tmp_path, monkeypatch):
@@ -240,7 +226,7 @@ def test_a_full_disk_at_the_start_keeps_its_number(tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "mkdir", mkdir)
     with pytest.raises(OSError, match="No space left on device") as error:
-        files.lock_folders(tmp_path / "logs", tmp_path / "logs")
+        files.FolderLocks(tmp_path / "logs", tmp_path / "logs")
     assert error.value.errno == errno.ENOSPC and str(tmp_path / "logs") in one_line(error)
 
 
@@ -268,18 +254,3 @@ def test_an_earlier_run_is_moved_aside_whole_and_nothing_else(tmp_path):
     assert files.move_aside(*folders) == []
     earlier_run(tmp_path)
     assert {*files.move_aside(*folders)}.isdisjoint({aside, its_logs})  # in the same second
-
-
-def test_ctrl_c_while_files_are_moved_aside_waits_until_all_are(tmp_path, monkeypatch):
-    folders = earlier_run(tmp_path)
-    rename, before = files.Path.rename, signal.getsignal(signal.SIGINT)
-
-    def interrupted(path, target):
-        signal.raise_signal(signal.SIGINT)
-        return rename(path, target)
-
-    monkeypatch.setattr(files.Path, "rename", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        files.move_aside(*folders)
-    assert all(len(names_in(folder)) == 1 for folder in folders)
-    assert signal.getsignal(signal.SIGINT) is before

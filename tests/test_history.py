@@ -93,36 +93,14 @@ def test_a_history_that_has_just_begun_and_one_of_an_older_program(tmp_path):
 
 
 @pytest.mark.parametrize("edit, said", [
-    ({"step": [0, "1"]}, "step"), ({"step": [0, None]}, "step"), ({"step": [-1, 0]}, "step does not rise"),
-    ({"step": [0, 0]}, "step does not rise"), ({"step": [False, True]}, "step"), ({"step": None}, "step"),
-    ({"seconds": [None, None]}, "seconds"), ({"test_acc": [0.5, None]}, "test_acc"),
-    ({"train_loss": [0.5, True]}, "train_loss"), ({"train_loss": [0.5, 10**400]}, "train_loss"),
-    ({"train_loss": {"a": [0.5, 0.5]}}, "train_loss"), ({"max_batch_loss": ["1", "2"]}, "max_batch_loss"),
-    ({"adv_acc": [0.5, 0.5]}, "adv_acc"), ({"adv_acc": {"0.1": [0.5, "0.5"]}}, "adv_acc"),
-    ({"adv_acc": {"small": [0.5, 0.5]}}, "adv_acc"), ({"robust_acc": {"0.1": [[0.5], 0.5]}}, "robust_acc"),
-    ({"local_complexity": {"train": [1.5, 1.5]}}, "local_complexity"),
-    ({"local_complexity": {"train": {"wide": [[1.5], [1.5]]}}}, "local_complexity"),
-    ({"local_complexity": {"train": {"0.05": [1.5, 1.5]}}}, "local_complexity"),
-    ({"local_complexity": {"train": {"0.05": [[1.5] * 3, [1.5] * 3]}}}, "another number of layers"),
-    ({"layers": {}, "local_complexity": {"train": {"0.05": [[1.5], [1.5, 2.5]]}}}, "another number of layers"),
-    ({"layers": {"names": 5}}, "layers"), ({"layers": []}, "layers"), ({"environment": 5}, "layers or env"),
-    ({"outcomes": ["f8", "f8"]}, "outcomes"), ({"outcomes": {"test": ["f8", "g8"]}}, "outcomes"),
-    ({"outcomes": {"test": ["f8", "f"]}}, "outcomes"), ({"outcomes": {"test": ["f8", "f80"]}}, "outcomes"),
-    ({"outcomes": {"robust": ["0001", "00011"]}}, "outcomes"), ({"outcomes": {"adv": ["8", "8"]}}, "outcomes"),
-    ({"outcomes": {"adv": {"0.1": ["8", "88"]}}}, "outcomes"),
+    ({"step": [0, None]}, "step"), ({"step": [0, 0]}, "step does not rise"), ({"step": None}, "step"),
+    ({"seconds": [None, None]}, "seconds"), ({"train_loss": ["0.5", 1]}, "train_loss"),
+    ({"adv_acc": {"0.1": [0.5, "0.5"]}}, "adv_acc"), ({"outcomes": {"test": 5}}, "outcomes"),
+    ({"local_complexity": {"train": {"0.05": [["1.5"], [1.5]]}}}, "local_complexity"),
     ({"train_acc": [0.5]}, "differ in length"), ({"unknown": {"deep": [1, 2, 3]}}, "differ in length"),
-    ({"note": "mine"}, "note"), ({"unknown": [{}, {}]}, "unknown"),
-    ({"unknown": {"a": {"b": {"c": {"d": [1, 2]}}}}}, "unknown"),
-    ({"warnings": None}, "warnings"), ({"warnings": ["late"]}, "warnings"),
-    ({"warnings": [{"step": None, "text": "late"}]}, "warnings"),
-    ({"warnings": [{"step": 0, "text": "late", "kind": []}]}, "warnings"),
-    ({"config": []}, "config"), ({"config": {"seed": "1"}}, "config"),
-    ({"config": {"epsilons": 0.1}}, "config"), ({"derived": ["x"]}, "derived"),
-    ({"derived": {"data": 5}}, "derived"), ({"derived": {"threads": 10**9}}, "threads"),
-    ({"sizes": None}, "sizes"), ({"sizes": {**BESIDE["sizes"], "test": 0}}, "sizes"),
-    ({"sizes": {**BESIDE["sizes"], "in_shape": [1, 8]}}, "sizes"),
-    ({"sizes": {**BESIDE["sizes"], "in_shape": None}}, "sizes"), ({"sizes": {"train": 5, "test": 7}}, "sizes"),
-    ({"version": 2}, "of version 2"), ({"version": "1\n"}, "of version '1\\n'"),
+    ({"note": "mine"}, "note"), ({"unknown": [{}, {}]}, "unknown"), ({"warnings": None}, "warnings"),
+    ({"warnings": [{"text": "late"}]}, "warnings"), ({"config": []}, "config"), ({"sizes": None}, "sizes"),
+    ({"layers": []}, "layers"), ({"version": 2}, "of version 2"), ({"version": "1\n"}, "of version '1\\n'"),
 ], ids=str)
 def test_an_edited_history_is_refused_in_one_line(tmp_path, edit, said):
     path = tmp_path / "history.json"
@@ -132,20 +110,17 @@ def test_an_edited_history_is_refused_in_one_line(tmp_path, edit, said):
     assert said in str(error.value) and str(path) in str(error.value) and "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("lacking", ["test_acc", "local_complexity", "robust_acc", "seconds"])
-def test_a_history_without_what_every_program_wrote_is_refused(tmp_path, lacking):
+def test_a_history_without_what_every_program_wrote_is_refused(tmp_path):
     history = make_history(0, 1)
-    del history[lacking]
+    del history["test_acc"], history["robust_acc"]
     write_history(tmp_path / "history.json", history)
-    with pytest.raises(ValueError, match=f"it has no {lacking}"):
+    with pytest.raises(ValueError, match="it has no robust_acc, test_acc"):
         read_history(tmp_path / "history.json")
 
 
 @pytest.mark.parametrize("content, said", [
     ("", "is not a JSON file"), ("{", "is not a JSON file"), ("[" * 100_000, "is not a JSON file"),
-    ("[]", "is not a training history"), ('{"version": 1, "step": []}', "is not a training history"),
-    (json.dumps(make_history(0))[:-1] + ', "deep": ' + "[" * 900 + "1" + "]" * 900 + "}", "deep"),
-    (json.dumps(make_history(0))[:-1] + ', "deep": ' + '{"a":' * 900 + "1" + "}" * 900 + "}", "deep")])
+    ("[]", "is not a training history"), ('{"version": 1, "step": []}', "is not a training history")])
 def test_what_is_not_a_history_is_refused_in_one_line(tmp_path, content, said):
     (tmp_path / "history.json").write_text(content)
     with pytest.raises(ValueError, match=said):
@@ -235,17 +210,12 @@ def test_a_last_line_cut_off_by_a_kill_is_ignored_and_another_run_s_rows_are(tmp
     with pytest.raises(ValueError, match="damaged: training_history.rows.jsonl; remove that file") as error:
         read_history(file.path)
     assert "\n" not in str(error.value)
-    file.rows_path.write_bytes(content.replace(b'"0001"', b'"001"', 1))
-    with pytest.raises(ValueError, match="outcomes"):
-        read_history(file.path)
     file.rows_path.write_bytes(content.replace(b'"seconds": 1.0', b'"seconds": 1.5'))
     file.flush(history)
     assert read_history(file.path) == {key: value for key, value in history.items() if key != "outcomes"}
 
 
-@pytest.mark.parametrize("line", [b"5", b"[]", b"{}", b'{"step": 9}', b'{"step": 9, "warnings": 5}',
-                                  json.dumps({**row(9), "warnings": [], "adv_acc": 5}).encode(),
-                                  json.dumps({**row(9), "warnings": [5]}).encode(),
+@pytest.mark.parametrize("line", [b"5", b'{"step": 9}', json.dumps({**row(9), "warnings": [], "adv_acc": 5}).encode(),
                                   json.dumps({**row(0), "warnings": []}).encode()])
 def test_a_foreign_line_among_the_rows_is_refused_in_one_line(tmp_path, clock, line):
     history = make_history()

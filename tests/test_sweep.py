@@ -173,17 +173,6 @@ def test_other_images_in_the_folder_of_a_complete_run_are_refused(swept, tmp_pat
     assert ": failed: train.py: error: " in said and "0 of them complete already" in said
 
 
-@pytest.mark.parametrize("link", ["output.txt", "logs", "checkpoints", "."])
-def test_nothing_of_a_run_is_written_through_a_link(swept, link, tmp_path):
-    folder = folder_name(parse_args(FLAGS))
-    (tmp_path / "private").mkdir()
-    (folder / link).parent.mkdir(parents=True)
-    (folder / link if link != "." else folder).symlink_to(tmp_path / "private")
-    error = swept("--n_steps=4", "--no_plot", status=2).err
-    assert "is a symbolic link: remove it" in error and error.count("\n") == 1
-    assert not list((tmp_path / "private").iterdir())
-
-
 def test_a_figure_that_cannot_be_drawn_is_one_line(swept, monkeypatch):
     def fail(*_):
         raise RuntimeError("no LaTeX\nhere")
