@@ -38,7 +38,7 @@ from flags import OneLineParser, number
 DEFAULT_IMAGE_SIZE = 128
 IMAGE_FORMATS = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP")  # those of IMG_EXTENSIONS; EPS would start Ghostscript
 IMAGENETTE_COUNTS = {"train": 9469, "val": 3925}
-DOWNLOAD_TIMEOUT = 15  # seconds without an answer; without it, a firewall that drops packets holds a run for minutes
+DOWNLOAD_TIMEOUT = 15  # seconds without an answer; a firewall that drops packets would hold a run for minutes
 LARGEST_MODULUS = 500  # its pairs take 250 MB
 SUBSET, LABEL_NOISE, SPLIT = range(3)  # what a random generator is for; it is seeded by (seed, purpose)
 NPZ_NAMES = (("x_train", "y_train", "x_test", "y_test"),
@@ -170,8 +170,8 @@ def read_dataset(name: str, data_dir: str | Path, **options: Any) -> Dataset:
             raise NotADirectoryError(f"{path} is not a directory: give the data directory with --data_dir")
         if not os.access(path, os.R_OK | os.X_OK):
             raise PermissionError(f"no permission to read {path}: change its mode or give another --data_dir")
-    x_train, y_train, x_test, y_test, num_classes = source.read(
-        name, path, **{option: options[option] for option in source.options if options[option] is not None})
+    given = {option: options[option] for option in source.options if options[option] is not None}
+    x_train, y_train, x_test, y_test, num_classes = source.read(name, path, **given)
     if x_train.shape[1:] != x_test.shape[1:]:
         raise ValueError(f"the training images of {name} are {shape_text(x_train)} and its test images "
                          f"{shape_text(x_test)}: files of two data sets are mixed in {path}")
@@ -373,16 +373,14 @@ def read_npz(name: str, path: str) -> Tensors:
 def check_arrays(x: np.ndarray, y: np.ndarray, images: str, labels: str) -> tuple[torch.Tensor, torch.Tensor]:
     """Return images (N, H, W) or (N, H, W, C) as (N, C, H, W), and labels (N,) or (N, 1) as int64 (N,).
 
-    ValueError: they have another shape or dtype, negative labels, or other lengths. It calls them `images`, `labels`.
+    ValueError: they have another shape or dtype, or negative labels. It calls them `images` and `labels`.
     """
-    if x.dtype != np.uint8:
-        raise ValueError(f"{images} has the dtype {x.dtype}: give uint8, values from 0 to 255")
-    if x.ndim not in (3, 4) or x.size == 0 or (x.ndim == 4 and x.shape[3] > 4):
-        raise ValueError(f"{images} has the shape {x.shape}: give (N, H, W), or (N, H, W, C) with 1 to 4 channels")
-    if y.dtype.kind not in "iu":
-        raise ValueError(f"{labels} has the dtype {y.dtype}: give integers")
-    if y.shape not in ((len(x),), (len(x), 1)):
-        raise ValueError(f"{labels} has the shape {y.shape}: give one label for each of the {len(x)} images")
+    if x.dtype != np.uint8 or x.ndim not in (3, 4) or x.size == 0 or (x.ndim == 4 and x.shape[3] > 4):
+        raise ValueError(f"{images} has the dtype {x.dtype} and the shape {x.shape}: give uint8, from 0 to 255, and "
+                         "(N, H, W), or (N, H, W, C) with 1 to 4 channels")
+    if y.dtype.kind not in "iu" or y.shape not in ((len(x),), (len(x), 1)):
+        raise ValueError(f"{labels} has the dtype {y.dtype} and the shape {y.shape}: give an integer label for each of "
+                         f"the {len(x)} images")
     y = y.astype(np.int64).reshape(-1)
     if y.min() < 0:
         raise ValueError(f"{labels} holds labels from {y.min()} to {y.max()}: number the classes from 0")
@@ -429,9 +427,10 @@ def scan(root: str, *names: str) -> dict[str, list[str]]:
     if not folders:
         raise FileNotFoundError(f"{root} has no folder {' or '.join(names)}/: the layout is train/CLASS/IMAGE and "
                                 "test/CLASS/IMAGE (or val/); give the folder that holds them with --data_dir")
-    found = ([path for path in visible(folder) if os.path.isdir(path) or not os.path.exists(path)]
-             for folder in folders)
-    classes = {path: find_images(path) for path in next(filter(None, found), [])}
+    classes: dict[str, list[str]] = {}
+    for folder in folders:
+        classes = classes or {path: find_images(path) for path in visible(folder)
+                              if os.path.isdir(path) or not os.path.exists(path)}
     empty = [path for path, images in classes.items() if not images] if classes else folders
     if empty:
         raise FileNotFoundError(f"no images in {empty[0]}: the layout is {os.path.join(root, names[0])}/CLASS/IMAGE, "
@@ -547,8 +546,8 @@ def shape_text(x: torch.Tensor) -> str:
 
 def like_mnist(dataset_class: type, url: str, statistics: tuple = ()) -> Source:
     files = (f"{split}-{kind}-ubyte.gz" for split in ("train", "t10k") for kind in ("images-idx3", "labels-idx1"))
-    return Source(partial(read_mnist, dataset_class), statistics, 1000, f"{', '.join(files)} from {url}",
-                  f"{dataset_class.__name__}/raw")
+    return Source(partial(read_mnist, dataset_class), statistics, train_size=1000,
+                  archives=f"{', '.join(files)} from {url}", folder=f"{dataset_class.__name__}/raw")
 
 
 TORONTO = "https://www.cs.toronto.edu/~kriz/"
