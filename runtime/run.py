@@ -117,6 +117,8 @@ class Run:
         if source:
             checkpoints.load_weights(model, source, source["path"])
             if not checkpoints.load_moments(trainer.optimizer, source):
+                if self.earlier:
+                    raise ValueError(f"{source['path']}: its state does not fit the optimizer of its config")
                 self.console.note(f"the optimizer starts anew: the state in {source['path']} is not one of its kind")
             self.step = self.saved_step = source["step"]
             self.began -= source["seconds"]

@@ -117,6 +117,20 @@ def test_damaged_checkpoints_do_not_count_among_those_kept(tmp_path, keep, sound
     assert checkpoints.load_checkpoint(path)["step"] == 5
 
 
+def test_a_checkpoint_that_cannot_be_read_stays(tmp_path, monkeypatch):
+    for step in (3, 4, 5):
+        checkpoints.save_checkpoint(tmp_path, make_state(step))
+
+    def is_intact(path, is_intact=checkpoints.is_intact):
+        if checkpoints.step_in_name(path) == 5:
+            raise PermissionError(13, "Permission denied", str(path))
+        return is_intact(path)
+
+    monkeypatch.setattr(checkpoints, "is_intact", is_intact)
+    checkpoints.save_checkpoint(tmp_path, make_state(6), 2)
+    assert steps_left(tmp_path) == [4, 5, 6]
+
+
 # ---- continuing -----------------------------------------------------------------------------------------------------
 
 def run_on_disk(folder, step=5, logged=3, steps=(0, 1, 5), rolling=False, weight=1.0, **flags):

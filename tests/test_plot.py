@@ -41,8 +41,8 @@ def make_history(steps, train, test, robust=None, complexity=None, radii=("0.05"
         "seconds": [1.0] * n, "robust_acc": robust,
         "adv_acc": {key: [v and min(1.0, v + 0.1) for v in values] for key, values in robust.items()},
         "local_complexity": {name: {radius: layers(scale) for radius in radii} for name, scale in points.items()},
-        "config": {"model": "mlp", "dataset": "digits", "depth": 3, "width": 8, "seed": 1, "log_dir": "logs", "batch_size": 200,
-                   **config},
+        "config": {"model": "mlp", "dataset": "digits", "depth": 3, "width": 8, "seed": 1, "log_dir": "logs",
+                   "batch_size": 200, **config},
         "sizes": {"train": 1000, "test": 1000, "attacked": 1000, "in_shape": [1, 8, 8], "num_classes": 10},
         "environment": {}, "warnings": []}
     return history if asked is None else {**history, "asked": asked}

@@ -1036,3 +1036,12 @@ def test_a_network_of_nans_is_never_right_and_has_no_local_complexity(tmp_path):
     for points in ("train", "test", "random"):
         assert history["local_complexity"][points]["0.05"][-1][-1] is None
     assert history["weight_norm"][-1] is None or history["weight_norm"][-1] > 1e20
+
+
+def test_a_checkpoint_whose_optimizer_state_is_lost_is_not_continued_from(tmp_path, capsys):
+    run_here(tmp_path, *SMALL, "--n_steps=6")
+    newest = sorted((tmp_path / "checkpoints").glob("*.pt"))[-1]
+    state = torch.load(newest)
+    torch.save({**state, "optimizer_state_dict": {"state": {}}}, newest)
+    run_here(tmp_path, *SMALL, "--n_steps=9", "--resume", status=2)
+    assert f"{newest}: its state does not fit the optimizer" in capsys.readouterr().err
