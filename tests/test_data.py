@@ -233,6 +233,13 @@ def test_modular_arithmetic(tmp_path, name, operation):
     assert sorted(pairs) == [(a, b) for a in range(7) for b in range(7)]  # each once
 
 
+def test_a_config_describes_its_modular_arithmetic():
+    config = dict(dataset="modular_addition", data_dir="", train_size="all", seed=3, image_size=None, label_noise=0.0)
+    dataset = data.from_config({**config, "modulus": 7, "train_fraction": 0.25})
+    assert dataset.x_train.shape == (12, 1, 2, 7) and len(dataset.x_test) == 37
+    assert len(data.from_config(config).x_train) == round(97**2 / 2)  # of an older program
+
+
 def test_modular_arithmetic_is_split_by_seed():
     first, again, other = (data.load_dataset("modular_addition", seed=seed) for seed in (1, 1, 2))
     assert first.x_train.shape == (4704, 1, 2, 97) and len(first.x_test) == 97**2 - 4704

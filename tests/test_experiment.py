@@ -22,7 +22,7 @@ EPSILONS = [0.02, 0.07, 0.15]
 FLAGS = ["--dataset=digits", "--width=12", "--depth=3", "--train_size=120", "--batch_size=40", "--n_steps=60",
          "--log_points=4", "--threads=1", "--device=cpu", "--no_plot", "--seed=7", "--lr=0.004", "--weight_decay=0.3",
          "--epsilons=0.02,0.07,0.15", "--pgd_steps=4", "--pgd_step_size=0.011", "--pgd_restarts=2", "--adv_size=90",
-         "--robust_budget=low", "--lc_samples=50", "--lc_directions=9", "--lc_radius=0.02,0.2", "--label_noise=0.2"]
+         "--robust_budget=low", "--lc_samples=50", "--lc_directions=9", "--lc_radius=0.2,0.02", "--label_noise=0.2"]
 
 
 # ---- training -------------------------------------------------------------------------------------------------------
