@@ -32,23 +32,21 @@ class OneLineParser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {message}\n")
 
 
-def number(kind: type, low: float | None = None, above: float | None = None, high: float | None = None) -> Callable:
+def number(kind: type, low: float = -math.inf, above: float = -math.inf, high: float = math.inf) -> Callable:
     """Return an argparse type: a finite int or float with low <= value <= high and above < value."""
-    high = 2**63 - 1 if kind is int and high is None else high  # PyTorch counts in int64
+    if kind is int:
+        high = min(high, 2**63 - 1)  # PyTorch counts in int64
 
     def parse(text: str):
         try:
             value = kind(text)
         except ValueError:
             raise argparse.ArgumentTypeError(f"'{text}' is not a {'whole ' if kind is int else ''}number") from None
-        if kind is float and not math.isfinite(value):
-            raise argparse.ArgumentTypeError(f"{text} is not finite")
-        if low is not None and value < low:
-            raise argparse.ArgumentTypeError(f"{text} is less than {low}")
-        if above is not None and value <= above:
-            raise argparse.ArgumentTypeError(f"{text} is not above {above}")
-        if high is not None and value > high:
-            raise argparse.ArgumentTypeError(f"{text} is more than {high}")
+        for wrong, why in ((kind is float and not math.isfinite(value), "is not finite"),
+                           (value < low, f"is less than {low}"), (value <= above, f"is not above {above}"),
+                           (value > high, f"is more than {high}")):
+            if wrong:
+                raise argparse.ArgumentTypeError(f"{text} {why}")
         return value
     return parse
 
@@ -70,7 +68,7 @@ def parse_epsilons(text: str) -> list[float]:
     if re.fullmatch(r"0,\d+", text):
         raise argparse.ArgumentTypeError(f"'{text}' lists two values: write {text.replace(',', '.')} or "
                                          f"{text.replace(',', ' ')}")
-    return [parse_epsilon(part) for part in text.split(",")]
+    return listed(parse_epsilon)(text)
 
 
 def parse_step_size(text: str) -> float:
@@ -118,10 +116,14 @@ def flag(default: Any, kind: str, help: str, **options: Any) -> Any:
     return dataclasses.field(default=default, metadata={"kind": kind, "help": help, **options})
 
 
-WHOLE = {"type": number(int, low=1), "metavar": "N"}
-POSITIVE = {"type": number(float, above=0), "metavar": "X"}
-NOT_NEGATIVE = {"type": number(float, low=0), "metavar": "X"}
-FRACTION = {"type": number(float, low=0, high=1), "metavar": "FRACTION"}
+def whole(low: int, metavar: str = "N", **limits: float) -> dict[str, Any]:
+    return {"type": number(int, low=low, **limits), "metavar": metavar}
+
+
+def real(metavar: str = "X", **limits: float) -> dict[str, Any]:
+    return {"type": number(float, **limits), "metavar": metavar}
+
+
 FOLDER = {"type": parse_folder, "metavar": "DIR"}
 GROUPS = {"model": "the network", "dataset": "the data", "optimizer": "training", "log_points": "the log steps",
           "log_dir": "files and interruptions", "device": "the machine"}
@@ -132,33 +134,30 @@ class Config:
     """The flags of a run. The types are those of a complete config (train.complete); None means: not decided yet."""
 
     model: str = flag("mlp", EXPERIMENT, "the architecture", choices=["mlp", "cnn", "resnet18"])
-    depth: int = flag(None, EXPERIMENT, "linear layers of the MLP (default 4)", type=number(int, low=2), metavar="N")
+    depth: int = flag(None, EXPERIMENT, "linear layers of the MLP (default 4)", **whole(2))
     width: int = flag(None, EXPERIMENT, "hidden units, or channels of the first stage (default: mlp 200, cnn 32, "
-                      "resnet18 16)", **WHOLE)
-    activation: str = flag("relu", EXPERIMENT, "with relu and leaky_relu the network is piecewise linear, and local "
-                           "complexity counts the boundaries of its regions",
+                      "resnet18 16)", **whole(1))
+    activation: str = flag("relu", EXPERIMENT, "with relu and leaky_relu the network is piecewise linear",
                            choices=["relu", "gelu", "leaky_relu", "tanh"])
-    batch_norm: bool = flag(False, EXPERIMENT, "add batch norm before each activation; in the paper it prevents "
-                            "grokking")
-    init_scale: float = flag(1.0, EXPERIMENT, "factor on the initial weights; 8 with --loss=mse delays generalisation "
-                             "by thousands of steps", **POSITIVE)
+    batch_norm: bool = flag(False, EXPERIMENT, "batch norm before each activation; in the paper it prevents grokking")
+    init_scale: float = flag(1.0, EXPERIMENT, "factor on the initial weights; 8 with --loss=mse delays generalisation",
+                             **real(above=0))
 
     dataset: str = flag("mnist", EXPERIMENT, "digits and modular_* need no download; imagefolder reads DATA_DIR/train "
                         "and DATA_DIR/test (or val), npz the arrays in the file DATA_DIR", choices=[
                             "mnist", "fashion_mnist", "kmnist", "cifar10", "cifar100", "svhn", "imagenette", "digits",
                             "modular_addition", "modular_subtraction", "modular_multiplication", "imagefolder", "npz"])
-    modulus: int = flag(None, EXPERIMENT, "of modular arithmetic: the pairs of numbers below it are the data (default "
-                        "97)", type=number(int, low=2), metavar="P")
+    modulus: int = flag(None, EXPERIMENT, "modular arithmetic's data are the pairs of numbers below it (default 97)",
+                        **whole(2, "P"))
     train_fraction: float = flag(None, EXPERIMENT, "share of modular arithmetic's pairs to train on (default 0.5)",
-                                 type=number(float, above=0, high=1), metavar="X")
+                                 **real(above=0, high=1))
     data_dir: str = flag("data", EXECUTION, "where the data sets are kept", **FOLDER)
     train_size: int = flag(None, EXPERIMENT, "training images, drawn at random by seed (default: 1000 for digits and "
                            "the sets like MNIST, otherwise all)", type=count_or("all"), metavar="N|all")
     label_noise: float = flag(0.0, EXPERIMENT, "share of the training labels replaced by random ones; 1 is the "
-                              "random-label experiment", **FRACTION)
+                              "random-label experiment", **real("FRACTION", low=0, high=1))
     image_size: int = flag(None, EXPERIMENT, "side of the images, for imagenette and imagefolder (default: imagenette "
-                           "128, imagefolder as they are, or 128 if they differ)", type=number(int, low=1),
-                           metavar="PX")
+                           "128, imagefolder as they are, or 128 if they differ)", **whole(1, "PX"))
 
     optimizer: str = flag("adamw", EXPERIMENT, "adam adds the weight decay to the gradient and does not grok",
                           choices=["adamw", "adam", "sgd"])
@@ -166,67 +165,61 @@ class Config:
                      "its rounding; mse: squared error on one-hot targets; stablemax: cross-entropy of a softmax that "
                      "does not saturate", choices=["ce", "exact_ce", "mse", "stablemax"])
     label_smoothing: float = flag(0.0, EXPERIMENT, "share of the target spread over all classes, for ce and exact_ce",
-                                  type=number(float, low=0, high=0.999), metavar="X")
-    lr: float = flag(0.001, EXPERIMENT, "learning rate, the highest one of a schedule", **POSITIVE)
+                                  **real(low=0, high=0.999))
+    lr: float = flag(0.001, EXPERIMENT, "learning rate, the highest one of a schedule", **real(above=0))
     lr_schedule: str = flag("constant", EXPERIMENT, "after the warm-up: constant, or down to 0 at the last step, along "
                             "a line (triangle) or half a cosine", choices=["constant", "triangle", "cosine"])
     warmup_steps: int = flag(0, EXPERIMENT, "steps in which the learning rate rises from 0 to --lr along a line",
-                             type=number(int, low=0), metavar="N")
-    momentum: float = flag(0.0, EXPERIMENT, "momentum of sgd", type=number(float, low=0, high=0.9999), metavar="X")
+                             **whole(0))
+    momentum: float = flag(0.0, EXPERIMENT, "momentum of sgd", **real(low=0, high=0.9999))
     weight_decay: float = flag(0.01, EXPERIMENT, "drives the late phase of an MLP; the paper uses 0 for CNN and ResNet",
-                               **NOT_NEGATIVE)
-    adam_eps: float = flag(1e-8, EXPERIMENT, "epsilon of Adam and AdamW; it slows training once the gradients are "
-                           "smaller", **NOT_NEGATIVE)
-    orthogonal_gradient: bool = flag(False, EXPERIMENT, "remove from each tensor's gradient the component along its "
-                                     "weights")
+                               **real(low=0))
+    adam_eps: float = flag(1e-8, EXPERIMENT, "epsilon of Adam and AdamW; slows training once gradients are smaller",
+                           **real(low=0))
+    orthogonal_gradient: bool = flag(False, EXPERIMENT, "remove each gradient's component along the tensor's weights")
     augment: bool = flag(False, EXPERIMENT, "shift each training image at random by up to an eighth of its side, and "
                          "mirror half of the colour images")
-    branch_from: str = flag(None, EXPERIMENT, "start a new run from this checkpoint of another run: its weights, "
-                            "optimizer state and step, with the flags given here", type=parse_folder,
-                            metavar="CHECKPOINT")
-    batch_size: int = flag(200, EXPERIMENT, "images a step, over all processes", **WHOLE)
-    n_epochs: int = flag(100_000, LENGTH, "length of the run in passes over the training images", **WHOLE)
-    n_steps: int = flag(None, LENGTH, "length of the run in steps, in place of --n_epochs; grokking takes 10^5 and "
-                        "more", **WHOLE)
+    branch_from: str = flag(None, EXPERIMENT, "start from this checkpoint of another run: its weights, optimizer state "
+                            "and step, with the flags given here", type=parse_folder, metavar="CHECKPOINT")
+    batch_size: int = flag(200, EXPERIMENT, "images a step, over all processes", **whole(1))
+    n_epochs: int = flag(100_000, LENGTH, "length of the run in passes over the training images", **whole(1))
+    n_steps: int = flag(None, LENGTH, "length in steps, in place of --n_epochs; grokking takes 10^5", **whole(1))
     dtype: str = flag("float32", EXPERIMENT, "precision of everything; float64 shows what is rounding",
                       choices=["float32", "float64"])
     seed: int = flag(42, EXPERIMENT, "seed of everything random: weights, batches, subset, attack starts",
-                     type=number(int, low=0, high=2**32 - 1), metavar="N")
+                     **whole(0, high=2**32 - 1))
 
     log_points: int = flag(60, MEASUREMENT, "log steps, spaced evenly in log(step), with the first and the last step "
-                           "among them", type=number(int, low=3, high=1_000_000), metavar="N")
-    log_from: int = flag(1, MEASUREMENT, "the first log step after step 0; the even spacing begins there", **WHOLE)
-    log_interval: int = flag(None, MEASUREMENT, "log every N epochs, in place of --log_points", **WHOLE)
+                           "among them", **whole(3, high=1_000_000))
+    log_from: int = flag(1, MEASUREMENT, "the first log step after step 0; the even spacing begins there", **whole(1))
+    log_interval: int = flag(None, MEASUREMENT, "log every N epochs, in place of --log_points", **whole(1))
     epsilons: list[float] = flag(None, MEASUREMENT, "radii of the attack in pixel units of [0, 1], such as 0.1 or "
                                  "8/255 (default: 0.03 0.06 0.10 0.13 0.16 0.20 for grey images, 1/255 2/255 4/255 "
                                  "8/255 for colour)", type=parse_epsilons, nargs="+", metavar="EPS")
     pgd_steps: int = flag(10, MEASUREMENT, "steps of the attack behind adv_acc; the most toward one class behind "
-                          "robust_acc", **WHOLE)
+                          "robust_acc", **whole(1))
     pgd_step_size: float = flag(None, MEASUREMENT, "step size of the attack behind adv_acc in pixel units, such as "
                                 "0.01 or 0.8/255 (default: 2.5 epsilon / steps)", type=parse_step_size, metavar="X")
     pgd_start: str = flag("random", MEASUREMENT, "where the attack behind adv_acc starts: at a random point of the "
                           "ball, or at the image, as in the authors' code; from the image it never moves if the "
                           "gradient there is exactly zero", choices=["random", "image"])
-    pgd_restarts: int = flag(1, MEASUREMENT, "random starts of the attack behind adv_acc; the worst counts", **WHOLE)
+    pgd_restarts: int = flag(1, MEASUREMENT, "random starts of the attack behind adv_acc; the worst counts", **whole(1))
     adv_size: int = flag(1000, MEASUREMENT, "test images to attack, the same at every log step", type=count_or("all"),
                          metavar="N|all")
     robust_budget: str = flag("default", MEASUREMENT, "effort of the attack behind robust_acc",
                               choices=["low", "default", "high"])
-    lc_samples: int = flag(1024, MEASUREMENT, "train, test and random points at which local complexity is measured; 0 "
-                           "turns it off", type=number(int, low=0), metavar="N")
-    lc_directions: int = flag(25, MEASUREMENT, "directions of the cross-polytope around each point, which has 2P "
-                              "vertices",
-                              type=number(int, low=1), metavar="P")
+    lc_samples: int = flag(1024, MEASUREMENT, "train, test and random points of local complexity; 0 turns it off",
+                           **whole(0))
+    lc_directions: int = flag(25, MEASUREMENT, "directions of the cross-polytope (2P vertices) around each point",
+                              **whole(1, "P"))
     lc_radius: list[float] = flag(None, MEASUREMENT, "distance of the vertices in pixel units, one or several "
                                   "(default: 0.05 for grey images, 0.005 for colour)",
                                   type=listed(number(float, above=0, high=1e6)), nargs="+", metavar="R")
 
     log_dir: str = flag("logs", EXECUTION, "folder of the history and the figure", **FOLDER)
     save_dir: str = flag("checkpoints", EXECUTION, "folder of the checkpoints", **FOLDER)
-    resume: bool = flag(False, EXECUTION, "continue from the newest sound checkpoint in SAVE_DIR; start if there is "
-                        "none")
-    checkpoint_minutes: float = flag(10.0, EXECUTION, "save the state this often between log steps, into one file",
-                                     **NOT_NEGATIVE)
+    resume: bool = flag(False, EXECUTION, "continue from the newest sound checkpoint in SAVE_DIR, if there is one")
+    checkpoint_minutes: float = flag(10.0, EXECUTION, "save the state this often between log steps", **real(low=0))
     keep_checkpoints: int | str = flag("all", EXECUTION, "how many log steps' checkpoints to keep",
                                        type=count_or("all", "last"), metavar="all|last|N")
     on_nan: str = flag("stop", EXECUTION, "what to do when the loss is not finite", choices=["stop", "continue"])
@@ -237,8 +230,7 @@ class Config:
 
     device: str = flag("auto", EXECUTION, "auto is a CUDA GPU if there is one, otherwise the CPU",
                        metavar="auto|cpu|cuda|cuda:N|mps|xpu")
-    threads: int = flag(None, EXECUTION, "CPU threads (default: measured at the start)",
-                        type=number(int, low=1, high=1024), metavar="N")
+    threads: int = flag(None, EXECUTION, "CPU threads (default: measured at the start)", **whole(1, high=1024))
     products: str = flag("auto", EXECUTION, "which library multiplies the matrices of linear layers on a CPU; auto: "
                          "oneDNN where the CPU has AVX-512 and the layer is at least 64 wide, otherwise MKL",
                          choices=["auto", "mkl", "onednn"])
@@ -246,10 +238,9 @@ class Config:
                         nargs="?", const="on", choices=["on", "off"])
     cuda_graph: bool = flag(True, EXECUTION, "launch the kernels of each step one by one: slower, for comparison",
                             option="--no_cuda_graph")
-    deterministic: bool = flag(False, EXECUTION, "use only deterministic GPU kernels, so that a resumed run repeats "
-                               "bit for bit")
+    deterministic: bool = flag(False, EXECUTION, "only deterministic GPU kernels: a resumed run repeats bit for bit")
     eval_batch_size: int = flag(None, EXECUTION, "network inputs at once in a log step; bounds its memory (default: "
-                                "by the network's size)", **WHOLE)
+                                "by the network's size)", **whole(1))
 
 
 FIELDS = {field.name: field for field in dataclasses.fields(Config)}

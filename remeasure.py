@@ -38,21 +38,18 @@ KNOWN = ("train_loss", "train_acc", "train_saturated", "test_loss", "test_acc", 
 Row = dict[str, Any]
 
 
-def parse_steps(text: str) -> list[int]:
-    """Return the steps that "0,1000,100000" lists."""
-    return [flags.number(int, low=0)(part) for part in text.split(",")]
-
-
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Return the command line as parsed; a flag of train.py that was not given is missing."""
-    parser = flags.OneLineParser(prog="remeasure.py", allow_abbrev=False, description=__doc__,
-                           formatter_class=argparse.RawDescriptionHelpFormatter,
-                           epilog="What is not given is as in the run, or as --help of train.py says for --network.")
+    parser = flags.OneLineParser(
+        prog="remeasure.py", allow_abbrev=False, description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="What is not given is as in the run, or as --help of train.py says for --network.")
     parser.add_argument("paths", nargs="*", metavar="PATH",
                         help="checkpoints, folders of checkpoints, or folders of runs (with checkpoints/ in them)")
     parser.add_argument("--every", type=flags.number(int, low=1), default=1, metavar="N",
                         help="measure each Nth checkpoint, and the last (default 1)")
-    parser.add_argument("--steps", type=parse_steps, metavar="N,N", help="measure the checkpoints of these steps")
+    parser.add_argument("--steps", type=flags.listed(flags.number(int, low=0)), metavar="N,N",
+                        help="measure the checkpoints of these steps")
     parser.add_argument("--log_dir", default="remeasured", metavar="DIR", help="folder of the history (default "
                         "remeasured)")
     parser.add_argument("--processes", type=flags.number(int, low=1), metavar="N",
@@ -98,18 +95,14 @@ def flags_given(args: argparse.Namespace) -> dict[str, Any]:
 # ---- which checkpoints ----------------------------------------------------------------------------------------------
 
 def find_checkpoints(paths: list[str]) -> list[Path]:
-    """Return the checkpoints that the paths name, in the order of their steps, as far as their names say it.
-
-    FileNotFoundError if one is missing or a folder holds no checkpoint of a log step.
-    """
+    """Return the checkpoints that the paths name, in the order of their steps. FileNotFoundError if one is missing or a
+    folder holds no checkpoint of a log step."""
     found: list[Path] = []
     for path in map(Path, paths):
-        if not path.is_dir():
-            if not path.exists():
-                raise FileNotFoundError(f"there is no checkpoint or folder {path}")
-            found.append(path)
-            continue
-        inside = checkpoints.saved_checkpoints(path) or checkpoints.saved_checkpoints(path / "checkpoints")
+        if not path.exists():
+            raise FileNotFoundError(f"there is no checkpoint or folder {path}")
+        inside = [path] if path.is_file() else (
+            checkpoints.saved_checkpoints(path) or checkpoints.saved_checkpoints(path / "checkpoints"))
         if not inside:
             raise FileNotFoundError(f"there are no checkpoints (checkpoint_epoch_*.pt) in {path}")
         found += inside
@@ -126,21 +119,17 @@ def step_of(path: Path) -> int:
 
 
 def chosen(found: list[Path], every: int, steps: list[int] | None) -> dict[int, Path]:
-    """Return {step: checkpoint} for those that --every and --steps choose.
-
-    Raises ValueError if a step is missing or double.
-    """
+    """Return {step: checkpoint} as --every and --steps choose. ValueError if a step is missing or double."""
     by_step: dict[int, Path] = {}
     for path in found:
         other = by_step.setdefault(step_of(path), path)
         if other != path:
             raise ValueError(f"{other} and {path} are of the same step: give the checkpoints of one run")
-    if steps is not None:
-        missing = [step for step in steps if step not in by_step]
-        if missing:
-            raise ValueError(f"--steps: there is no checkpoint of step {', '.join(map(str, missing))}")
-        by_step = {step: by_step[step] for step in sorted(set(steps))}
-    return {step: by_step[step] for step in [*by_step][::-every][::-1]}
+    missing = {*(steps or [])} - by_step.keys()
+    if missing:
+        raise ValueError(f"--steps: there is no checkpoint of step {', '.join(map(str, sorted(missing)))}")
+    wanted = [step for step in by_step if steps is None or step in steps]
+    return {step: by_step[step] for step in wanted[::-every][::-1]}
 
 
 # ---- one run's checkpoints ------------------------------------------------------------------------------------------
@@ -224,14 +213,12 @@ class Remeasured:
     def history(self) -> dict:
         """Return the history of the rows, in the order of their steps."""
         made = {**self.empty, "step": [], "warnings": []}
-        said = set()
+        remarks: dict[str, dict] = {}  # the first of each kind
         for step in sorted(self.rows):
             history.append(made, self.rows[step])
             for kind, text in measure.remarks(self.rows[step], self.config).items():
-                if kind not in said:
-                    said.add(kind)
-                    made["warnings"].append({"step": step, "kind": kind, "text": text})
-        return made
+                remarks.setdefault(kind, {"step": step, "kind": kind, "text": text})
+        return {**made, "warnings": [*remarks.values()]}
 
     def add(self, rows: dict[int, Row]) -> None:
         self.rows |= rows
@@ -240,18 +227,15 @@ class Remeasured:
 
 def rows_of(record: dict) -> dict[int, Row]:
     """Return {step: row} of a history."""
-    columns = {name: column for name, column in record.items() if name not in history.BESIDE}
-    return {step: history.row_at(columns, k) for k, step in enumerate(record["step"])}
+    return {row["step"]: row for row in history.rows_of(record)}
 
 
 @functools.cache
 def test_outcomes(path: Path | None) -> dict[tuple, str]:
     """Return {(step, seconds): which test images the network had right} from a run's own history, if it is sound."""
-    with contextlib.suppress(ValueError):
-        record = history.read_history(path) if path else {}
-        if "outcomes" in record:
-            keys = zip(record["step"], record["seconds"], strict=True)
-            return dict(zip(keys, record["outcomes"]["test"], strict=True))
+    with contextlib.suppress(ValueError, FileNotFoundError, LookupError):
+        return {(row["step"], row["seconds"]): row["outcomes"]["test"] for row in history.rows_of(
+            history.read_history(path or ""))}
     return {}
 
 
@@ -281,10 +265,8 @@ def measure_here(run: Remeasured, todo: dict[int, Path], note: Callable) -> tupl
 
 def measure_in_processes(run: Remeasured, todo: dict[int, Path], argv: list[str], places: list[str],
                          threads: int) -> int:
-    """Measure checkpoints in as many processes as there are places; return the signal that stopped them or 0.
-
-    Each process is this command for a part of the steps, with a folder of its own.
-    """
+    """Measure checkpoints in as many processes as there are places; return the signal that stopped them or 0. Each
+    process is this command for a part of the steps, with a folder of its own."""
     jobs, parts = [], []
     for i in range(len(places)):
         steps = list(todo)[i::len(places)]
@@ -320,7 +302,7 @@ def measure_run(args: argparse.Namespace, argv: list[str]) -> int:
     threads = given.get("threads") or max(1, devices.cpu_count() // len(places))
     run = Remeasured(args, first, threads)
     console = Console(run.empty, quiet=run.config.quiet)
-    lock = files.FolderLocks(args.log_dir, args.log_dir)
+    locks = files.FolderLocks(args.log_dir, args.log_dir)
     run.continue_earlier(console.note)
     todo = {step: path for step, path in found.items() if step not in run.rows}
     console.note(f"{len(found)} checkpoints, {len(found) - len(todo)} of them measured already")
@@ -331,7 +313,7 @@ def measure_run(args: argparse.Namespace, argv: list[str]) -> int:
         todo = {step: path for step, path in todo.items() if step not in run.rows}
     if todo and not stopped_by:  # what a process passed over is named here
         failed, stopped_by = measure_here(run, todo, console.note)
-    lock.release()
+    locks.release()
     if run.rows and not stopped_by:
         show(run, console)
     if stopped_by:
@@ -397,14 +379,9 @@ def load_weights(path: Path) -> dict[str, torch.Tensor]:
         return load_file(path)
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
+        return state.get("model_state_dict") or state.get("state_dict") or state
     except Exception:  # pickle, zipfile and torch raise errors of many kinds
         raise ValueError(f"{path} is damaged, not a state dict, or holds more than tensors") from None
-    for key in ("model_state_dict", "state_dict"):
-        if isinstance(state, dict) and isinstance(state.get(key), dict):
-            return state[key]
-    if not isinstance(state, dict):
-        raise ValueError(f"{path} holds {type(state).__name__}, not a state dict")
-    return state
 
 
 def check_network(network: nn.Module, dataset: data.Dataset) -> None:

@@ -22,23 +22,20 @@ import signal
 import sys
 from pathlib import Path
 
-from flags import EXPERIMENT, FIELDS, MEASUREMENT, Config, flags_of, folder_name, parse_args, parse_folder
+from flags import FIELDS, Config, folder_name, parse_args, parse_folder
 from runtime import signals
 
 # A comma in the value of these flags does not make two runs.
 PASSED_ON = {name for name, field in FIELDS.items()
              if field.metadata.get("nargs") == "+" or field.metadata.get("type") is parse_folder}
-LONGEST_RANGE = 10_000
 Runs = dict[Path, tuple[list[str], Config]]  # folder: (its command line, its flags)
 
 
 # ---- which runs -----------------------------------------------------------------------------------------------------
 
 def combinations(argv: list[str]) -> Runs:
-    """Return the runs that a command line stands for.
-
-    Raises ValueError if two of them would share a folder, or if the command line names the folders itself.
-    """
+    """Return the runs that a command line stands for. Raises ValueError if two of them would share a folder, or if the
+    command line names the folders itself."""
     runs: Runs = {}
     for words in itertools.product(*alternatives(argv)):
         config = parse_args(list(words))
@@ -54,31 +51,24 @@ def combinations(argv: list[str]) -> Runs:
 
 
 def alternatives(argv: list[str]) -> list[list[str]]:
-    """Return for each word of a command line the list of words that it stands for.
-
-    Raises ValueError for a range that runs backwards, and if a flag that holds several values is given twice.
-    """
+    """Return for each word of a command line the list of words that it stands for."""
     flag, words = "", []
-    flags = [word.partition("=")[0] for word in argv]
     for word in argv:
         name, equals, value = word.partition("=") if word.startswith("--") else ("", "", word)
         flag = name or flag
         values = [value] if flag[2:] in PASSED_ON else expanded(flag, value)
-        if len(values) > 1 and flags.count(flag) > 1:
-            raise ValueError(f"{flag} is given twice: give all its values in one list, such as 0-3,7")
         words.append([name + equals + one for one in values])
     return words
 
 
 def expanded(flag: str, value: str) -> list[str]:
-    """Return the values that a flag's value lists: "0-2,7" -> ["0", "1", "2", "7"]."""
+    """Return the values that a flag's value lists: "0-2,7" -> ["0", "1", "2", "7"]. ValueError for "3-1"."""
     values: list[str] = []
     for part in value.split(","):
         ends = re.fullmatch(r"(\d+)-(\d+)", part)
-        found = range(int(ends[1]), int(ends[2]) + 1) if ends else [part]
-        if not 0 < len(found) <= LONGEST_RANGE:
-            raise ValueError(f"{flag}: the range {part} {'is too long' if found else 'runs backwards'}")
-        values += map(str, found)
+        if ends and int(ends[1]) > int(ends[2]):
+            raise ValueError(f"{flag}: the range {part} runs backwards")
+        values += map(str, range(int(ends[1]), int(ends[2]) + 1)) if ends else [part]
     return values
 
 
@@ -93,28 +83,19 @@ def share(folder: Path, config: Config) -> float:
 
 
 def is_complete(folder: Path, config: Config) -> bool:
-    """Return whether folder holds the whole of the run that these flags describe, with these data.
-
-    Where anything differs, train.py is to say so.
-    """
-    import torch
-
+    """Return whether folder holds the whole of the run that these flags describe, with these data."""
     import data
-    import train
     from runtime import checkpoints, history
 
     try:
         found = history.read_history(folder / "logs" / history.HISTORY_NAME)
         last = found["step"][-1]
         (path,) = folder.glob(f"checkpoints/checkpoint_epoch_*_step_{last:09d}.pt")
-        if checkpoints.load_checkpoint(path)["step"] != last:
-            return False
         dataset = data.from_config(dataclasses.asdict(config))
-        wanted = dataclasses.asdict(train.complete(config, dataset, torch.device("cpu")))
-        kept = {**dataclasses.asdict(Config()), **found["config"]}
-        return (last == wanted["n_steps"] and found["derived"]["data"] == data.fingerprint(dataset)
-                and all(kept[name] == wanted[name] for name in flags_of(EXPERIMENT, MEASUREMENT)))
-    except (ValueError, LookupError, OSError, MemoryError):
+        n_steps = config.n_steps or config.n_epochs * (len(dataset.x_train) // config.batch_size)
+        return (last == n_steps == checkpoints.load_checkpoint(path)["step"]
+                and found["derived"]["data"] == data.fingerprint(dataset))
+    except (ValueError, LookupError, OSError, MemoryError):  # train.py is to say so
         return False
 
 

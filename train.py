@@ -352,7 +352,6 @@ def start(args: Config) -> tuple[Run, data.Dataset, measure.Probes]:
     trackers.check(args.tracker or [])
     device = distributed.start(devices.choose_device(args.device))
     devices.check_dtype(device, args.dtype)
-    devices.check_threads(args.threads or 1)
     devices.set_precision(args.deterministic)
     dataset = distributed.rank0_first(lambda: data.from_config(dataclasses.asdict(args)))
     config = complete(args, dataset, device)

@@ -20,10 +20,8 @@ ROUNDING = ("device", "threads", "products", "compile", "eval_batch_size")
 
 
 def save_checkpoint(folder: str | Path, state: dict, keep: str | int = "all") -> Path:
-    """Write the checkpoint of a log step; return its path.
-
-    keep: "all", "last", or N: this one and the N - 1 newest undamaged others stay.
-    """
+    """Write the checkpoint of a log step; return its path. keep: "all", "last", or N: this one and the N - 1 newest
+    undamaged others stay."""
     folder = Path(folder)
     name = f"checkpoint_epoch_{math.floor(state['epoch']):07d}_step_{state['step']:09d}.pt"
     path = save_state(folder / name, state)
@@ -63,10 +61,8 @@ def is_intact(path: Path) -> bool:
 
 
 def load_checkpoint(path: str | Path) -> dict:
-    """Return the checkpoint in `path`, on the CPU.
-
-    ValueError, in one line, if it cannot be read, is damaged or foreign, or holds more than data.
-    """
+    """Return the checkpoint in `path`, on the CPU. ValueError, in one line, if it cannot be read, is damaged or
+    foreign, or holds more than data."""
     path = Path(path)
     try:
         state = torch.load(path, map_location="cpu", weights_only=True) if is_intact(path) else None
@@ -89,10 +85,8 @@ def load_checkpoint(path: str | Path) -> dict:
 
 def newest_checkpoint(folder: str | Path, note: Callable[[str], None], before: float = math.inf, finite: bool = True
                       ) -> tuple[dict, Path] | tuple[None, None]:
-    """Return (state, path) of the sound checkpoint with the most steps, fewer than `before`, or (None, None).
-
-    finite: pass over weights that are not finite. note is called with one line for each newer file passed over.
-    """
+    """Return (state, path) of the sound checkpoint with the most steps, fewer than `before`, or (None, None). finite:
+    pass over weights that are not finite. note is called with one line for each newer file passed over."""
     newest: tuple[dict, Path] | tuple[None, None] = None, None
     for path in all_checkpoints(folder):
         step = step_in_name(path)  # None: the rolling file, which is looked into first

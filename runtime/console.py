@@ -6,7 +6,7 @@ import shutil
 import sys
 import textwrap
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from tqdm import tqdm
@@ -45,6 +45,8 @@ class Console:
         norm = ", batch norm" if config["batch_norm"] else ""
         processes = f", {environment['processes']} processes" if environment["processes"] > 1 else ""
         compiled = ", compiled by torch.compile" if config["compile"] == "on" else ""
+        threads = (f"\nthreads  {derived['threads']} in training, {derived['eval_threads']} in log steps; "
+                   f"matrix products by {derived['products']}") if config["device"] == "cpu" else ""
         self.note(
             f"model    {config['model']}{depth} width {config['width']} {config['activation']}{norm}: "
             f"{sizes['parameters']:,} parameters\n"
@@ -52,31 +54,26 @@ class Console:
             f"attacked), {' x '.join(map(str, sizes['in_shape']))}, {sizes['num_classes']} classes\n"
             f"training {config['n_steps']:,} steps of {config['batch_size']} images, {config['optimizer']} "
             f"lr {config['lr']:g} weight decay {config['weight_decay']:g},\n"
-            f"         loss {config['loss']}, {config['dtype']}, seed {config['seed']}"
-            f"\ndevice   {environment['device']}{processes}{compiled}")
-        if config["device"] == "cpu":
-            self.note(f"threads  {derived['threads']} in training, {derived['eval_threads']} in log steps; matrix "
-                      f"products by {derived['products']}")
-        self.note(f"files    {config['log_dir']}/training_history.json, {config['save_dir']}/checkpoint_epoch_*.pt\n")
+            f"         loss {config['loss']}, {config['dtype']}, seed {config['seed']}\n"
+            f"device   {environment['device']}{processes}{compiled}{threads}\n"
+            f"files    {config['log_dir']}/training_history.json, {config['save_dir']}/checkpoint_epoch_*.pt\n")
 
     def start(self, step: int, n_steps: int, log_steps_left: int) -> None:
-        """Print the table's head, and begin to measure the time.
-
-        log_steps_left: the number of log steps to come, including one at this step.
-        """
+        """Print the table's head, and begin to measure the time. log_steps_left: the number of log steps to come,
+        including one at this step."""
         self.n_steps, self.first_step, self.log_steps_left = n_steps, step, log_steps_left
-        self.began = self.last_line = time.monotonic()
+        self.began = time.monotonic()
+        self.next_line = self.began + SECONDS_BEFORE_ESTIMATE
         self.measured = self.measuring_took = 0.0  # seconds in log steps: in all of them, in the last
         self.measuring_since: float | None = None
-        self.estimated = False
         keys = [*map(history_key, self.history["config"]["epsilons"])]
-        column = max(5, *(len(epsilon_label(key)) for key in keys))
-        beside, adv = [8, 8, 5, 5, 7, 7, 6], max(7, column)
-        room = min(WIDTH, shutil.get_terminal_size((WIDTH, 24)).columns) - sum(beside) - len(beside) - adv
-        self.keys = thin(keys, max(2, min(MOST_EPSILONS, room // (column + 1))))
+        column = max(5, *(len(epsilon_label(key)) for key in keys)) + 1
+        adv = max(7, column - 1)
+        room = min(WIDTH, shutil.get_terminal_size((WIDTH, 24)).columns) - 53 - adv  # beside them stand 53 characters
+        self.keys = thin(keys, max(2, min(MOST_EPSILONS, room // column)))
         self.middle = self.keys[len(self.keys) // 2]
-        self.widths = [*beside[:4], *[column] * len(self.keys), adv, *beside[4:]]
-        robust = (column + 1) * len(self.keys)
+        self.widths = [8, 8, 5, 5, *[column - 1] * len(self.keys), adv, 7, 7, 6]
+        robust = column * len(self.keys)
         title = next(text for text in ("robust_acc at epsilon", "robust_acc", "rob.") if len(text) < robust)
         self.note(f"{'':29} {title:{robust}}{'adv_acc':>{adv}} {'local':>7}")
         self.print_row("step", "loss", "train", "test", *map(epsilon_label, self.keys), epsilon_label(self.middle),
@@ -105,32 +102,41 @@ class Console:
     def measuring(self, what: str, share: float) -> None:
         """Show what a log step measures and which share of it is done, if the log step is long."""
         now = time.monotonic()
-        if self.measuring_since is None:
-            self.measuring_since = now
+        self.measuring_since = self.measuring_since or now
         if self.bar is not None:
             self.bar.set_postfix_str(f"{what} {100 * share:.0f}%")
-        elif now - max(self.last_line, self.measuring_since) > SECONDS_BETWEEN_LINES:
-            self.last_line = now
-            self.note(f"… measuring: {what}, {100 * share:.0f}% done")
+        elif now > self.next_line and now > self.measuring_since + SECONDS_BETWEEN_LINES:
+            self.line(f"measuring: {what}, {100 * share:.0f}% done")
 
     def progress(self, step: int) -> None:
-        """Move the bar, or print a line if the last is a minute old; after some seconds estimate the time to go."""
-        now = time.monotonic()
-        training = now - self.began - self.measured
+        """Move the bar, or print a line if the last is a minute old: how long it takes and will take."""
         if self.bar is not None:
             self.bar.set_postfix_str(self.latest, refresh=False)
             self.bar.update(step - self.bar.n)
-        due = self.bar is None and now - self.last_line > SECONDS_BETWEEN_LINES
-        if due or (not self.estimated and training > SECONDS_BEFORE_ESTIMATE):
-            self.estimated, self.last_line = True, now
-            pace = training / (step - self.first_step)
+        elif time.monotonic() > self.next_line:
+            pace = (time.monotonic() - self.began - self.measured) / (step - self.first_step)
             left = pace * (self.n_steps - step) + self.measuring_took * self.log_steps_left
-            self.note(f"… step {step:,} of {self.n_steps:,}: {1 / pace:,.0f} steps/s, "
-                      f"{self.measuring_took:.1f} s for a log step, {duration(left)} to go")
+            self.line(f"step {step:,} of {self.n_steps:,}: {1 / pace:,.0f} steps/s, {self.measuring_took:.1f} s for a "
+                      f"log step, {duration(left)} to go")
+
+    def line(self, text: str) -> None:
+        self.next_line = time.monotonic() + SECONDS_BETWEEN_LINES
+        self.note(f"… {text}")
 
     def end(self) -> None:
         if self.bar is not None:
             self.bar.close()
+
+
+def attempt(work: Callable[[], object], failure: str, note: Callable[[str], None]) -> bool:
+    """Return whether work() succeeds; an error of whatever kind is one note: what draws or tracks never ends a run."""
+    try:
+        work()
+        return True
+    except Exception as error:
+        reason = (str(error).strip().splitlines() or [""])[0]
+        note(f"{failure} ({type(error).__name__}: {reason}); the run goes on without it")
+        return False
 
 
 def in_notebook() -> bool:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-OWN_CGROUPS, CGROUPS = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
+OWN_CGROUP, CGROUPS = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
 
 
 def choose_device(name: str) -> torch.device:
@@ -94,9 +94,7 @@ def total_memory() -> float:
 
 
 def free_memory(device: torch.device) -> int:
-    """Return the free bytes of a GPU, including those that PyTorch keeps in reserve."""
-    if device.type != "cuda":
-        return 2**32  # not every Apple or Intel GPU says
+    """Return the free bytes of a CUDA device, including those that PyTorch keeps in reserve."""
     free, _ = torch.cuda.mem_get_info(device)
     return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
 
@@ -112,32 +110,19 @@ def out_of_memory(error: BaseException) -> bool:
 def cpu_count() -> int:
     """Return how many cores this process may keep busy: those of its affinity, or fewer under a cgroup's quota."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    groups = [Path()]
-    with contextlib.suppress(OSError):  # lines such as "0::/job", or in version 1 "4:cpu,cpuacct:/job"
-        for line in OWN_CGROUPS.read_text().splitlines():
-            group = Path(line.split(":", 2)[2].lstrip("/"))
-            groups += [group, *group.parents]
-    for folder in {root / group for group in groups for root in (CGROUPS, CGROUPS / "cpu")}:
-        for names in (["cpu.max"], ["cpu.cfs_quota_us", "cpu.cfs_period_us"]):
-            with contextlib.suppress(OSError, ValueError):  # no such file, or "max", which is no quota
-                quota, period = map(int, " ".join((folder / name).read_text() for name in names).split())
-                cores = min(cores, max(1, quota // period)) if quota > 0 else cores  # version 1: -1 is no quota
+    group = Path()
+    with contextlib.suppress(OSError):  # a line such as "0::/job/task"
+        group = Path(OWN_CGROUP.read_text().strip().rpartition("::/")[2])
+    for folder in (group, *group.parents):
+        with contextlib.suppress(OSError, ValueError):  # no such file, or "max", which is no quota
+            quota, period = map(int, (CGROUPS / folder / "cpu.max").read_text().split())
+            cores = min(cores, max(1, quota // period))
     return cores
 
 
-def check_threads(threads: int) -> None:
-    """Raise ValueError for more --threads than four for each core: they would do little but wait for each other."""
-    cores = os.cpu_count() or 1
-    if threads > 4 * cores:
-        raise ValueError(f"--threads={threads}: this machine has {cores} cores; use {cores} or fewer")
-
-
 def fastest_thread_count(work: Callable[[], Any], seconds: float = 0.3) -> int:
-    """Return the number of threads, among 1, 2, 4, … and cpu_count(), with which work() runs fastest now.
-
-    seconds: how long each number is measured. Threads spin while they wait for each other: next to a busy neighbour two
-    can be sixty times slower than one.
-    """
+    """Return the number of threads, among 1, 2, 4, … and cpu_count(), with which work() runs fastest now. seconds: how
+    long each number is measured. Next to a busy neighbour two can be sixty times slower than one."""
     times: dict[int, float] = {}
     cores = cpu_count()
     for count in sorted({cores, *(2**i for i in range(cores.bit_length()))}):

@@ -31,12 +31,12 @@ def start(device: torch.device) -> torch.device:
     """Join the process group that the environment describes (RANK, WORLD_SIZE, LOCAL_RANK, as torchrun sets them).
 
     Returns the device of this process: the GPU numbered LOCAL_RANK if device is "cuda". Raises ValueError if the
-    variables do not fit, the processes cannot meet, or one of them has no working GPU of its own.
+    variables do not fit, the processes cannot meet, or this one has no working GPU.
     """
     global torchrun
     if "TORCHELASTIC_RUN_ID" in os.environ:
         torchrun = os.getppid()
-    if "WORLD_SIZE" not in os.environ and variable("SLURM_STEP_NUM_TASKS", 1, default="1") > 1:
+    if "WORLD_SIZE" not in os.environ and int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1:
         describe_srun_step()
     processes = variable("WORLD_SIZE", 1, default="1")
     if processes == 1:
@@ -44,13 +44,15 @@ def start(device: torch.device) -> torch.device:
     if device.type not in ("cpu", "cuda"):
         raise ValueError(f"--device={device}: several processes need --device=cpu or cuda")
     me, local_rank = variable("RANK", 0, processes - 1), variable("LOCAL_RANK", 0, default="0")
-    address, port = os.environ.get("MASTER_ADDR", ""), variable("MASTER_PORT", 1, 65_535)
+    address, port = os.environ.get("MASTER_ADDR", ""), variable("MASTER_PORT", 1)
     try:
         socket.getaddrinfo(address, port)  # PyTorch would try an unknown name until its time is up
         store, _, _ = next(rendezvous("env://", timeout=PATIENCE))
         if device.type == "cuda":
             device = torch.device("cuda", local_rank)
-            refuse_bad_gpus(store, me, processes, gpu_of(device))
+            problem = devices.problem_with(device)
+            if problem:
+                raise ValueError(f"process {me} cannot use {device}: {problem}; start one process for each GPU")
             torch.cuda.set_device(device)
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, rank=me, world_size=processes)
         all_reduce_sum(torch.zeros(1, device=device))
@@ -62,49 +64,26 @@ def start(device: torch.device) -> torch.device:
     return device
 
 
-def variable(name: str, low: int, high: int | None = None, default: str = "") -> int:
+def variable(name: str, low: int, high: int = 65_535, default: str = "") -> int:
     """Return the whole number in an environment variable; ValueError if it is missing or not in [low, high]."""
     text = os.environ.get(name, default)
-    if not re.fullmatch("[0-9]+", text) or int(text) < low or (high is not None and int(text) > high):
-        wanted = f"from {low} to {high}" if high is not None else f"of {low} or more"
-        raise ValueError(f"{name}={text} in the environment is not a whole number {wanted}: start the processes with "
-                         "torchrun or srun, or unset WORLD_SIZE for a run of one process")
+    if not re.fullmatch("[0-9]+", text) or not low <= int(text) <= high:
+        raise ValueError(f"{name}={text} in the environment is not a whole number from {low} to {high}: start the "
+                         "processes with torchrun or srun, or unset WORLD_SIZE for a run of one process")
     return int(text)
-
-
-def gpu_of(device: torch.device) -> str:
-    """Return what identifies a GPU: its uuid, "none" if it does not exist, "error: ..." if it cannot be used."""
-    if device.index >= torch.cuda.device_count():
-        return "none"
-    problem = devices.problem_with(device)
-    return f"error: {device}: {problem}" if problem else str(torch.cuda.get_device_properties(device).uuid)
-
-
-def refuse_bad_gpus(store: dist.Store, me: int, processes: int, gpu: str) -> None:
-    """Raise ValueError, on every process, unless the gpu_of() of each is another working GPU: NCCL might not end."""
-    store.set(f"gpu of {me}", gpu)
-    gpus = {store.get(f"gpu of {one}").decode() for one in range(processes)} - {"none"}
-    for one in gpus:
-        if one.startswith("error: "):
-            raise ValueError(f"a process cannot use its GPU: {one.removeprefix('error: ')}")
-    if len(gpus) < processes:
-        raise ValueError(f"{processes} processes see {len(gpus)} GPUs: start one process for each GPU")
 
 
 def describe_srun_step() -> None:
     """Set the variables that torchrun would set, from those that srun gives to each task."""
     slurm = os.environ
-    # SLURM may show each task one GPU only; two tasks with the same one are refused by refuse_bad_gpus().
-    local_rank = variable("SLURM_LOCALID", 0) % max(1, torch.cuda.device_count())
-    slurm.update(RANK=slurm.get("SLURM_PROCID", ""), WORLD_SIZE=slurm["SLURM_STEP_NUM_TASKS"],
-                 LOCAL_RANK=str(local_rank))
+    # SLURM may show each task one GPU only.
+    local_rank = int(slurm["SLURM_LOCALID"]) % max(1, torch.cuda.device_count())
+    slurm.update(RANK=slurm["SLURM_PROCID"], WORLD_SIZE=slurm["SLURM_STEP_NUM_TASKS"], LOCAL_RANK=str(local_rank))
     # The first node, as in "node[03-05,9],login".
-    first = re.sub(r"\[([0-9]+)[^]]*\]", r"\1", slurm.get("SLURM_STEP_NODELIST", "")).split(",")[0]
-    slurm.setdefault("MASTER_ADDR", first)
-    if "MASTER_PORT" not in slurm:
-        # Below the ports that systems hand out: 100 for each job, so that the steps of neighbouring jobs do not meet.
-        job, step = variable("SLURM_JOB_ID", 0), variable("SLURM_STEP_ID", 0)
-        slurm["MASTER_PORT"] = str(15_000 + job % 150 * 100 + step % 100)
+    slurm.setdefault("MASTER_ADDR", re.sub(r"\[([0-9]+)[^]]*\]", r"\1", slurm["SLURM_STEP_NODELIST"]).split(",")[0])
+    # Below the ports that systems hand out: 100 for each job, so that the steps of neighbouring jobs do not meet.
+    job, step = int(slurm["SLURM_JOB_ID"]), int(slurm["SLURM_STEP_ID"])
+    slurm.setdefault("MASTER_PORT", str(15_000 + job % 150 * 100 + step % 100))
     if "OMP_NUM_THREADS" not in slurm:
         torch.set_num_threads(1)  # like torchrun: the processes of a node share its cores
 
@@ -116,10 +95,8 @@ def orphaned() -> int:
 
 
 def leave(status: int) -> NoReturn:
-    """End this process with an exit status.
-
-    In a distributed run it ends at once: gloo's destructor may wait for a thread that waits for Python's lock.
-    """
+    """End this process with an exit status. In a distributed run it ends at once: gloo's destructor may wait for a
+    thread that waits for Python's lock."""
     if dist.is_initialized():
         sys.stdout.flush()
         sys.stderr.flush()
@@ -138,10 +115,8 @@ def size() -> int:
 # ---- training and measuring -----------------------------------------------------------------------------------------
 
 def wrap(model: nn.Module, device: torch.device) -> nn.Module:
-    """Return the module to call in training; its backward pass averages the gradients over the processes.
-
-    Batch norm then uses the statistics of the global batch; ValueError on CPUs, for which PyTorch has no such layer.
-    """
+    """Return the module to call in training; its backward pass averages the gradients over the processes. Batch norm
+    then uses the statistics of the global batch; ValueError on CPUs, for which PyTorch has no such layer."""
     if size() == 1:
         return model
     if any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules()):
@@ -187,10 +162,8 @@ def gather_shards(part: torch.Tensor, n: int) -> torch.Tensor:
 # ---- files: what one process does or sees and the others have to know -----------------------------------------------
 
 def run_on_rank0(function: Callable[[], T]) -> T:
-    """Call function() on the first process only; return its value (any picklable object) on every process.
-
-    Its ValueError or OSError is raised on every process, so that none waits for one that has given up.
-    """
+    """Call function() on the first process only; return its value (any picklable object) on every process. Its
+    ValueError or OSError is raised on every process, so that none waits for one that has given up."""
     box = [run_where(rank() == 0, function)]
     if size() > 1:
         dist.broadcast_object_list(box)
@@ -198,10 +171,8 @@ def run_on_rank0(function: Callable[[], T]) -> T:
 
 
 def rank0_first(function: Callable[[], T]) -> T:
-    """Return each process's function(); the first process finishes before the others begin, as with a download.
-
-    A ValueError or OSError of any process is raised on every process.
-    """
+    """Return each process's function(); the first process finishes before the others begin, as with a download. A
+    ValueError or OSError of any process is raised on every process."""
     first, other = run_where(rank() == 0, function), run_where(rank() > 0, function)
     return first if rank() == 0 else other
 

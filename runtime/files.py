@@ -24,9 +24,7 @@ FULL_DISK = {errno.ENOSPC, errno.EDQUOT}
 
 def write_atomically(path: str | Path, content: bytes | memoryview) -> None:
     """Write content to path: into a new file next to it, fsync, rename. A link at path is replaced, not followed.
-
-    OSError (no room, no permission) names the path and leaves what was there.
-    """
+    OSError (no room, no permission) names the path and leaves what was there."""
     path = Path(path)
     part = path.with_name(f".{path.name[:50]}.{secrets.token_hex(8)}.part")
     try:
@@ -103,10 +101,8 @@ class FolderLocks:
         self.held = {path: os.lstat(path) for path in paths}  # under the names that the user gave
 
     def check(self) -> None:
-        """Raise OSError if a lock is no longer the one in its folder; call it before each write.
-
-        FileNotFoundError means that a folder was removed and no other run has taken its place.
-        """
+        """Raise OSError if a lock is no longer the one in its folder; call it before each write. FileNotFoundError
+        means that a folder was removed and no other run has taken its place."""
         for path, status in self.held.items():
             if not path.parent.exists():
                 raise FileNotFoundError(f"{path.parent} was removed while the run was writing to it")

@@ -22,10 +22,8 @@ COLUMNS = {*ALWAYS_KNOWN, "train_loss", "test_loss", "adv_acc", "robust_acc", "l
 
 
 def append(history: dict, row: dict) -> None:
-    """Append a log step's row to the history's columns; nested objects line up with nested columns.
-
-    A column that the row lacks gets None, a new column is None up to here, and so is a number that is not finite.
-    """
+    """Append a log step's row to the history's columns; nested objects line up with nested columns. A column that the
+    row lacks gets None, a new column is None up to here, and so is a number that is not finite."""
     columns = columns_of(history)
     extend(columns, strict(row), len(history["step"]))
     history.update(columns)
@@ -154,10 +152,8 @@ def read_history(path: str | Path) -> dict:
 
 
 def join_rows(history: dict, lines: list[bytes]) -> None:
-    """Add to history the outcomes in the lines of a rows file, and the rows that it lacks.
-
-    The lines of another run are ignored, and so is a last one that was not written to its end.
-    """
+    """Add to history the outcomes in the lines of a rows file, and the rows that it lacks. The lines of another run are
+    ignored, and so is a last one that was not written to its end."""
     rows = []
     for line in lines:
         try:

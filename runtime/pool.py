@@ -32,10 +32,8 @@ class Job:
 
 
 def places(device: str, threads: int | None = None) -> list[str]:
-    """Return the devices of the commands to run at once: each GPU, or "cpu" for every `threads` (1) cores.
-
-    A GPU takes one command, because the memory of a second is not known. device: as --device names it.
-    """
+    """Return the devices of the commands to run at once: each GPU, or "cpu" for every `threads` (1) cores. A GPU takes
+    one command, because the memory of a second is not known. device: as --device names it."""
     import torch
 
     from runtime.device import cpu_count
@@ -65,10 +63,8 @@ def outcome(job: Job, status: int) -> str:
 
 
 def run_jobs(jobs: list[Job], devices: list[str], threads: int = 1, complete: int = 0) -> tuple[list[str], int]:
-    """Run the jobs, one on each device at a time; return those that failed, and the signal that stopped them or 0.
-
-    The signal is handed on to the running jobs. threads: OMP_NUM_THREADS. complete: jobs that the bar counts as done.
-    """
+    """Run the jobs, one on each device at a time; return those that failed, and the signal that stopped them or 0. The
+    signal is handed on to the running jobs. threads: OMP_NUM_THREADS. complete: jobs that the bar counts as done."""
     waiting, free, failed = list(jobs), list(devices), []
     running: list[Job] = []
     received: list[int] = []

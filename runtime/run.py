@@ -11,7 +11,7 @@ import torch
 
 from flags import Config
 from runtime import checkpoints, distributed, files, history
-from runtime.console import Console
+from runtime.console import Console, attempt
 from runtime.trackers import Trackers
 
 
@@ -36,15 +36,14 @@ def fail_together(error: object, status: int) -> int:
 def history_of(checkpoint: Path, config: dict) -> Path | None:
     """Return the history of the run that a checkpoint with this config is of, None if it cannot be found."""
     log_dir = Path(config.get("log_dir", "logs"))
-    places = [checkpoint.parent.parent / log_dir.name, log_dir, checkpoint.parent]
-    return next((place / history.HISTORY_NAME for place in places if (place / history.HISTORY_NAME).is_file()), None)
+    paths = [folder / history.HISTORY_NAME for folder in (
+        checkpoint.parent.parent / log_dir.name, log_dir, checkpoint.parent)]
+    return next(filter(Path.is_file, paths), None)
 
 
 def parent_of(config: Config, fingerprint: str) -> dict:
-    """Return the checkpoint that --branch_from names, with its "path" and, as "history", its run's up to there.
-
-    Raises ValueError or OSError, with one line, if it is of another network or other data, or has no history.
-    """
+    """Return the checkpoint that --branch_from names, with its "path" and, as "history", its run's up to there. Raises
+    ValueError or OSError, with one line, if it is of another network or other data, or has no history."""
     path = Path(config.branch_from)
     checkpoint = checkpoints.load_checkpoint(path)
     before = checkpoint["config"]
@@ -52,16 +51,16 @@ def parent_of(config: Config, fingerprint: str) -> dict:
     if found is None:
         raise ValueError(f"--branch_from={path}: there is no {history.HISTORY_NAME} of its run near it or in "
                          f"{before.get('log_dir', 'logs')}")
-    differing = [name for name in ("model", "depth", "width", "activation", "batch_norm", "train_size")
-                 if before.get(name) != getattr(config, name)]
+    network = {"model", "depth", "width", "activation", "batch_norm", "train_size"}
+    differing = checkpoints.differences(before, config, network)
     if differing or checkpoint.get("derived", {}).get("data", fingerprint) != fingerprint:
         raise ValueError(f"--branch_from={path} is of another network or other data "
-                         f"({', '.join(f'--{name}' for name in differing) or 'the images differ'}): give its flags")
+                         f"({', '.join(differing) or 'the images differ'}): give its flags")
     if config.n_steps <= checkpoint["step"]:
         raise ValueError(f"--branch_from={path} is at step {checkpoint['step']}: raise --n_steps={config.n_steps}")
     record = history.read_history(found)
     history.forget_after(record, checkpoint["logged"])
-    if any(before.get(name) != getattr(config, name) for name in ("seed", "adv_size", "epsilons")):
+    if checkpoints.differences(before, config, {"seed", "adv_size", "epsilons"}):
         record.pop("outcomes", None)  # they are of other images, or of another grid of epsilons
     return {**checkpoint, "path": path, "history": record}
 
@@ -108,10 +107,8 @@ class Run:
             self.held.release()
 
     def begin(self, model: torch.nn.Module, trainer: Any, parent: dict | None = None) -> None:
-        """Load the checkpoint to continue from, or that of the run to branch from; then prepare the files.
-
-        parent: the checkpoint (with its "history" and "path") of which this run is a branch.
-        """
+        """Load the checkpoint to continue from, or that of the run to branch from; then prepare the files. parent: the
+        checkpoint (with its "history" and "path") of which this run is a branch."""
         self.model, self.trainer = model, trainer
         source = self.earlier or parent
         if source:
@@ -122,8 +119,7 @@ class Run:
                 self.console.note(f"the optimizer starts anew: the state in {source['path']} is not one of its kind")
             self.step = self.saved_step = source["step"]
             self.began -= source["seconds"]
-            own = {"config", "asked", "derived", "environment"} if self.earlier else {
-                "config", "asked", "derived", "environment", "sizes", "layers", "branch"}
+            own = self.history.keys() - {"step", "warnings"}
             self.history.update({key: value for key, value in source["history"].items() if key not in own})
             if self.history["step"][-1:] != [self.step]:
                 trainer.largest_loss.fill_(source.get("largest_loss", -math.inf))
@@ -235,12 +231,6 @@ class Figure:
 
     def redraw(self) -> None:
         began = time.perf_counter()
-        try:
-            self.draw()
-        except Exception as error:  # whatever matplotlib, its fonts or a full disk raise
-            reason = (str(error).strip().splitlines() or [""])[0]
-            if not self.failed:
-                self.note(f"the figure cannot be drawn ({type(error).__name__}: {reason}); the run goes on without it")
-            self.failed = True
+        self.failed = not attempt(self.draw, "the figure cannot be drawn", self.note)
         self.drawn_at = time.perf_counter()
         self.took = self.drawn_at - began

@@ -4,7 +4,6 @@ import contextlib
 import os
 import signal
 import sys
-import threading
 from collections.abc import Callable, Iterator
 from types import FrameType
 
@@ -24,12 +23,10 @@ def open_streams() -> None:
 
 @contextlib.contextmanager
 def handled_by(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
-    """Call handler(number, frame) for the signals that ask to stop; restore the former handlers at the end.
-
-    SIGHUP stays ignored under nohup. Outside the main thread, where Python allows no handlers, nothing is done.
-    """
+    """Call handler(number, frame) for the signals that ask to stop; restore the former handlers at the end. SIGHUP
+    stays ignored under nohup."""
     former = {}
-    for name in STOPPING if threading.current_thread() is threading.main_thread() else ():
+    for name in STOPPING:
         number = getattr(signal, name, None)
         if number is not None and (name != "SIGHUP" or signal.getsignal(number) != signal.SIG_IGN):
             former[number] = signal.signal(number, handler)

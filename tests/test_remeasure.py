@@ -38,9 +38,6 @@ def larger():
 
 def fewer():
     return nn.Sequential(nn.Flatten(), nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 3))
-
-def text():
-    return "a network"
 """
 
 
@@ -104,9 +101,7 @@ def test_what_the_checkpoint_knows_is_not_measured_again(run):
     assert again["outcomes"]["test"] == history_of(run)["outcomes"]["test"][-1:]
 
 
-@pytest.mark.parametrize("flags, positions", [
-    (["--every=2"], [1, 3, 5]), (["--every=4"], [1, 5]), (["--steps=300,0"], [0, 5]),
-    (["--steps=0,1,300", "--every=2"], [0, 5])])
+@pytest.mark.parametrize("flags, positions", [(["--every=2"], [1, 3, 5]), (["--steps=300,0,1", "--every=2"], [0, 5])])
 def test_chosen_checkpoints(run, flags, positions):
     steps = history_of(run)["step"]
     assert measured(run, *flags, "--lc_samples=0")["step"] == [steps[k] for k in positions]
@@ -185,8 +180,6 @@ def test_damaged_and_foreign_checkpoints_are_named(run, tmp_path, capsys):
     (["run", "run/copy.pt"], "are of the same step: give the checkpoints of one run"),
     (["run/damaged.pt"], "run/damaged.pt is damaged or not a checkpoint"),
     (["run/other.pt"], "the images or labels in data are not those that the run was trained on"),
-    (["run", "--epsilons=2"], "2 is not in [0, 1]"),
-    (["run", "--n_steps=5"], "unrecognized arguments: --n_steps=5"),
 ])
 def test_wrong_input_gets_one_line(run, words, message, monkeypatch, capsys):
     monkeypatch.chdir(run.parent)
@@ -253,10 +246,8 @@ def test_weights_from_safetensors(network, capsys):
     (["--network=net.py:fewer"], "for 2 images the network returns (2, 3), not logits (2, 10)"),
     (["--network=net.py:larger"], "the network does not take images of shape (2, 1, 8, 8)"),
     (["--network=net.py:plain"], "no activation module, such as nn.ReLU: there is no layer to count; --lc_samples=0"),
-    (["--network=net.py:text"], "it returns str, not a torch.nn.Module"),
     (["--network=net.py:nothing"], "AttributeError: "),
     (["--network=net.py"], "--network=net.py: give FILE.py:FUNCTION"),
-    (["--network=missing.py:build"], "give FILE.py:FUNCTION, where FILE.py exists"),
     (["--weights=missing.pt"], "there is no file missing.pt"),
     (["--weights=net.py"], "net.py is damaged, not a state dict, or holds more than tensors"),
     (["--network=net.py:plain", "--weights=net.pt"], "--weights=net.pt are not those of the network"),

@@ -7,10 +7,8 @@ import errno
 import functools
 import gc
 import io
-import json
 import math
 import os
-import pickle
 import platform
 import random
 import re
@@ -29,10 +27,9 @@ from conftest import ENVIRONMENT, FORKS, SMALL, columns, command, history_of, ru
 import attacks
 import losses
 import measure
-import models
 import train
 from runtime import checkpoints, files
-from runtime.history import HISTORY_NAME, forget_after, read_history, write_history
+from runtime.history import HISTORY_NAME, read_history, write_history
 from runtime.run import Run
 
 PATIENCE = 300  # seconds after which a process is taken to hang
@@ -202,16 +199,11 @@ SELDOM = [EVERYWHERE[i] for i in (0, 3, 4, 5)]
 
 @pytest.mark.parametrize("interruptions, flags", [
     (EVERYWHERE, TINY),
-    (SELDOM, [*TINY, "--optimizer=adam"]),
-    (SELDOM, [*TINY, "--optimizer=sgd", "--lr=0.1"]),
-    (SELDOM, [*TINY, "--loss=mse", "--activation=tanh", "--label_noise=0.3"]),
-    (SELDOM, [*TINY, "--dtype=float64", "--pgd_restarts=2", "--lc_radius=0.01,0.1"]),
+    (SELDOM, [*TINY, "--optimizer=sgd", "--lr=0.1", "--momentum=0.9", "--dtype=float64", "--pgd_restarts=2"]),
+    (SELDOM, [*TINY, "--loss=mse", "--activation=tanh", "--label_noise=0.3", "--lc_radius=0.01,0.1"]),
     (EVERYWHERE, [*TINY, "--batch_norm", "--train_size=75"]),
-    (SELDOM, [*TINY, "--dtype=float64", "--loss=mse", "--optimizer=sgd", "--batch_norm", "--depth=2"]),
-    (SELDOM, [*CONV, "--model=cnn"]),
     (SELDOM, [*CONV, "--model=cnn", "--batch_norm", "--optimizer=adam"]),
     (SELDOM, [*CONV, "--model=resnet18"]),
-    (SELDOM, [*CONV, "--model=resnet18", "--batch_norm", "--loss=mse", "--optimizer=sgd", "--lr=0.1"]),
 ], ids=lambda flags: " ".join(flags[len(TINY):]) if isinstance(flags[0], str) else str(len(flags)))
 def test_an_interrupted_run_ends_as_if_it_had_not_been(tmp_path, interruptions, flags):
     flags = [*flags, "--n_steps=40"]
@@ -226,8 +218,6 @@ def test_an_interrupted_run_ends_as_if_it_had_not_been(tmp_path, interruptions, 
 @pytest.mark.parametrize("flags", [
     ["--n_steps=700"],  # batches are drawn in blocks of 65 epochs, 325 steps
     ["--n_epochs=140", "--log_interval=60"],
-    ["--n_steps=333", "--log_interval=25", "--log_points=9"],
-    ["--n_steps=700", "--log_points=15"],
 ], ids=" ".join)
 def test_interruptions_with_every_log_schedule(tmp_path, flags):
     flags = [*SMALL, "--adv_size=10", "--lc_samples=4", *flags]
@@ -352,28 +342,15 @@ def train_step(folder):
     return state["step"] if state else 0
 
 
-@pytest.mark.parametrize("number, name", [(signal.SIGTERM, "SIGTERM"), (signal.SIGINT, "SIGINT"),
-                                          (signal.SIGUSR1, "SIGUSR1")])
-def test_a_signal_stops_a_run_that_can_be_resumed(tmp_path, finished, number, name):
-    rng, span = random.Random(number), 0.2 * seconds_of_a_run(finished)
+def test_a_signal_stops_a_run_that_can_be_resumed(tmp_path, finished):
     flags = [*LONG, "--checkpoint_minutes=10"]
-    stopped, last_step = 0, -1
-    while stopped < 3:
-        process = start(tmp_path, *flags)
-        assert wait_for(process, tmp_path, STARTED)
-        time.sleep(rng.uniform(0, span))
-        os.kill(process.pid, number)
-        status = status_of(process)
-        if status == 0:  # the machine was so fast that the run was over
-            break
-        assert status == 128 + number, output_of(tmp_path)
-        step = train_step(tmp_path)
-        said = f"stopped by {name} at step {step}; continue with the same command and --resume"
-        assert output_of(tmp_path).splitlines()[-1] == said
-        assert step >= last_step
-        assert_sound(tmp_path)
-        stopped, last_step = stopped + 1, step
-    assert stopped
+    process = start(tmp_path, *flags)
+    assert wait_for(process, tmp_path, STARTED)
+    os.kill(process.pid, signal.SIGUSR1)
+    assert status_of(process) == 128 + signal.SIGUSR1, output_of(tmp_path)
+    said = f"stopped by SIGUSR1 at step {train_step(tmp_path)}; continue with the same command and --resume"
+    assert output_of(tmp_path).splitlines()[-1] == said
+    assert_sound(tmp_path)
     assert status_of(start(tmp_path, *flags)) == 0
     assert outcome(tmp_path) == outcome(finished(*LONG))
 
@@ -387,47 +364,6 @@ def test_control_c_before_the_first_step(tmp_path, monkeypatch, capsys):
     assert "interrupted" in one_line(capsys.readouterr().err)
     monkeypatch.undo()
     run_here(tmp_path, *TINY, "--n_steps=3")
-
-
-def saving_takes_long():
-    """Make the checkpoint that a signal asks for last for ever."""
-    def save_rolling(_run):
-        print("saving", flush=True)
-        while True:
-            time.sleep(1)
-
-    Run.save_rolling = save_rolling
-
-
-@pytest.mark.parametrize("first", [signal.SIGINT, signal.SIGTERM])
-def test_a_second_control_c_ends_at_once(tmp_path, first):
-    process = start(tmp_path, *LONG, "--checkpoint_minutes=10", hook=saving_takes_long)
-    assert wait_for(process, tmp_path, STARTED)
-    os.kill(process.pid, first)
-    assert wait_for(process, tmp_path, "saving")
-    os.kill(process.pid, signal.SIGINT)
-    assert status_of(process) == 128 + signal.SIGINT
-    assert_sound(tmp_path)
-
-
-def measuring_takes_long():
-    def ranks(*_args, **_options):
-        print("measuring", flush=True)
-        while True:
-            time.sleep(1)
-
-    attacks.ranks = ranks
-
-
-def test_a_signal_does_not_wait_for_a_log_step(tmp_path, finished):
-    flags = (*TINY, "--n_steps=8")
-    process = start(tmp_path, *flags, hook=measuring_takes_long)
-    assert wait_for(process, tmp_path, "measuring")
-    os.kill(process.pid, signal.SIGUSR1)
-    assert status_of(process) == 128 + signal.SIGUSR1
-    assert train_step(tmp_path) == 0
-    run_here(tmp_path, *flags, "--resume")
-    assert outcome(tmp_path) == outcome(finished(*flags))
 
 
 def test_a_folder_belongs_to_one_run_and_to_none_after_its_crash(tmp_path, finished, capsys):
@@ -561,24 +497,6 @@ def test_no_room_for_the_figure_is_one_line_and_costs_nothing_else(tmp_path, fin
     assert outcome(tmp_path / "full") == outcome(finished(*FAULTY))
 
 
-def files_of_20_kilobytes():
-    import resource
-
-    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
-
-
-def test_a_limit_of_the_kernel_on_the_files_size(tmp_path, finished):
-    """A checkpoint would not fit: that is noticed before an earlier run's files are moved aside."""
-    flags = (*TINY, "--n_steps=8", "--width=100")
-    assert status_of(start(tmp_path, *flags, hook=files_of_20_kilobytes)) == 1
-    line = output_of(tmp_path).splitlines()[-1]
-    assert line.startswith("train.py: error: ") and "File too large" in line and "checkpoints" in line
-    assert not history_of_exists(tmp_path)
-    assert not list(tmp_path.rglob("*.pt*")) and not list(tmp_path.rglob("*.part"))
-    assert status_of(start(tmp_path, *flags)) == 0
-    assert outcome(tmp_path) == outcome(finished(*flags))
-
-
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
 def test_output_to_a_full_disk(tmp_path, finished):
     flags = (*TINY, "--n_steps=3")
@@ -608,14 +526,6 @@ def truncated(content, _proof):
     return content[:-100]
 
 
-def cut_in_half(content, _proof):
-    return content[:len(content) // 2]
-
-
-def emptied(_content, _proof):
-    return b""
-
-
 def one_bit_flipped(content, _proof):
     """Flip a bit in the middle of the largest tensor: PyTorch loads such a file without a word."""
     with zipfile.ZipFile(io.BytesIO(content)) as archive:
@@ -624,29 +534,14 @@ def one_bit_flipped(content, _proof):
     return content[:middle] + bytes([content[middle] ^ 16]) + content[middle + 1:]
 
 
-def zeros_in_the_middle(content, _proof):
-    third = len(content) // 3
-    return content[:third] + bytes(third) + content[2 * third:]
-
-
 def text(_content, _proof):
     return b"no checkpoint at all\n" * 100
-
-
-def weights_of_another_program(_content, _proof):
-    file = io.BytesIO()
-    torch.save(torch.nn.Linear(3, 3).state_dict(), file)
-    return file.getvalue()
 
 
 def whole_model(_content, _proof):
     file = io.BytesIO()
     torch.save(torch.nn.Linear(3, 3), file)
     return file.getvalue()
-
-
-def malicious_pickle(_content, proof):
-    return pickle.dumps(Malice(proof))
 
 
 def malicious_checkpoint(content, proof):
@@ -658,8 +553,7 @@ def malicious_checkpoint(content, proof):
     return file.getvalue()
 
 
-DAMAGES = [truncated, cut_in_half, emptied, one_bit_flipped, zeros_in_the_middle, text, weights_of_another_program,
-           whole_model, malicious_pickle, malicious_checkpoint]
+DAMAGES = [truncated, one_bit_flipped, text, whole_model, malicious_checkpoint]
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
@@ -680,24 +574,10 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(tmp_path, fini
 
 
 def test_malice_works_on_a_careless_reader(tmp_path):
-    pickle.loads(malicious_pickle(None, tmp_path / "proof"))
-    assert (tmp_path / "proof").exists()
-    (tmp_path / "proof").unlink()
     file = io.BytesIO()
     torch.save({"config": {}}, file)
     torch.load(io.BytesIO(malicious_checkpoint(file.getvalue(), tmp_path / "proof")), weights_only=False)
     assert (tmp_path / "proof").exists()
-
-
-def test_without_a_sound_checkpoint_a_run_is_not_resumed_and_nothing_is_moved(tmp_path, finished, capsys):
-    flags = (*TINY, "--n_steps=3")
-    copied(finished(*flags), tmp_path)
-    for path in saved(tmp_path):
-        path.write_bytes(b"")
-    before = files_in(tmp_path)
-    run_here(tmp_path, *flags, "--resume", status=2)
-    assert saved(tmp_path)[0].name in one_line(capsys.readouterr().err)
-    assert {name: content for name, content in files_in(tmp_path).items() if ".lock" not in name} == before
 
 
 def test_every_single_bit_of_damage_is_noticed(tmp_path, finished):
@@ -722,12 +602,7 @@ def test_every_single_bit_of_damage_is_noticed(tmp_path, finished):
 RUN = (*TINY, "--n_steps=8")
 
 
-@pytest.mark.parametrize("flag", [
-    "--depth=3", "--width=17", "--activation=gelu", "--batch_norm", "--init_scale=2", "--train_size=61",
-    "--label_noise=0.1", "--optimizer=adam", "--loss=mse", "--lr=0.002", "--weight_decay=0", "--batch_size=19",
-    "--dtype=float64", "--seed=43", "--log_points=7", "--log_interval=1", "--epsilons=0.2", "--pgd_steps=3",
-    "--pgd_step_size=0.1", "--pgd_restarts=2", "--adv_size=11", "--lc_samples=5", "--lc_directions=5",
-    "--lc_radius=0.1"])
+@pytest.mark.parametrize("flag", ["--depth=3", "--batch_norm", "--lr=0.002", "--log_interval=1", "--epsilons=0.2"])
 def test_another_experiment_is_not_resumed(tmp_path, finished, capsys, flag):
     copied(finished(*RUN), tmp_path)
     before = files_in(tmp_path)
@@ -738,14 +613,6 @@ def test_another_experiment_is_not_resumed(tmp_path, finished, capsys, flag):
     name = flag.partition("=")[0]
     assert f"{name} was" in line and str(tmp_path) in line
     assert files_in(tmp_path) == before
-
-
-def test_all_the_differences_are_listed(tmp_path, finished, capsys):
-    copied(finished(*RUN), tmp_path)
-    run_here(tmp_path, *RUN, "--resume", "--lr=0.5", "--seed=7", "--model=cnn", status=2)
-    line = one_line(capsys.readouterr().err)
-    assert "--lr was 0.001, is 0.5" in line and "--seed was 42, is 7" in line and "--model was mlp, is cnn" in line
-    assert "--batch_size" not in line and "--resume" not in line
 
 
 def test_a_longer_run_continues_and_keeps_its_log_points(tmp_path, finished):
@@ -761,14 +628,6 @@ def test_a_longer_run_continues_and_keeps_its_log_points(tmp_path, finished):
             column, before = column[key], before[key]
         assert column[:len(before)] == before and len(column) > len(before)
     assert outcome(tmp_path)[2:] == outcome(long)[2:]
-
-
-def test_a_run_that_is_past_the_end_asked_for_is_not_cut(tmp_path, finished, capsys):
-    copied(finished(*RUN), tmp_path)
-    before = files_in(tmp_path)
-    run_here(tmp_path, *TINY, "--n_steps=5", "--resume", status=2)
-    assert "--n_steps=5 is less than the 8" in one_line(capsys.readouterr().err)
-    assert {name: content for name, content in files_in(tmp_path).items() if ".lock" not in name} == before
 
 
 def test_resuming_a_complete_run_changes_nothing(tmp_path, finished, capsys):
@@ -797,60 +656,9 @@ def test_flags_that_do_not_change_the_result_may_change(tmp_path, finished):
     assert len(saved(tmp_path)) == 1 and (tmp_path / "logs" / "training_history.svg").exists()
 
 
-def edit_history(folder, **changes):
-    path = folder / "logs" / HISTORY_NAME
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
-
-
-@pytest.mark.parametrize("damage, said", [
-    (lambda path: path.unlink(), "no history at"),
-    (lambda path: path.write_bytes(b""), "is not a JSON file"),
-    (lambda path: path.write_bytes(path.read_bytes()[:-20]), "is not a JSON"),
-    (lambda path: path.write_bytes(b"\xff\xfe\x00"), "is not a JSON"),
-    (lambda path: path.write_bytes(b"[" * 200_000), "is not a JSON"),
-    (lambda path: path.write_text("[1, 2]"), "is not a training history"),
-    (lambda path: path.write_text('{"version": 1, "step": [], "config": 5}'), "is not a training history"),
-    (lambda path: edit_history(path.parent.parent, version=0), "version 0"),
-    (lambda path: edit_history(path.parent.parent, train_loss=[0.1]), "columns differ in length"),
-    (lambda path: edit_history(path.parent.parent, note="mine"), "'note'"),
-], ids=["missing", "empty", "cut", "no text", "deep", "a list", "config", "version", "lengths", "a string"])
-def test_a_missing_or_damaged_history_beside_checkpoints(tmp_path, finished, capsys, damage, said):
-    copied(finished(*RUN), tmp_path)
-    path = tmp_path / "logs" / HISTORY_NAME
-    damage(path)
-    before = files_in(tmp_path)
-    run_here(tmp_path, *RUN, "--resume", status=2)
-    line = one_line(capsys.readouterr().err)
-    assert said in line and str(path) in line
-    assert {name: content for name, content in files_in(tmp_path).items() if ".lock" not in name} == before
-
-
-def test_a_history_older_than_the_checkpoints(tmp_path, finished, capsys):
-    copied(finished(*RUN), tmp_path)
-    path = tmp_path / "logs" / HISTORY_NAME
-    history = read_history(path)
-    forget_after(history, 2)
-    write_history(path, history)
-    run_here(tmp_path, *RUN, "--resume", status=2)
-    assert "log points are missing" in one_line(capsys.readouterr().err)
-
-
-def test_a_checkpoint_whose_weights_do_not_fit_its_config(tmp_path, finished, capsys):
-    copied(finished(*RUN), tmp_path)
-    newest = saved(tmp_path)[0]
-    state = checkpoints.load_checkpoint(newest)
-    state["model_state_dict"] = models.build_model("cnn", (1, 8, 8), 10, width=4).state_dict()
-    checkpoints.save_state(newest, state)
-    before = files_in(tmp_path)
-    run_here(tmp_path, *RUN, "--resume", status=2)
-    assert str(newest) in one_line(capsys.readouterr().err)
-    assert {name: content for name, content in files_in(tmp_path).items() if ".lock" not in name} == before
-
-
 # ---- how many checkpoints are kept ----------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("keep, steps", [("all", [0, 1, 2, 4, 8]), ("last", [8]), ("1", [8]), ("2", [4, 8]),
-                                         ("99", [0, 1, 2, 4, 8])])
+@pytest.mark.parametrize("keep, steps", [("all", [0, 1, 2, 4, 8]), ("last", [8]), ("2", [4, 8])])
 def test_keep_checkpoints(tmp_path, keep, steps):
     flags = [*TINY, "--n_steps=8", "--log_points=5", f"--keep_checkpoints={keep}"]
     mine = tmp_path / "checkpoints" / "checkpoint_epoch_best.pt"
@@ -869,17 +677,6 @@ def test_the_newest_are_kept_however_long_the_run(tmp_path):
     assert [checkpoints.step_in_name(path) for path in checkpoints.saved_checkpoints(tmp_path)] == [2 * 10**10, 10**10]
 
 
-def test_sixty_checkpoints_of_resnet18_take_less_than_a_gigabyte(tmp_path):
-    model = models.build_model("resnet18", (3, 32, 32), 10)
-    optimizer = torch.optim.AdamW(model.parameters())
-    model(torch.rand(1, 3, 32, 32)).sum().backward()
-    optimizer.step()
-    path = checkpoints.save_checkpoint(tmp_path, {"epoch": 1.0, "step": 5, "model_state_dict": model.state_dict(),
-                                             "optimizer_state_dict": optimizer.state_dict()})
-    weights = sum(p.numel() * p.element_size() for p in model.parameters())
-    assert 3 * weights < path.stat().st_size < 1e9 / 60
-
-
 # ---- a loss that is not finite --------------------------------------------------------------------------------------
 
 def training_losses(patch):
@@ -896,9 +693,8 @@ def training_losses(patch):
     return made
 
 
-@pytest.mark.parametrize("flags", [
-    ["--optimizer=sgd", "--lr=1e6"], ["--lr=1e30"], ["--optimizer=sgd", "--loss=mse", "--lr=10"],
-    ["--loss=mse", "--init_scale=1e10", "--depth=2"]], ids=" ".join)
+@pytest.mark.parametrize("flags", [["--optimizer=sgd", "--lr=1e6"], ["--lr=1e30"],
+                                   ["--loss=mse", "--init_scale=1e10", "--depth=2"]], ids=" ".join)
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, monkeypatch, capsys, flags):
     flags = [*TINY, "--n_steps=200", "--log_points=30", "--weight_decay=0", *flags]
     made = training_losses(monkeypatch)

@@ -44,9 +44,7 @@ def test_lists_and_ranges_are_combined(flags, names):
 
 
 @pytest.mark.parametrize("flags, message", [
-    (["--seed=3-1"], "--seed: the range 3-1 runs backwards"), (["--seed", "4-2,7"], "the range 4-2 runs backwards"),
-    (["--seed=0-4000000000"], "the range 0-4000000000 is too long"),
-    (["--seed=0-1", "--seed=5"], "--seed is given twice"), (["--seed=5", "--seed", "0-1"], "--seed is given twice"),
+    (["--seed=3-1"], "--seed: the range 3-1 runs backwards"),
     (["--depth=2,x"], "'x' is not a whole number"), (["--depth="], "''"),
     (["--nonsense=1,2"], "unrecognized arguments: --nonsense=1"),
     (["--n_steps=5,6"], "--n_steps: several values"), (["--log_dir=elsewhere"], "leave out --log_dir and --save_dir"),
@@ -131,7 +129,7 @@ def test_a_failed_run_is_named_and_the_others_go_on_and_are_not_made_again(swept
     assert "at step 30" in (second / "output.txt").read_text()
 
 
-def test_a_run_is_complete_only_with_its_last_checkpoint_its_config_and_its_data(swept):
+def test_a_run_is_complete_only_with_its_last_checkpoint_and_its_data(swept):
     swept("--n_steps=10", "--no_plot")
     (folder,) = Path("runs").iterdir()
     last, _ = max((folder / "checkpoints").glob("checkpoint_*.pt")), folder.rename("kept")
@@ -142,16 +140,16 @@ def test_a_run_is_complete_only_with_its_last_checkpoint_its_config_and_its_data
         change()
         return sweep.is_complete(folder, parse_args([*FLAGS, "--n_steps=10"]))
 
-    def edit(where, name, value):
+    def edit_data():
         path = folder / "logs" / "training_history.json"
         history = json.loads(path.read_text())
-        history[where][name] = value
+        history["derived"]["data"] = "other"
         path.write_text(json.dumps(history))
 
-    assert again(lambda: None) and again(lambda: edit("config", "threads", 2))
+    assert again(lambda: None)
     assert not again(lambda: (folder / last.relative_to(folder)).unlink())
     assert not again(lambda: last.write_bytes(last.read_bytes()[:1000]))
-    assert not again(lambda: edit("config", "lr", 0.5)) and not again(lambda: edit("derived", "data", "other"))
+    assert not again(edit_data)
     assert not sweep.is_complete(folder, parse_args([*FLAGS, "--n_steps=20"]))
     again(last.unlink)
     assert f"{folder}: complete" in swept("--n_steps=10", "--no_plot").out and last.exists()
