@@ -4,10 +4,11 @@ import functools
 from collections.abc import Sequence
 from pathlib import Path
 
+import matplotlib
 import numpy as np
 
 from analysis import panels, phases, runs
-from analysis.panels import RANDOM, SHARES, SMALL, TEST, TRAIN, Axes, Figure, matplotlib
+from analysis.panels import RANDOM, SHARES, SMALL, TEST, TRAIN, Axes, Figure
 from analysis.statistics import complexity_of, total_complexity
 
 OUTBREAK = "#CC79A7"

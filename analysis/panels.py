@@ -5,32 +5,24 @@ Constrained layout places the panels. The names at the ends of curves are spread
 
 import contextlib
 import io
-import os
 import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import matplotlib
 import numpy as np
-
-from analysis.runs import together
-from analysis.statistics import column_of, interpolation_of
-from flags import epsilon_label
-from runtime import files
-
-try:  # matplotlib does not import where MPLBACKEND names a missing module; a figure in a file needs no backend
-    backend = os.environ.pop("MPLBACKEND", None)
-    import matplotlib
-    if backend:
-        matplotlib.rcParams["backend"] = backend
-except ValueError:
-    pass
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.markers import TICKDOWN
 from matplotlib.text import Annotation
 from matplotlib.transforms import ScaledTranslation
+
+from analysis.runs import together
+from analysis.statistics import column_of, interpolation_of
+from flags import epsilon_label
+from runtime import files
 
 TRAIN, TEST, RANDOM = "black", "#D55E00", "#0072B2"  # the palette of Okabe and Ito, safe for colour-blind readers
 SHARES: dict[str, tuple[str, dict[str, Any], str]] = {  # column: name at the curve's end, line, words in the legend
@@ -86,8 +78,6 @@ def save(fig: Figure, path: str | Path) -> list[Path]:
     return written
 
 
-# ---- the step axis --------------------------------------------------------------------------------------------------
-
 def step_axis(ax: Axes, first: int, last: int, width: float, labelled: bool = True) -> None:
     """A logarithmic axis for steps from `first` to `last` with step 0 at its left edge, about `width` inches wide."""
     ax.set_xscale("symlog", linthresh=first, linscale=0.3)
@@ -113,14 +103,9 @@ def span(histories: Sequence[dict]) -> tuple[int, int]:
     return min((step for step in steps if step > 0), default=1), max(1, *steps)
 
 
-# ---- curves ---------------------------------------------------------------------------------------------------------
-
 def draw_curve(ax: Axes, group: Sequence[dict], column: Callable[[dict], np.ndarray], name: str = "",
                band: bool = True, **style: Any) -> None:
-    """Draw the mean of a column over the group, with its range as a band, and its name at its end.
-
-    column: maps a history to an array, log points first; NaN is a gap.
-    """
+    """Draw the mean of a column (of runs.together) over the group, its range as a band, and its name at its end."""
     steps, mean, low, high = together(group, column)
     known = np.isfinite(mean)
     around = np.pad(known, 1)
@@ -140,13 +125,9 @@ def spaced(wanted: Sequence[float] | np.ndarray, gap: float, low: float, high: f
 
     order = np.argsort(wanted, kind="stable")
     slots = min(gap, (high - low) / max(len(wanted) - 1, 1)) * np.arange(len(wanted))
-    places = isotonic_regression(np.asarray(wanted)[order] - slots).x
-    result = np.empty(len(wanted))
-    result[order] = np.clip(places, low, high - slots[-1]) + slots
-    return result
+    places = np.clip(isotonic_regression(np.asarray(wanted)[order] - slots).x, low, high - slots[-1]) + slots
+    return places[np.argsort(order)]
 
-
-# ---- the accuracy panel ---------------------------------------------------------------------------------------------
 
 def shared(group: Sequence[dict], name: str) -> list[str]:
     """The keys (epsilons) of a column that every run of the group has."""
