@@ -53,12 +53,6 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def default_path(histories: Sequence[str]) -> Path:
-    if len(histories) == 1:
-        return Path(histories[0]).with_suffix("")
-    return Path(os.path.commonpath([Path(path).resolve().parent for path in histories])) / "sweep"
-
-
 def draw_partition(paths: Sequence[str], out: Path | None, data_dir: str | None) -> list[Path]:
     from analysis import panels, partition
 
@@ -81,39 +75,38 @@ def run(args: argparse.Namespace) -> None:
     if args.markdown:
         print(report.markdown_table(histories, [name.removesuffix(".json") for name in names]))
     if args.summary:
-        texts = [report.summary(history) for history in histories]
-        print("\n\n".join(texts if len(texts) == 1 else
-                          [f"{path}\n{text}" for path, text in zip(args.histories, texts, strict=True)]))
+        heads = [f"{path}\n" if len(histories) > 1 else "" for path in args.histories]
+        print("\n\n".join(head + report.summary(history) for head, history in zip(heads, histories, strict=True)))
     if args.out or not (args.table or args.summary or args.markdown):
         from analysis import figure
 
-        print("wrote", *figure.draw(histories, args.out or default_path(args.histories)))
+        sweep = Path(os.path.commonpath([Path(path).resolve().parent for path in args.histories])) / "sweep"
+        path = sweep if len(histories) > 1 else Path(args.histories[0]).with_suffix("")
+        print("wrote", *figure.draw(histories, args.out or path))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit status: 0, or 2 after one line on what is wrong."""
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")  # an output without "ε" shows "?"
+    args = parse_args(argv)
     try:
-        args = parse_args(argv)
         if sys.stdout is None and (args.table or args.summary or args.markdown):
             raise OSError("the standard output is closed: there is nowhere to print to")
         run(args)
-        if sys.stdout is not None:
-            sys.stdout.flush()
+        print(end="", flush=True)
+        return 0
     except BrokenPipeError:  # the reader, `head` for instance, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nothing left to fail on at exit
+        return 0
     except ImportError as error:
-        print(f"plot.py: {error}: install what it needs with 'pip install -r requirements.txt'", file=sys.stderr)
-        return 2
+        reason = f"{error}: install what it needs with 'pip install -r requirements.txt'"
     except (ValueError, OSError) as error:
-        print(f"plot.py: {error}", file=sys.stderr)
-        return 2
+        reason = str(error)
     except (TypeError, LookupError, AttributeError) as error:  # a history or config that somebody edited
-        print(f"plot.py: {' '.join(args.partition or args.histories)}: cannot be read or drawn ({error!r})",
-              file=sys.stderr)
-        return 2
-    return 0
+        reason = f"{' '.join(args.partition or args.histories)}: cannot be read or drawn ({error!r})"
+    print(f"plot.py: {reason}", file=sys.stderr)
+    return 2
 
 
 if __name__ == "__main__":

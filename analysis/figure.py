@@ -4,10 +4,11 @@ import functools
 from collections.abc import Sequence
 from pathlib import Path
 
+import matplotlib
 import numpy as np
 
 from analysis import panels, phases, runs
-from analysis.panels import RANDOM, SHARES, SMALL, TEST, TRAIN, Axes, Figure, matplotlib
+from analysis.panels import RANDOM, SHARES, SMALL, TEST, TRAIN, Axes, Figure
 from analysis.statistics import complexity_of, total_complexity
 
 OUTBREAK = "#CC79A7"
@@ -18,16 +19,13 @@ ENDS = 1.35  # left and right of a panel: ticks and names
 STRIP = 0.15  # at the top of a panel of local complexity: the names of the phases
 
 
-# ---- local complexity -----------------------------------------------------------------------------------------------
-
 def point_sets(history: dict, radius: str) -> list[str]:
     return [points for points in ("random", "test", "train") if radius in history["local_complexity"].get(points, {})]
 
 
 def highest_complexity(group: Sequence[dict], radius: str) -> float:
-    totals = np.concatenate([total_complexity(history, points, radius)
-                             for history in group for points in point_sets(history, radius)])
-    return max(totals[np.isfinite(totals)], default=1) or 1
+    return max(np.nanmax([0, *total_complexity(history, points, radius)])
+               for history in group for points in point_sets(history, radius)) or 1
 
 
 def complexity_panel(ax: Axes, group: Sequence[dict], radius: str) -> None:
@@ -42,6 +40,7 @@ def complexity_panel(ax: Axes, group: Sequence[dict], radius: str) -> None:
         colour = {"random": RANDOM, "test": TEST, "train": TRAIN}[points]
         panels.draw_curve(ax, group, total, points, color=colour, lw=1.8)
     ax.yaxis.set_major_locator(matplotlib.ticker.MaxNLocator(5))
+    ax.set_ylabel(f"local complexity\nr = {radius}", fontsize=SMALL + 1)
 
 
 def name_phases(ax: Axes, group: Sequence[dict], radius: str) -> None:
@@ -54,7 +53,7 @@ def name_phases(ax: Axes, group: Sequence[dict], radius: str) -> None:
     steps, complexity, _, _ = runs.together(group, lambda history: total_complexity(history, "train", radius))
     steps, complexity = steps[np.isfinite(complexity)], complexity[np.isfinite(complexity)]
     found = phases.phases(complexity)
-    width, height = panels.inches(ax)
+    width, height = ax.bbox.width / ax.figure.dpi, ax.bbox.height / ax.figure.dpi
     strip = 1 - STRIP / height
     ax.axvspan(*ax.get_xlim(), strip, color="white", lw=0, zorder=2.5)  # marks through all panels end below it
     to_axes = ax.transData + ax.transAxes.inverted()
@@ -77,8 +76,6 @@ def name_phases(ax: Axes, group: Sequence[dict], radius: str) -> None:
                 fontsize=SMALL)
         low = max(end, middle + half)
 
-
-# ---- figures --------------------------------------------------------------------------------------------------------
 
 def sizes(groups: Sequence[Sequence[dict]], n_radii: int) -> tuple[int, float, list[float]]:
     """(columns, width, heights): how many configurations side by side, the figure's width, the panels' heights."""
@@ -104,8 +101,7 @@ def figure(histories: Sequence[dict]) -> Figure:
     if not histories:
         raise ValueError("nothing to draw: no history has a log step yet")
     groups, flags = runs.grouped(histories)
-    radii = [radius for radius in histories[0]["local_complexity"].get("train", {})
-             if all("train" in point_sets(history, radius) for history in histories)]
+    radii = panels.shared([history["local_complexity"] for history in histories], "train")
     radii = radii if len(groups) == 1 else radii[:1]
     tops = np.array([[highest_complexity(group, radius) for radius in radii] for group in groups])
     if radii and tops.max() < 5 * tops.min():  # one scale, as long as it hides nothing
@@ -113,26 +109,23 @@ def figure(histories: Sequence[dict]) -> Figure:
 
     columns, width, heights = sizes(groups, len(radii))
     rows, each = -(-len(groups) // columns), len(heights)
-    title = runs.run_title(histories[0], flags)
-    fig = panels.new_figure(width, rows * (sum(heights) + LABELS) + 0.9, title)
-    grid = fig.subplots(rows * each, columns, squeeze=False, height_ratios=heights * rows)
-    grid = grid.reshape(rows, each, columns).swapaxes(1, 2).reshape(-1, each)
-    for axes, group in zip(grid, groups, strict=False):
-        draw_group(list(axes), group, radii, panels.span(histories), width / columns - ENDS)
+    fig = panels.new_figure(width, rows * (sum(heights) + LABELS) + 0.9, runs.run_title(histories[0], flags))
+    grid = fig.add_gridspec(rows * each, columns, height_ratios=heights * rows)
+    places = [divmod(i, columns) for i in range(len(groups))]
+    drawn = [[fig.add_subplot(grid[row * each + k, column]) for k in range(each)] for row, column in places]
+    for axes, group, highest, (_, column) in zip(drawn, groups, tops, places, strict=True):
+        draw_group(axes, group, radii, panels.span(histories), width / columns - ENDS)
         over = f"{runs.group_title(group, flags)}\n{runs.runs_text(group)}"
         axes[0].set_title(over.strip(), fontsize=SMALL + 1, pad=13)
-    for ax in grid[len(groups):].flat:
-        ax.remove()
-    for ax in [ax for i, axes in enumerate(grid) if i % columns for ax in axes]:
-        ax.set_ylabel("")
+        for ax, top in zip(axes[1:], highest, strict=True):
+            ax.set_ylim(0, 1.04 * top / (1 - STRIP / heights[-1]))
+        for ax in axes if column else []:
+            ax.set_ylabel("")
     add_legend(fig, groups, bool(radii))
-    below = [(ax, group, radius, top) for axes, group, row in zip(grid, groups, tops, strict=False)
-             for ax, radius, top in zip(axes[1:], radii, row, strict=True)]
-    for ax, _, _, top in below:
-        ax.set_ylim(0, 1.04 * top / (1 - STRIP / heights[-1]))
     panels.lay_out(fig)
-    for ax, group, radius, _ in below:
-        name_phases(ax, group, radius)
+    for axes, group in zip(drawn, groups, strict=True):
+        for ax, radius in zip(axes[1:], radii, strict=True):
+            name_phases(ax, group, radius)
     return fig
 
 
@@ -144,7 +137,6 @@ def draw_group(axes: Sequence[Axes], group: Sequence[dict], radii: list[str], st
     panels.accuracy_panel(axes[0], group)
     for ax, radius in zip(axes[1:], radii, strict=True):
         complexity_panel(ax, group, radius)
-        ax.set_ylabel(f"local complexity\nr = {radius}", fontsize=SMALL + 1)
     panels.mark_interpolation(axes, group)
     for step in outbreak_steps(group):
         for ax in axes:
@@ -152,7 +144,6 @@ def draw_group(axes: Sequence[Axes], group: Sequence[dict], radii: list[str], st
 
 
 def outbreak_steps(group: Sequence[dict]) -> list[int]:
-    """The steps at which the training loss of a run breaks out."""
     return [history["step"][index] for history in group for index in phases.outbreaks(history)]
 
 

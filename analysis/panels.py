@@ -5,32 +5,24 @@ Constrained layout places the panels. The names at the ends of curves are spread
 
 import contextlib
 import io
-import os
 import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import matplotlib
 import numpy as np
-
-from analysis.runs import together
-from analysis.statistics import column_of, interpolation_of
-from flags import epsilon_label
-from runtime import files
-
-try:  # matplotlib does not import where MPLBACKEND names a missing module; a figure in a file needs no backend
-    backend = os.environ.pop("MPLBACKEND", None)
-    import matplotlib
-    if backend:
-        matplotlib.rcParams["backend"] = backend
-except ValueError:
-    pass
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.markers import TICKDOWN
 from matplotlib.text import Annotation
 from matplotlib.transforms import ScaledTranslation
+
+from analysis.runs import together
+from analysis.statistics import column_of, interpolation_of
+from flags import epsilon_label
+from runtime import files
 
 TRAIN, TEST, RANDOM = "black", "#D55E00", "#0072B2"  # the palette of Okabe and Ito, safe for colour-blind readers
 SHARES: dict[str, tuple[str, dict[str, Any], str]] = {  # column: name at the curve's end, line, words in the legend
@@ -66,7 +58,7 @@ def lay_out(fig: Figure) -> None:
     for ax in fig.axes:
         names = [text for text in ax.texts if isinstance(text, Annotation)]
         if names:
-            width, height = inches(ax)
+            width, height = ax.bbox.width / fig.dpi, ax.bbox.height / fig.dpi
             ends = (ax.transData + ax.transAxes.inverted()).transform([name.xy for name in names])
             for name, (x, y), place in zip(names, ends, spaced(ends[:, 1], LINE / height, 0.02, 0.98), strict=True):
                 name.set_y(place)
@@ -74,25 +66,17 @@ def lay_out(fig: Figure) -> None:
                         transform=ax.transAxes, clip_on=False)
 
 
-def inches(ax: Axes) -> np.ndarray:
-    """The width and height of a panel."""
-    return np.array(ax.bbox.size) / ax.figure.dpi
-
-
 def save(fig: Figure, path: str | Path) -> list[Path]:
     """Write a figure to path.png and path.svg, each replaced at once; returns the two paths."""
-    path = Path(path)
-    stem = path.with_suffix("") if path.suffix in (".png", ".svg") else path
-    written = [stem.with_name(stem.name + suffix) for suffix in (".png", ".svg")]
-    for file, metadata in zip(written, ({}, {"Date": None}), strict=True):
+    stem = str(path).removesuffix(".png").removesuffix(".svg")
+    written = [Path(stem + suffix) for suffix in (".png", ".svg")]
+    for file in written:
         buffer = io.BytesIO()
         with default_style():
-            fig.savefig(buffer, format=file.suffix[1:], metadata=metadata)
+            fig.savefig(buffer, format=file.suffix[1:], metadata={"Date": None})
         files.write_atomically(file, buffer.getvalue())
     return written
 
-
-# ---- the step axis --------------------------------------------------------------------------------------------------
 
 def step_axis(ax: Axes, first: int, last: int, width: float, labelled: bool = True) -> None:
     """A logarithmic axis for steps from `first` to `last` with step 0 at its left edge, about `width` inches wide."""
@@ -102,7 +86,8 @@ def step_axis(ax: Axes, first: int, last: int, width: float, labelled: bool = Tr
     decades = [step for step in grid if str(step).strip("0") == "1"]
     ticks = decades if len(decades) > 2 else [step for step in grid if str(step)[0] in "125"] or grid[-1:]
     ticks = [0, *ticks[(len(ticks) - 1) % 2::2]] if len(ticks) * 0.45 > width else [0, *ticks]
-    ax.set_xticks(ticks, [step_label(tick) if labelled else "" for tick in ticks])
+    names = [f"$10^{len(str(tick)) - 1}$" if tick >= 100 and tick in decades else f"{tick:,}" for tick in ticks]
+    ax.set_xticks(ticks, names if labelled else [""] * len(ticks))
     ax.minorticks_off()
     ax.plot(grid, [0] * len(grid), "k", ls="", marker=TICKDOWN, ms=2, mew=0.6, clip_on=False,
             transform=ax.get_xaxis_transform())  # dozens of minor ticks would take a second to draw
@@ -112,26 +97,15 @@ def step_axis(ax: Axes, first: int, last: int, width: float, labelled: bool = Tr
         ax.set_xlabel("step", fontsize=SMALL + 1)
 
 
-def step_label(step: int) -> str:
-    """Powers of ten from 100 on as powers, all other steps in full."""
-    power = len(str(step)) - 1
-    return f"$10^{power}$" if step == 10**power and power > 1 else f"{step:,}"
-
-
 def span(histories: Sequence[dict]) -> tuple[int, int]:
     """The first step after 0 and the last one of all the histories, for step_axis."""
     steps = [step for history in histories for step in history["step"]]
     return min((step for step in steps if step > 0), default=1), max(1, *steps)
 
 
-# ---- curves ---------------------------------------------------------------------------------------------------------
-
 def draw_curve(ax: Axes, group: Sequence[dict], column: Callable[[dict], np.ndarray], name: str = "",
                band: bool = True, **style: Any) -> None:
-    """Draw the mean of a column over the group, with its range as a band, and its name at its end.
-
-    column: maps a history to an array, log points first; NaN is a gap.
-    """
+    """Draw the mean of a column (of runs.together) over the group, its range as a band, and its name at its end."""
     steps, mean, low, high = together(group, column)
     known = np.isfinite(mean)
     around = np.pad(known, 1)
@@ -151,17 +125,13 @@ def spaced(wanted: Sequence[float] | np.ndarray, gap: float, low: float, high: f
 
     order = np.argsort(wanted, kind="stable")
     slots = min(gap, (high - low) / max(len(wanted) - 1, 1)) * np.arange(len(wanted))
-    places = isotonic_regression(np.asarray(wanted)[order] - slots).x
-    result = np.empty(len(wanted))
-    result[order] = np.clip(places, low, high - slots[-1]) + slots
-    return result
+    places = np.clip(isotonic_regression(np.asarray(wanted)[order] - slots).x, low, high - slots[-1]) + slots
+    return places[np.argsort(order)]
 
-
-# ---- the accuracy panel ---------------------------------------------------------------------------------------------
 
 def shared(group: Sequence[dict], name: str) -> list[str]:
     """The keys (epsilons) of a column that every run of the group has."""
-    return [key for key in group[0][name] if all(key in history[name] for history in group)]
+    return [key for key in group[0].get(name, {}) if all(key in history.get(name, {}) for history in group)]
 
 
 def shown_shares(group: Sequence[dict]) -> list[str]:
@@ -171,19 +141,19 @@ def shown_shares(group: Sequence[dict]) -> list[str]:
 
 def accuracy_panel(ax: Axes, group: Sequence[dict]) -> None:
     """Train, test, robust_acc (full lines) and adv_acc (dashed, in the same colours) against the step."""
-    def values(name: str, key: str | None = None) -> Callable[[dict], np.ndarray]:
-        return lambda history: column_of(history, name) if key is None else column_of(history[name], key)
+    def draw(name: str, words: str = "", key: str | None = None, **style: Any) -> None:
+        draw_curve(ax, group, lambda history: column_of(history[name] if key else history, key or name), words, **style)
 
-    draw_curve(ax, group, values("train_acc"), "train", color=TRAIN, lw=1.0)
+    draw("train_acc", "train", color=TRAIN, lw=1.0)
     for column in shown_shares(group):
         name, style, _ = SHARES[column]
-        draw_curve(ax, group, values(column), name, band=False, **style)
+        draw(column, name, band=False, **style)
     keys, attacked = shared(group, "robust_acc"), shared(group, "adv_acc")
     for key, shade in zip(keys, matplotlib.colormaps["viridis"](np.linspace(0.75, 0.0, len(keys))), strict=True):
         if key in attacked:
-            draw_curve(ax, group, values("adv_acc", key), band=False, color=shade, lw=1.0, ls=(0, (3, 1.5)))
-        draw_curve(ax, group, values("robust_acc", key), f"ε {epsilon_label(key)}", color=shade, lw=1.6)
-    draw_curve(ax, group, values("test_acc"), "test", color=TEST, lw=1.6)
+            draw("adv_acc", key=key, band=False, color=shade, lw=1.0, ls=(0, (3, 1.5)))
+        draw("robust_acc", f"ε {epsilon_label(key)}", key=key, color=shade, lw=1.6)
+    draw("test_acc", "test", color=TEST, lw=1.6)
     ax.set_ylim(-0.02, 1.02)
     ax.set_yticks(np.linspace(0, 1, 6), [f"{tick}%" for tick in range(0, 101, 20)])
     ax.set_ylabel("accuracy", fontsize=SMALL + 1)

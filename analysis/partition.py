@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import matplotlib
 import numpy as np
 import torch
 from torch import nn
@@ -25,7 +26,7 @@ import data
 import local_complexity
 import models
 from analysis import panels, runs, statistics
-from analysis.panels import SMALL, Axes, Figure, matplotlib
+from analysis.panels import SMALL, Axes, Figure
 from runtime import checkpoints, files
 from runtime.history import append
 
@@ -74,14 +75,14 @@ def load_all(paths: Sequence[str | Path], data_dir: str | None = None) -> tuple[
 
 # ---- the plane ------------------------------------------------------------------------------------------------------
 
-def three_images(dataset: data.Dataset, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+def three_images(dataset: data.Dataset) -> tuple[torch.Tensor, torch.Tensor]:
     """Return (x, y): three test images in [0, 1], shape (3, C, H, W), of three classes if there are that many.
 
     Raises ValueError if there are fewer than three test images.
     """
     if len(dataset.y_test) < 3:
         raise ValueError(f"a plane needs three test images, and {dataset.name} has {len(dataset.y_test)}")
-    order = torch.randperm(len(dataset.y_test), generator=torch.Generator().manual_seed(seed)).numpy()
+    order = torch.randperm(len(dataset.y_test), generator=torch.Generator().manual_seed(0)).numpy()
     first_of_class = np.sort(np.unique(dataset.y_test.numpy()[order], return_index=True)[1])
     chosen = order[[*first_of_class, *np.setdiff1d(np.arange(len(order)), first_of_class)][:3]]
     return data.pixels(dataset.x_test[chosen], torch.float64), dataset.y_test[chosen]

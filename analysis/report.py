@@ -77,10 +77,9 @@ def robustness_texts(history: dict, rises: dict[str, Rise]) -> list[str]:
     if halves:
         found = list(halves.values())
         later = ", the later the larger ε" if found == sorted(found) and found[0] < found[-1] else ""
-        first, last = (factor(steps[half], steps[start]) for half in (min(found), max(found)))
+        factors = dict.fromkeys(factor(steps[half], steps[start]) for half in (min(found), max(found)))
         text = (f"Delayed robustness: seen; after interpolation robust accuracy rises at ε {listing(halves)}. Half of "
-                f"the rise is reached at {first if first == last else f'{first} to {last}'} the step of "
-                f"interpolation{later}.")
+                f"the rise is reached at {' to '.join(factors)} the step of interpolation{later}.")
     if brief := [epsilon for epsilon, rise in robust.items() if rise.brief]:
         text += f" At ε {listing(brief)} it lies above it for less."
     if dipped := [epsilon for epsilon, rise in robust.items() if rise.half is None and rise.recovery is not None]:
@@ -223,12 +222,12 @@ def table(histories: Sequence[dict], names: Sequence[str]) -> str:
     if len(whole[0]) <= TABLE_WIDTH or not flags:
         return "\n".join(whole)
     width = max(map(len, names))
+    wrapper = textwrap.TextWrapper(TABLE_WIDTH, subsequent_indent=" " * (width + 2), break_long_words=False,
+                                   break_on_hyphens=False)
     chosen = [command_flags(history["config"], [flag for flag in flags if flag in asked(history)])
               for history in histories]
-    lists = [textwrap.fill(f"{name.ljust(width)}  {words}", TABLE_WIDTH, subsequent_indent=" " * (width + 2),
-                           break_long_words=False, break_on_hyphens=False)
-             for name, words in zip(names, chosen, strict=True)]
-    return "\n".join([*aligned(rows), "", *lists])
+    lines = [wrapper.fill(f"{name:<{width}}  {words}") for name, words in zip(names, chosen, strict=True)]
+    return "\n".join([*aligned(rows), "", *lines])
 
 
 def aligned(rows: Sequence[Sequence[str]]) -> list[str]:

@@ -34,9 +34,9 @@ def differing_flags(histories: Sequence[dict], also_same: Collection[str] = ()) 
     Flags of kind EXECUTION are not compared, except for data_dir where it says what the data are. A difference in
     length is one in n_steps, however it was asked for.
     """
+    configs = [history["config"] for history in histories]
     names = dict.fromkeys(name for history in histories for name in asked(history)
                           if name not in NOT_COMPARED | flags_of(LENGTH))
-    configs = [history["config"] for history in histories]
     length = "n_epochs" if all(config.get("n_epochs") for config in configs) else "n_steps"
     if len({config.get(length) for config in configs}) > 1:
         names["n_steps"] = None
@@ -74,18 +74,15 @@ def together(group: Sequence[dict], column: Callable[[dict], np.ndarray]
         values = column(group[0])
         return np.array(group[0]["step"]), values, values, values
     steps = np.unique(np.concatenate([history["step"] for history in group]))
-    resampled = []
-    for history in group:
-        values = column(history)
-        flat = [np.interp(np.log1p(steps), np.log1p(history["step"]), entry, left=np.nan, right=np.nan)
-                for entry in values.reshape(len(values), -1).T]
-        resampled.append(np.stack(flat, axis=1).reshape(len(steps), *values.shape[1:]))
-    stack = np.ma.masked_invalid(resampled)
+
+    def resampled(values: np.ndarray, known: list[int]) -> np.ndarray:
+        return np.interp(np.log1p(steps), np.log1p(known), values, left=np.nan, right=np.nan)
+
+    stack = np.ma.masked_invalid([np.apply_along_axis(resampled, 0, column(history), history["step"])
+                                  for history in group])
     mean, low, high = (np.ma.filled(fold(axis=0), np.nan) for fold in (stack.mean, stack.min, stack.max))
     return steps, mean, low, high
 
-
-# ---- names and titles -----------------------------------------------------------------------------------------------
 
 def flag_text(name: str, value: Any, between: str = " ") -> str:
     """Return a flag's value as one writes it: an epsilon of 0.0313725 as 8/255."""
@@ -99,11 +96,8 @@ def flag_text(name: str, value: Any, between: str = " ") -> str:
 def in_title(name: str, value: Any) -> str:
     """Return a flag and its value in words that are not broken over two lines."""
     words = name.replace("_", " ")
-    if isinstance(value, bool):
-        words = words if value else f"no {words}"
-    else:
-        words = f"{words} {flag_text(name, value)}"
-    return words.replace(" ", "\N{NBSP}")
+    text = words if value is True else f"no {words}" if value is False else f"{words} {flag_text(name, value)}"
+    return text.replace(" ", "\N{NBSP}")
 
 
 def short_names(paths: Sequence[str | Path]) -> list[str]:
@@ -132,14 +126,12 @@ def run_title(history: dict, flags: Collection[str] = ()) -> str:
 
 def group_title(group: Sequence[dict], flags: Sequence[str]) -> str:
     """Return the values of these flags in a group of runs, in lines that fit a small panel."""
-    config = group[0]["config"]
-    return textwrap.fill(", ".join(in_title(flag, config.get(flag)) for flag in flags), 42)
+    return textwrap.fill(", ".join(in_title(flag, group[0]["config"].get(flag)) for flag in flags), 42)
 
 
 def runs_text(group: Sequence[dict]) -> str:
     """Return how many runs a group's mean is of; nothing for one run."""
-    if len(group) == 1:
-        return ""
-    ends = [history["step"][-1] if history["step"] else 0 for history in group]
+    ends = [history["step"][-1] for history in group]
     unfinished = sum(end < max(ends) for end in ends)
-    return f"mean and range of {len(group)} runs" + (f", {unfinished} of them not at the end" if unfinished else "")
+    said = f", {unfinished} of them not at the end" if unfinished else ""
+    return f"mean and range of {len(group)} runs{said}" if len(group) > 1 else ""

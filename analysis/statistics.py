@@ -93,39 +93,20 @@ class Rise(NamedTuple):
     final: float
     largest: float = np.nan  # largest later value
     level: float = np.nan  # highest later level that is held for HOLD log points
-    lowest: float = np.nan  # lowest later level that is held
-    half_at: int | None = None  # from here on the curve holds half of the rise from start to level
-    recovery_at: int | None = None  # from here on it holds half of the rise from the lowest level
+    dip: float = np.nan  # lowest later level that is held, NaN unless it lies below start
+    half: int | None = None  # from here on the curve holds half of the rise to level, if that is beyond chance
+    recovery: int | None = None  # from here on it holds half of the way out of the dip, if that is beyond chance
+    brief: bool = False  # whether no rise is held, but a log point lies above start beyond chance
     p: float = 1.0  # of "no level is held above start"; with Bonferroni's correction these can exceed 1
     p_recovery: float = 1.0  # of "none is held above the lowest one"
     p_once: float = 1.0  # of "no log point lies above start"
 
-    @property
-    def half(self) -> int | None:
-        """The log point at which half of a rise is reached that is held and beyond chance, or None."""
-        return self.half_at if self.p <= 1 - CONFIDENCE else None
 
-    @property
-    def recovery(self) -> int | None:
-        """The log point at which half of the recovery from a dip below start is reached, or None."""
-        return self.recovery_at if self.p_recovery <= 1 - CONFIDENCE and self.lowest < self.start else None
-
-    @property
-    def dip(self) -> float:
-        """The lowest later level that is held, NaN unless it lies below start."""
-        return self.lowest if self.lowest < self.start else np.nan
-
-    @property
-    def brief(self) -> bool:
-        """Whether no rise is held, but a log point lies above start beyond chance."""
-        return self.half is None and self.p_once <= 1 - CONFIDENCE
-
-
-def delayed_rise(curve: Curve, start: int | None) -> Rise:
+def delayed_rise(curve: Curve, start: int | None, statements: int = 1) -> Rise:
     """Return the Rise of one curve after the log point `start` (None: the training set was never fitted).
 
-    Log points whose outcomes are unknown are passed over. The p-values are corrected for the search within this curve
-    alone; rises_of() corrects them for all curves of a run.
+    Log points whose outcomes are unknown are passed over. statements: how many are made about the run, for which the
+    p-values are corrected as for the search within this curve.
     """
     rise = Rise(np.nan if start is None else curve.values[start], last_value(curve.values))
     known = {i: right for i, right in enumerate(curve.outcomes) if right is not None and np.isfinite(curve.values[i])}
@@ -137,19 +118,24 @@ def delayed_rise(curve: Curve, start: int | None) -> Rise:
     stretches, hold = windows.shape
     held_above, held_below = windows.min(axis=1), windows.max(axis=1)
 
-    def half_of(bottom: float, first: int = 0) -> int:
+    def half_of(bottom: float, p: float, first: int = 0) -> int | None:
         middle = (bottom + held_above[first:].max()) / 2 - 1e-9  # less than one image, more than rounding
-        return int(later[first + np.argmax(held_above[first:] >= middle)])
+        return int(later[first + np.argmax(held_above[first:] >= middle)]) if p <= 1 - CONFIDENCE else None
 
-    foot = int(np.argmin(held_below))
     p = p_values(known[start][None], right)
-    rise = rise._replace(largest=values.max(), level=held_above.max(), lowest=held_below[foot],
-                         half_at=half_of(rise.start), p=stretches * sliding_window_view(p, hold).max(axis=1).min(),
-                         p_once=len(later) * p.min())
+    p_rise = statements * stretches * sliding_window_view(p, hold).max(axis=1).min()
+    p_once = statements * len(later) * p.min()
+    half = half_of(rise.start, p_rise)
+    rise = rise._replace(largest=values.max(), level=held_above.max(), half=half, p=p_rise, p_once=p_once,
+                         brief=half is None and p_once <= 1 - CONFIDENCE)
+    foot = int(np.argmin(held_below))
     after = foot + hold
-    if after < stretches:
-        p = sliding_window_view(p_values(right[foot:after], right[after:]), hold).max(axis=1)
-        rise = rise._replace(recovery_at=half_of(rise.lowest, after), p_recovery=stretches * len(p) * p.min())
+    if held_below[foot] < rise.start:
+        rise = rise._replace(dip=held_below[foot])
+        if after < stretches:
+            p = sliding_window_view(p_values(right[foot:after], right[after:]), hold).max(axis=1)
+            p_recovery = statements * stretches * len(p) * p.min()
+            rise = rise._replace(recovery=half_of(rise.dip, p_recovery, after), p_recovery=p_recovery)
     return rise
 
 
@@ -164,15 +150,8 @@ def p_values(before: np.ndarray, after: np.ndarray) -> np.ndarray:
 
 def rises_of(history: dict) -> dict[str, Rise]:
     """Return {label: Rise} of every accuracy curve of a run, the p-values corrected for all of them together."""
-    start = interpolation_of(history)
-    return corrected({label: delayed_rise(curve, start) for label, curve in accuracy_curves(history).items()})
-
-
-def corrected(rises: dict[str, Rise]) -> dict[str, Rise]:
-    """Multiply the p-values of a run's curves by the number of statements that are made about them."""
-    n = QUESTIONS * len(rises)
-    return {label: rise._replace(p=n * rise.p, p_recovery=n * rise.p_recovery, p_once=n * rise.p_once)
-            for label, rise in rises.items()}
+    curves, start = accuracy_curves(history), interpolation_of(history)
+    return {label: delayed_rise(curve, start, QUESTIONS * len(curves)) for label, curve in curves.items()}
 
 
 def poolable(histories: Sequence[dict]) -> list[dict]:
@@ -186,8 +165,8 @@ def pooled_rises(histories: Sequence[dict]) -> tuple[list[int], dict[str, Rise]]
 
     Each run is compared with its own interpolation, and gains and losses are summed over the runs. The indices of the
     rises are those of `steps`: the median interpolation step, then the log steps that all runs have after theirs.
-    Curves that not all runs have are left out. Each run's images count as its own: where runs share images (all do in
-    test accuracy), this takes what two networks learn of one image as independent.
+    Curves that not all runs have are left out. Where runs share images (all do in test accuracy), this takes what two
+    networks learn of one image as independent.
     """
     runs = poolable(histories)
     if not runs:
@@ -197,9 +176,9 @@ def pooled_rises(histories: Sequence[dict]) -> tuple[list[int], dict[str, Rise]]
     first = int(np.median([steps[start] for steps, start in started]))
     rows = [[start, *np.searchsorted(steps, common)] for steps, start in started]
     curves = [accuracy_curves(history) for history in runs]
-    labels = [label for label in curves[0] if all(label in run for run in curves)]
-    return [first, *common], corrected({label: delayed_rise(joined([run[label] for run in curves], rows), 0)
-                                        for label in labels})
+    pooled = {label: joined([run[label] for run in curves], rows) for label in curves[0]
+              if all(label in run for run in curves)}
+    return [first, *common], {label: delayed_rise(curve, 0, QUESTIONS * len(pooled)) for label, curve in pooled.items()}
 
 
 def joined(curves: Sequence[Curve], rows: Sequence[Sequence[int]]) -> Curve:

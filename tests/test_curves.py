@@ -146,11 +146,11 @@ def test_a_dip_and_the_recovery_from_it_are_seen_and_paid_for():
     high, low = pairs(0, 12)
     rise = rise_of([high] * 3 + [low] * 4 + [high] * 5, 0)
     assert rise.half is None and rise.recovery == 7
-    assert (rise.start, rise.lowest) == pytest.approx((0.312, 0.3))
+    assert (rise.start, rise.dip) == pytest.approx((0.312, 0.3))
     # Nine stretches could have been the lowest; four come after it.
     assert rise.p_recovery == pytest.approx(9 * 4 * 0.5**12)
     fallen = rise_of([high] * 3 + [low] * 4, 0)
-    assert fallen.recovery is None and fallen.lowest == pytest.approx(0.3)
+    assert fallen.recovery is None and fallen.dip == pytest.approx(0.3)
     high, low = pairs(0, 60)
     from_below = rise_of([low] * 5 + [high] * 5, 0)
     assert from_below.half == 5 and from_below.recovery is None  # no dip below the value at interpolation

@@ -41,8 +41,8 @@ def make_history(steps, train, test, robust=None, complexity=None, radii=("0.05"
         "seconds": [1.0] * n, "robust_acc": robust,
         "adv_acc": {key: [v and min(1.0, v + 0.1) for v in values] for key, values in robust.items()},
         "local_complexity": {name: {radius: layers(scale) for radius in radii} for name, scale in points.items()},
-        "config": {"model": "mlp", "dataset": "digits", "depth": 3, "width": 8, "seed": 1, "log_dir": "logs",
-                   "batch_size": 200, **config},
+        "config": {"model": "mlp", "dataset": "digits", "depth": 3, "width": 8, "seed": 1, "batch_size": 200,
+                   "log_dir": "logs", **config},
         "sizes": {"train": 1000, "test": 1000, "attacked": 1000, "in_shape": [1, 8, 8], "num_classes": 10},
         "environment": {}, "warnings": []}
     return history if asked is None else {**history, "asked": asked}
@@ -194,7 +194,7 @@ def test_configurations_stand_side_by_side_at_one_scale(two_losses):
 
 def test_a_scale_that_would_hide_a_curve_is_not_shared():
     large, small = grokking(width=8), make_history([0, 5], [0.1, 0.2], [0.1, 0.2], complexity=[0.1, 0.2], width=9)
-    _, _, above, below = figure.figure([large, small]).axes
+    _, above, _, below = figure.figure([large, small]).axes
     assert above.get_ylim()[1] > 10 * below.get_ylim()[1]
 
 

@@ -645,7 +645,8 @@ def test_resuming_a_complete_run_changes_nothing(tmp_path, finished, capsys):
 def test_flags_that_do_not_change_the_result_may_change(tmp_path, finished):
     copied(finished(*RUN), tmp_path)
     saved(tmp_path)[0].unlink()
-    edit_history(tmp_path, environment={"python": "2.7"})
+    path = tmp_path / "logs" / HISTORY_NAME
+    write_history(path, {**read_history(path), "environment": {"python": "2.7"}})
     flags = [flag for flag in RUN if flag != "--no_plot"]
     run_here(tmp_path, *flags, "--resume", "--checkpoint_minutes=0", "--keep_checkpoints=last", "--on_nan=continue",
              "--device=auto" if not torch.cuda.is_available() else "--device=cpu", "--data_dir=nowhere")
