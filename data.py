@@ -439,8 +439,7 @@ def visible(folder: str) -> list[str]:
     above = [Path(os.path.realpath(path)) for path in (Path(folder), *Path(folder).parents)]
 
     def leads_back(path: str) -> bool:
-        target = os.path.realpath(path)
-        return os.path.islink(path) and any(parent.is_relative_to(target) for parent in above)
+        return os.path.islink(path) and any(parent.is_relative_to(os.path.realpath(path)) for parent in above)
 
     paths = (os.path.join(folder, name) for name in sorted(os.listdir(folder)) if name[0] not in ".@")
     return [path for path in paths if not leads_back(path)]
