@@ -239,11 +239,13 @@ def read_modular(operation: Callable, name: str, data_dir: str, seed: int, modul
     """
     if not 2 <= modulus <= LARGEST_MODULUS:
         raise ValueError(f"modulus must be from 2 to {LARGEST_MODULUS}, not {modulus}")
+    if not 0 < train_fraction < 1:
+        raise ValueError(f"train_fraction must be above 0 and below 1, not {train_fraction}")
     pairs = modulus**2
-    train = round(train_fraction * pairs) if 0 < train_fraction < 1 else 0
-    if not 0 < train < pairs:
-        raise ValueError("train_fraction must be above 0 and below 1, and leave a pair to train on and one to test on, "
-                         f"not {train_fraction} of {pairs}")
+    train = round(train_fraction * pairs)
+    if train in (0, pairs):
+        raise ValueError(f"train_fraction {train_fraction} leaves no pair to {'test' if train else 'train'} on, of "
+                         f"{pairs} pairs")
     order = torch.from_numpy(np.random.default_rng((seed, SPLIT)).permutation(pairs))
     a, b = order // modulus, order % modulus
     x = (255 * torch.eye(modulus, dtype=torch.uint8))[torch.stack([a, b], 1)].unsqueeze(1)
@@ -290,8 +292,10 @@ def read_mnist(dataset_class: type, name: str, data_dir: str) -> Tensors:
     for images, labels in (paths[:2], paths[2:]):
         try:
             x, y = read_image_file(images).unsqueeze(1), read_label_file(labels)
-            if len(x) != len(y) or y.max() > 9:
-                raise ValueError(f"{len(x)} images and {len(y)} labels from 0 to {y.max()}")
+            if len(x) != len(y):
+                raise ValueError(f"{len(x)} images and {len(y)} labels")
+            if y.max() > 9:
+                raise ValueError(f"the label {y.max()}, not only 0 to 9")
         except Exception as error:  # torchvision asserts what it expects
             raise ValueError(f"{images} or {labels} is damaged ({last_line(error)}): {remedy('both', name)}") from error
         splits += [x, y]

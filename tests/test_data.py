@@ -309,7 +309,7 @@ def test_mnist_smaller_than_the_default_subset_is_used_whole(tmp_path):
     ("train-images-idx3-ubyte", lambda b: b"\0\0\x08\x01" + b[4:], ""),
     ("t10k-images-idx3-ubyte", lambda b: b[:10], ""),
     ("t10k-labels-idx1-ubyte", lambda b: b[:4] + b"\0\0\0\x05" + b[8:13], "30 images and 5 labels"),
-    ("train-labels-idx1-ubyte", lambda b: b[:-1] + b"\x0a", "60 images and 60 labels from 0 to 10"),
+    ("train-labels-idx1-ubyte", lambda b: b[:-1] + b"\x0a", "the label 10"),
 ])
 def test_damaged_mnist(tmp_path, name, damage, message):
     path = write_mnist(tmp_path, train=60) / "MNIST/raw" / name
@@ -719,8 +719,8 @@ def test_bad_folder(tmp_path, remove, add, message):
     ("modular_addition", {"modulus": 501}, "modulus must be from 2 to 500"),
     ("modular_addition", {"train_fraction": 1.0}, "above 0 and below 1"),
     ("modular_addition", {"train_fraction": float("nan")}, "above 0 and below 1"),
-    ("modular_addition", {"modulus": 3, "train_fraction": 0.01}, "leave a pair to train on .* 0.01 of 9"),
-    ("modular_addition", {"modulus": 3, "train_fraction": 0.99}, "one to test on, not 0.99 of 9"),
+    ("modular_addition", {"modulus": 3, "train_fraction": 0.01}, "no pair to train on"),
+    ("modular_addition", {"modulus": 3, "train_fraction": 0.99}, "no pair to test on"),
 ])
 def test_bad_arguments(tmp_path, name, options, message):
     with pytest.raises(ValueError, match=message):
