@@ -96,9 +96,8 @@ def robust_accuracy(model: nn.Module, x: Tensor, y: Tensor, epsilons: Sequence[f
     """Return, for each epsilon in the given order, the fraction of images that withstand the attack of ranks, which
     has the same arguments and errors. batch_size: images attacked together, by default all.
 
-    An image counts at epsilon only if its clean prediction is right and no iterate of the attack, at this epsilon or
-    a smaller one of the grid, is misclassified: the result never rises with epsilon and never exceeds the accuracy
-    on x. It is deterministic, and no image's outcome depends on the others in its batch.
+    The result never rises with epsilon and never exceeds the accuracy on x. It is deterministic, and no image's outcome
+    depends on the others in its batch.
     """
     if batch_size is not None and batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, not {batch_size}")

@@ -33,10 +33,11 @@ from torchvision.datasets.utils import check_integrity
 from tqdm import tqdm
 from tqdm.contrib.concurrent import thread_map
 
-from flags import OneLineParser, number
+from flags import IMPLIED, OneLineParser, number
 
 DEFAULT_IMAGE_SIZE = 128
 IMAGE_FORMATS = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP")  # those of IMG_EXTENSIONS; EPS would start Ghostscript
+MNIST_FILES = [f"{split}-{kind}-ubyte" for split in ("train", "t10k") for kind in ("images-idx3", "labels-idx1")]
 IMAGENETTE_COUNTS = {"train": 9469, "val": 3925}
 DOWNLOAD_TIMEOUT = 15  # seconds without an answer; a firewall that drops packets would hold a run for minutes
 LARGEST_MODULUS = 500  # its pairs take 250 MB
@@ -66,7 +67,6 @@ class Source:
 
     read: Callable[..., Tensors]  # called with name, data_dir and the options
     statistics: tuple = ()  # mean and std of the whole training split; if empty, they are computed
-    train_size: int | None = None  # default number of training images (1,000 in the paper); None: all
     archives: str = ""  # without internet, put these into data_dir/folder: torchvision takes them for its download
     folder: str = ""
     options: tuple[str, ...] = ()  # which of image_size, modulus, train_fraction, seed it depends on
@@ -107,7 +107,7 @@ def load_dataset(name: str, data_dir: str | Path = "data", train_size: int | str
                            train_fraction=train_fraction)
     available = len(dataset.x_train)
     if train_size is None:
-        train_size = min(source_of(name).train_size or available, available)
+        train_size = min(IMPLIED["train_size"].get(name, available), available)  # 1,000 in the paper
     count = available if train_size == "all" else int(train_size)
     if count > available:
         raise ValueError(f"train_size {count} is more than the {available} training images of {name}")
@@ -282,20 +282,20 @@ def read_mnist(dataset_class: type, name: str, data_dir: str) -> Tensors:
     torchvision prefers MNIST/processed/*.pt of old versions, whatever they hold, and only checks what it downloads.
     """
     folder = os.path.join(data_dir, dataset_class.__name__)
-    pairs = [[os.path.join(folder, "raw", f"{split}-{kind}-ubyte") for kind in ("images-idx3", "labels-idx1")]
-             for split in ("train", "t10k")]
-    paths = pairs[0] + pairs[1]
+    paths = [os.path.join(folder, "raw", file_name) for file_name in MNIST_FILES]
     if not all(map(os.path.exists, paths)):
         fetch(name, dataset_class, data_dir)
-    missing = [path for path in paths if not os.path.isfile(path)]
-    if missing:
-        raise ValueError(f"{missing[0]} is missing or not a regular file: {remedy(folder, name)}")
+    for path in paths:
+        if not os.path.isfile(path):
+            raise ValueError(f"{path} is missing or not a regular file: {remedy(folder, name)}")
     splits = []
-    for images, labels in pairs:
+    for images, labels in (paths[:2], paths[2:]):
         try:
             x, y = read_image_file(images).unsqueeze(1), read_label_file(labels)
-            if len(x) != len(y) or y.max() > 9:
-                raise ValueError(f"{len(x)} images and {len(y)} labels from 0 to {y.max()}")
+            if len(x) != len(y):
+                raise ValueError(f"{len(x)} images and {len(y)} labels")
+            if y.max() > 9:
+                raise ValueError(f"the label {y.max()}, not only 0 to 9")
         except Exception as error:  # torchvision asserts what it expects
             raise ValueError(f"{images} or {labels} is damaged ({last_line(error)}): {remedy('both', name)}") from error
         splits += [x, y]
@@ -443,8 +443,7 @@ def visible(folder: str) -> list[str]:
     above = [Path(os.path.realpath(path)) for path in (Path(folder), *Path(folder).parents)]
 
     def leads_back(path: str) -> bool:
-        target = os.path.realpath(path)
-        return os.path.islink(path) and any(parent.is_relative_to(target) for parent in above)
+        return os.path.islink(path) and any(parent.is_relative_to(os.path.realpath(path)) for parent in above)
 
     paths = (os.path.join(folder, name) for name in sorted(os.listdir(folder)) if name[0] not in ".@")
     return [path for path in paths if not leads_back(path)]
@@ -545,9 +544,9 @@ def shape_text(x: torch.Tensor) -> str:
 # ---- the registry ---------------------------------------------------------------------------------------------------
 
 def like_mnist(dataset_class: type, url: str, statistics: tuple = ()) -> Source:
-    files = (f"{split}-{kind}-ubyte.gz" for split in ("train", "t10k") for kind in ("images-idx3", "labels-idx1"))
-    return Source(partial(read_mnist, dataset_class), statistics, train_size=1000,
-                  archives=f"{', '.join(files)} from {url}", folder=f"{dataset_class.__name__}/raw")
+    archives = ", ".join(f"{name}.gz" for name in MNIST_FILES)
+    return Source(partial(read_mnist, dataset_class), statistics, f"{archives} from {url}",
+                  f"{dataset_class.__name__}/raw")
 
 
 TORONTO = "https://www.cs.toronto.edu/~kriz/"
@@ -568,7 +567,7 @@ DATASETS = {
     "imagenette": Source(
         read_imagenette, ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]), options=("image_size",),
         archives="imagenette2-160.tgz from https://s3.amazonaws.com/fast-ai-imageclas/"),
-    "digits": Source(read_digits, train_size=1000, package="scikit-learn"),
+    "digits": Source(read_digits, package="scikit-learn"),
     "modular_addition": Source(partial(read_modular, operator.add), **MODULAR),
     "modular_subtraction": Source(partial(read_modular, operator.sub), **MODULAR),
     "modular_multiplication": Source(partial(read_modular, operator.mul), **MODULAR),

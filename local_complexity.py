@@ -64,8 +64,8 @@ def layer_units(model: nn.Module, in_shape: Sequence[int]) -> dict[str, int]:
     """
     if any(isinstance(module, torch.jit.ScriptModule) for module in model.modules()):
         raise ValueError("local complexity cannot see the layers of a scripted model: pass the module it was made from")
-    ours = tuple(kind for kind in ACTIVATIONS.values() if isinstance(kind, type))
-    names = {module: name for name, module in model.named_modules() if isinstance(module, TORCH_ACTIVATIONS + ours)}
+    kinds = (*TORCH_ACTIVATIONS, *ACTIVATIONS.values())
+    names = {module: name for name, module in model.named_modules() if isinstance(module, kinds)}
     units: dict[str, int] = {}
     functions = FunctionalActivations()
 

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -83,10 +84,9 @@ def clean(model: nn.Module, dataset: data.Dataset, probes: Probes, config: Confi
     for split in ("train", "test"):
         images, labels = getattr(dataset, f"x_{split}"), getattr(dataset, f"y_{split}")
         loss, saturated, parts = 0.0, 0, []
-        for start in range(0, len(images), batch_size):
-            progress(f"{split} accuracy", start / len(images))
-            y = labels[start:start + batch_size]
-            logits = model(data.pixels(images[start:start + batch_size], getattr(torch, config.dtype)))
+        for i, (x, y) in enumerate(zip(images.split(batch_size), labels.split(batch_size), strict=True)):
+            progress(f"{split} accuracy", i * batch_size / len(images))
+            logits = model(data.pixels(x, getattr(torch, config.dtype)))
             loss += loss_function(logits, y).item() * len(y)
             parts.append(attacks.correct(logits, y))
             saturated += int((logits.softmax(1).gather(1, y[:, None]) == 1).sum())
@@ -187,13 +187,12 @@ def default_eval_batch_size(model: nn.Module, in_shape: torch.Size) -> int:
     """Return how many inputs of this shape the network can take at once within about 1 GB of activations, or a quarter
     of what is free on a CUDA device."""
     elements: list[int] = []
-    hooks = [module.register_forward_hook(lambda _module, _inputs, output: elements.append(output.numel()))
-             for module in model.modules() if not any(module.children())]
     parameter = next(model.parameters())
-    with torch.inference_mode(), models.evaluating(model):
+    with torch.inference_mode(), models.evaluating(model), ExitStack() as hooks:
+        for module in model.modules():
+            if not any(module.children()):
+                hooks.enter_context(module.register_forward_hook(lambda *args: elements.append(args[2].numel())))
         model(parameter.new_zeros(1, *in_shape))
-    for hook in hooks:
-        hook.remove()
     on_gpu = parameter.device.type == "cuda"
     memory = devices.free_memory(parameter.device) // 4 if on_gpu else 2**30
     # Twice: a backward pass holds the activations and their gradients.

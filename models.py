@@ -9,12 +9,13 @@ whose sign local complexity watches.
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+
+from flags import IMPLIED
 
 ACTIVATIONS: dict[str, type[nn.Module]] = {
     "relu": nn.ReLU, "gelu": nn.GELU, "leaky_relu": nn.LeakyReLU, "tanh": nn.Tanh}
@@ -183,17 +184,7 @@ class ResNet18(Network):
         return self.classifier(self.act(self.norm(hidden)).mean((2, 3)))
 
 
-@dataclass(frozen=True)
-class Architecture:
-    """An entry of MODELS: a network's class, and its default width and depth (depth None: the depth is fixed)."""
-
-    network: Callable[..., Network]
-    width: int
-    depth: int | None = None
-
-
-MODELS = {"mlp": Architecture(MLP, width=200, depth=4), "cnn": Architecture(CNN, width=32),
-          "resnet18": Architecture(ResNet18, width=16)}
+MODELS: dict[str, Callable[..., Network]] = {"mlp": MLP, "cnn": CNN, "resnet18": ResNet18}
 
 
 def build_model(name: str, in_shape: Sequence[int], num_classes: int, *, depth: int | None = None,
@@ -215,17 +206,16 @@ def build_model(name: str, in_shape: Sequence[int], num_classes: int, *, depth: 
                                ("products", products, ("auto", "mkl", "onednn"))):
         if value not in known:
             raise ValueError(f"unknown {what} '{value}': choose from {', '.join(known)}")
-    architecture = MODELS[name]
-    size = {"width": architecture.width if width is None else width}
-    if architecture.depth is not None:
-        size["depth"] = architecture.depth if depth is None else depth
-    elif depth is not None:
+    if depth is not None and name not in IMPLIED["depth"]:
         raise ValueError(f"depth can be chosen for the mlp only; the {name}'s is fixed")
+    size = {"width": IMPLIED["width"][name] if width is None else width}
+    if name in IMPLIED["depth"]:
+        size["depth"] = IMPLIED["depth"][name] if depth is None else depth
     if size["width"] < 1 or size.get("depth", 2) < 2:
         raise ValueError(f"a network needs depth >= 2 and width >= 1, not depth {depth} and width {width}")
 
-    model = architecture.network(in_shape, num_classes, activation=ACTIVATIONS[activation], batch_norm=batch_norm,
-                                 mean=mean, std=std, products=products, **size)
+    model = MODELS[name](in_shape, num_classes, activation=ACTIVATIONS[activation], batch_norm=batch_norm, mean=mean,
+                         std=std, products=products, **size)
     layers = [module for module in model.modules() if isinstance(module, (nn.Linear, nn.Conv2d))]
     with torch.no_grad():
         for parameter in nn.ModuleList(layers).parameters():

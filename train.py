@@ -30,7 +30,7 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
 from typing import Any
 
-from flags import Config, asked, parse_args
+from flags import IMPLIED, Config, asked, parse_args
 
 if __name__ == "__main__":  # importing PyTorch takes seconds: answer Ctrl-C, --help and a wrong flag before
     signal.signal(signal.SIGINT, lambda *_: (print("train.py: interrupted", file=sys.stderr), os._exit(130)))
@@ -257,12 +257,11 @@ def complete(args: Config, dataset: data.Dataset, device: torch.device) -> Confi
     """Return every flag as it is used with this data set. ValueError for a flag that does not fit it."""
     n_train, n_test, features = len(dataset.x_train), len(dataset.x_test), dataset.x_test[0].numel()
     grey, size, steps_in_epoch = dataset.x_test.shape[1] != 3, distributed.size(), n_train // args.batch_size
-    default = models.MODELS[args.model]
     decided: dict[str, Any] = dict(
         device=str(device), train_size=n_train, adv_size=n_test if args.adv_size == "all" else args.adv_size,
         epsilons=sorted(args.epsilons or (GREY_EPSILONS if grey else COLOUR_EPSILONS)),
-        lc_radius=args.lc_radius or [0.05 if grey else 0.005], width=args.width or default.width,
-        depth=args.depth or default.depth, n_steps=args.n_steps or args.n_epochs * steps_in_epoch,
+        lc_radius=args.lc_radius or [0.05 if grey else 0.005], width=args.width or IMPLIED["width"][args.model],
+        depth=args.depth or IMPLIED["depth"].get(args.model), n_steps=args.n_steps or args.n_epochs * steps_in_epoch,
         n_epochs=None if args.n_steps else args.n_epochs)
     config = dataclasses.replace(args, **decided)
     checks = [
