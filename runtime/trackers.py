@@ -47,7 +47,8 @@ class TensorBoard:
 
         # What an interrupted run wrote beyond its last checkpoint is purged.
         self.writer = SummaryWriter(str(log_dir / "tensorboard"), purge_step=step + 1 if step else None)
-        flat = {name: value if isinstance(value, (bool, int, float)) else str(value) for name, value in config.items()}
+        # As text, since the table would show False as 0.0000.
+        flat = {name: value if type(value) in (int, float) else str(value) for name, value in config.items()}
         metrics = dict.fromkeys(("accuracy/train", "accuracy/test", "weight_norm"), 0.0)  # columns of the HPARAMS table
         for summary in hparams(flat, metrics):
             self.writer._get_file_writer().add_summary(summary)

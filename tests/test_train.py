@@ -400,6 +400,11 @@ def test_tensorboard_reads_back_what_was_logged_and_a_resumed_run_writes_no_step
     for name, column in (("accuracy/test", history["test_acc"]), ("robust_acc/0.1", history["robust_acc"]["0.1"])):
         assert [event.step for event in events.Scalars(name)] == history["step"]
         assert [event.value for event in events.Scalars(name)] == pytest.approx(column)
+    plugin = pytest.importorskip("tensorboard.plugins.hparams.plugin_data_pb2").HParamsPluginData
+    start = plugin.FromString(events.SummaryMetadata("_hparams_/session_start_info").plugin_data.content)
+    hparams = start.session_start_info.hparams
+    assert (hparams["width"].number_value, hparams["loss"].string_value) == (16, "ce")
+    assert hparams["augment"].string_value == "False", "the table shows a bool as 0.0000"
 
 
 def test_a_tracker_that_is_not_installed_is_named(tmp_path, monkeypatch, capsys):
