@@ -183,17 +183,6 @@ def test_robust_accuracy_visits_the_points_of_the_slow_one(trained, images, budg
     assert len(outcomes) > 1
 
 
-def test_robust_accuracy_is_monotone_and_keeps_the_order(trained, images):
-    x, y = images
-    ascending = attacks.robust_accuracy(trained, x, y, [0.0, *EPSILONS])
-    assert ascending[0] == accuracy(trained, x, y)
-    assert ascending == sorted(ascending, reverse=True)
-    assert ascending[1] > ascending[-1]
-    shuffled = [EPSILONS[2], 0.0, EPSILONS[4], EPSILONS[0], EPSILONS[2], EPSILONS[1], EPSILONS[3]]
-    expected = dict(zip([0.0, *EPSILONS], ascending, strict=True))
-    assert attacks.robust_accuracy(trained, x, y, shuffled) == [expected[epsilon] for epsilon in shuffled]
-
-
 def test_ranks_count_the_radii_that_an_image_withstands(trained, images):
     x, y = images
     rank = attacks.ranks(trained, x, y, [0.15, 0.05, 0.0, 0.05, 0.1])  # of 0, 0.05, 0.1 and 0.15
