@@ -168,9 +168,9 @@ def paint(layers: np.ndarray, decision: np.ndarray) -> np.ndarray:
 def figure(paths: Sequence[str | Path], data_dir: str | None = None) -> Figure:
     """Return a figure: the partition of each checkpoint on the same plane, side by side.
 
-    paths: checkpoints of runs on the same images. data_dir: where the images are, by default the folder in the first
-    checkpoint's config. Raises ValueError or OSError, in one line, for a file that is not a checkpoint, does not fit
-    its own config, or was trained on other images than the first, and where the images are missing.
+    data_dir: where the images are, by default the folder in the first checkpoint's config. Raises ValueError or OSError
+    for a file that is not a checkpoint, does not fit its own config, or was trained on other images than the first, and
+    where the images are missing.
     """
     found, dataset = load_all(paths, data_dir)
     plane, flags = plane_through(*three_images(dataset)), runs.differing_flags(found, also_same={"n_steps"})
@@ -186,8 +186,8 @@ def figure(paths: Sequence[str | Path], data_dir: str | None = None) -> Figure:
     for ax, path, checkpoint in zip(axes, paths, found, strict=True):
         layers, decision = boundaries(load(path)[1], plane, RASTER)
         draw_plane(ax, paint(layers, decision), plane)
-        over = f"step {checkpoint['step']:,}\n{runs.group_title([checkpoint], flags)}"
-        ax.set_title(over.strip(), fontsize=SMALL + 1, pad=4)
+        title = f"step {checkpoint['step']:,}\n{runs.group_title([checkpoint], flags)}"
+        ax.set_title(title.strip(), fontsize=SMALL + 1, pad=4)
         drawn.append(len(layers))
     add_legend(fig, max(drawn), plane)
     panels.lay_out(fig)

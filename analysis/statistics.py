@@ -28,10 +28,6 @@ def column_of(history: dict, name: str) -> np.ndarray:
     return np.array(history.get(name) or [None] * len(history["step"]), dtype=float)
 
 
-def last_value(values: np.ndarray) -> float:
-    return next((value for value in values[::-1] if np.isfinite(value)), np.nan)
-
-
 def interpolation_of(history: dict) -> int | None:
     """Return the index of the first log point with a training accuracy of at least 99%, or None."""
     reached = np.flatnonzero(column_of(history, "train_acc") >= INTERPOLATION)
@@ -108,7 +104,8 @@ def delayed_rise(curve: Curve, start: int | None, statements: int = 1) -> Rise:
     Log points whose outcomes are unknown are passed over. statements: how many are made about the run, for which the
     p-values are corrected as for the search within this curve.
     """
-    rise = Rise(np.nan if start is None else curve.values[start], last_value(curve.values))
+    final = next((value for value in curve.values[::-1] if np.isfinite(value)), np.nan)
+    rise = Rise(np.nan if start is None else curve.values[start], final)
     known = {i: right for i, right in enumerate(curve.outcomes) if right is not None and np.isfinite(curve.values[i])}
     later = np.array([i for i in known if start is not None and i > start])
     if start not in known or not len(later):
