@@ -1,6 +1,5 @@
 """Several runs: which belong together, how they differ, and what to call them."""
 
-import json
 import os
 import textwrap
 from collections import Counter
@@ -24,8 +23,8 @@ def asked(history: dict) -> list[str]:
 
 
 def value_of(history: dict, name: str) -> str:
-    """Return a flag's value as JSON, for comparisons."""
-    return json.dumps(history["config"].get(name))
+    """Return a flag's value as text, for comparisons."""
+    return repr(history["config"].get(name))
 
 
 def differing_flags(histories: Sequence[dict], also_same: Collection[str] = ()) -> list[str]:

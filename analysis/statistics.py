@@ -173,14 +173,12 @@ def pooled_rises(histories: Sequence[dict]) -> tuple[list[int], dict[str, Rise]]
     first = int(np.median([steps[start] for steps, start in started]))
     rows = [[start, *np.searchsorted(steps, common)] for steps, start in started]
     curves = [accuracy_curves(history) for history in runs]
-    pooled = {label: joined([run[label] for run in curves], rows) for label in curves[0]
-              if all(label in run for run in curves)}
-    return [first, *common], {label: delayed_rise(curve, 0, QUESTIONS * len(pooled)) for label, curve in pooled.items()}
-
-
-def joined(curves: Sequence[Curve], rows: Sequence[Sequence[int]]) -> Curve:
-    """Return the images of several runs as one Curve, each run at its rows; NaN where not all outcomes are known."""
-    points: list[list[Any]] = [[curve.outcomes[i] for curve, i in zip(curves, row, strict=True)]
-                               for row in zip(*rows, strict=True)]
-    outcomes = [None if any(right is None for right in point) else np.concatenate(point) for point in points]
-    return Curve(np.array([np.nan if right is None else right.mean() for right in outcomes]), outcomes)
+    labels = [label for label in curves[0] if all(label in run for run in curves)]
+    rises = {}
+    for label in labels:
+        parts = ([run[label].outcomes[i] for i in row] for run, row in zip(curves, rows, strict=True))
+        right = [None if any(part is None for part in point) else np.concatenate(point)
+                 for point in zip(*parts, strict=True)]
+        values = np.array([np.nan if images is None else images.mean() for images in right])
+        rises[label] = delayed_rise(Curve(values, right), 0, QUESTIONS * len(labels))
+    return [first, *common], rises

@@ -221,20 +221,13 @@ def test_bad_checkpoint_gives_one_line(tmp_path, capsys):
 
 
 def test_data_in_another_folder_are_asked_for(tmp_path, capsys, monkeypatch):
-    for split, value in (("train", 0), ("test", 1)):
-        for label, class_ in enumerate("ab"):
-            folder = tmp_path / "images" / split / class_
-            folder.mkdir(parents=True)
-            for k in range(2):
-                noise = np.random.default_rng((value, label, k)).integers(256, size=(8, 8, 3), dtype=np.uint8)
-                Image.fromarray(noise).save(folder / f"{k}.png")
-    model = models.build_model("mlp", (3, 8, 8), 2, depth=2, width=4)
-    path = save_checkpoint(tmp_path / "0.pt", dataset="imagefolder", train_size=4, data_dir="images", batch_norm=False,
-                           depth=2, width=4, sizes=SIZES | {"in_shape": [3, 8, 8], "num_classes": 2},
-                           metrics={"model_state_dict": model.state_dict()})
+    random = np.random.default_rng(0)
+    arrays = {f"x_{split}": random.integers(256, size=(60, 8, 8), dtype=np.uint8) for split in ("train", "test")}
+    np.savez(tmp_path / "images.npz", **arrays, y_train=np.arange(60) % 10, y_test=np.arange(60) % 10)
+    path = save_checkpoint(tmp_path / "0.pt", dataset="npz", data_dir="images.npz")
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
     monkeypatch.setattr(partition, "RASTER", 20)
     assert plot.main(["--partition", path]) == 2
     assert "--data_dir" in assert_one_line(capsys)
-    assert plot.main(["--partition", path, "--data_dir", "../images"]) == 0
+    assert plot.main(["--partition", path, "--data_dir", "../images.npz"]) == 0

@@ -244,13 +244,11 @@ def test_extremes_are_readable(case):
 
 
 def test_labels_are_spaced_without_changing_their_order():
-    random = np.random.default_rng(0)
-    for count in (1, 2, 5, 9):
-        for wanted in (random.uniform(size=count), np.full(count, 0.5), np.zeros(count)):
-            places = panels.spaced(wanted, 0.05, 0.0, 1.0)
-            assert places.min() >= -1e-9 and places.max() <= 1 + 1e-9
-            assert np.all(np.diff(places[np.argsort(wanted, kind="stable")]) >= 0.05 - 1e-9)
-    np.testing.assert_allclose(panels.spaced([0.5, 0.5, 0.9], 0.1, 0, 1), [0.45, 0.55, 0.9])  # no further than needed
+    for wanted in (np.random.default_rng(0).uniform(size=9), np.zeros(9), np.ones(1)):
+        places = panels.spaced(wanted, 0.05, 0.0, 1.0)
+        assert places.min() >= -1e-9 and places.max() <= 1 + 1e-9
+        assert np.all(np.diff(places[np.argsort(wanted, kind="stable")]) >= 0.05 - 1e-9)
+    np.testing.assert_allclose(panels.spaced([0.9, 0.5, 0.5], 0.1, 0, 1), [0.9, 0.45, 0.55])  # no further than needed
 
 
 def assert_written(paths):
@@ -261,18 +259,14 @@ def assert_written(paths):
     assert [path.name for path in png.parent.iterdir() if path.name.startswith(".")] == []
 
 
-def test_the_same_history_gives_the_same_files(tmp_path):
-    first, second = (figure.draw([one_point()], tmp_path / name) for name in ("lr0.1", "b.png"))
+def test_the_same_history_gives_the_same_files_whatever_the_users_style(tmp_path):
+    first = figure.draw([one_point()], tmp_path / "lr0.1")
     assert_written(first)
+    with matplotlib.rc_context({"text.usetex": True, "savefig.bbox": "tight", "font.size": 30, "savefig.dpi": 20}):
+        second = figure.draw([one_point()], tmp_path / "b.png")
+        assert matplotlib.rcParams["text.usetex"]
     assert [path.read_bytes() for path in first] == [path.read_bytes() for path in second]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["b.png", "b.svg", "lr0.1.png", "lr0.1.svg"]
-
-
-def test_the_users_style_changes_nothing(tmp_path):
-    expected = [path.read_bytes() for path in figure.draw([one_point()], tmp_path / "a")]
-    with matplotlib.rc_context({"text.usetex": True, "savefig.bbox": "tight", "font.size": 30, "savefig.dpi": 20}):
-        assert [path.read_bytes() for path in figure.draw([one_point()], tmp_path / "b")] == expected
-        assert matplotlib.rcParams["text.usetex"]
 
 
 @pytest.fixture(scope="module")
