@@ -53,17 +53,15 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def draw_partition(paths: Sequence[str], out: Path | None, data_dir: str | None) -> list[Path]:
-    from analysis import panels, partition
-
-    if out and out.suffix in (".gif", ".mp4"):
-        return [partition.film(paths, out, data_dir)]
-    return panels.save(partition.figure(paths, data_dir), out or Path(paths[0]).parent / "partition")
-
-
 def run(args: argparse.Namespace) -> None:
     if args.partition:
-        print("wrote", *draw_partition(args.partition, args.out, args.data_dir))
+        from analysis import panels, partition
+
+        out = args.out or Path(args.partition[0]).parent / "partition"
+        if out.suffix in (".gif", ".mp4"):
+            print("wrote", partition.film(args.partition, out, args.data_dir))
+        else:
+            print("wrote", *panels.save(partition.figure(args.partition, args.data_dir), out))
         return
     from analysis import report, runs
     from runtime.history import read_history

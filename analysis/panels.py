@@ -66,14 +66,14 @@ def lay_out(fig: Figure) -> None:
                         transform=ax.transAxes, clip_on=False)
 
 
+@default_style()
 def save(fig: Figure, path: str | Path) -> list[Path]:
     """Write a figure to path.png and path.svg, each replaced at once; returns the two paths."""
     stem = str(path).removesuffix(".png").removesuffix(".svg")
     written = [Path(stem + suffix) for suffix in (".png", ".svg")]
     for file in written:
         buffer = io.BytesIO()
-        with default_style():
-            fig.savefig(buffer, format=file.suffix[1:], metadata={"Date": None})
+        fig.savefig(buffer, format=file.suffix[1:], metadata={"Date": None})
         files.write_atomically(file, buffer.getvalue())
     return written
 

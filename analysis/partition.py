@@ -119,8 +119,7 @@ def boundaries(model: nn.Module, plane: Plane, raster: int) -> tuple[np.ndarray,
     """
     units = local_complexity.layer_units(model, tuple(plane.centre.shape))
     modules = [model.get_submodule(name) for name in units]
-    layers = np.zeros((len(units), raster, raster), dtype=bool)
-    decision = np.zeros((raster, raster), dtype=bool)
+    found = np.zeros((len(units) + 1, raster, raster), dtype=bool)  # the layers, then the decision
     parameter = next(model.parameters())
     centre, (across, up) = plane.centre.to(parameter), plane.axes.to(parameter)
     ticks = torch.linspace(-plane.reach, plane.reach, raster + 1, dtype=torch.float64).to(parameter).view(-1, 1, 1, 1)
@@ -131,19 +130,18 @@ def boundaries(model: nn.Module, plane: Plane, raster: int) -> tuple[np.ndarray,
         here = values[:-1, :-1]
         return ((here != values[1:, :-1]) | (here != values[:-1, 1:])).flatten(2).any(2).cpu().numpy()
 
-    # A convolutional network takes minutes.
     tiles = list(itertools.product(range(0, raster, side), repeat=2))
-    for top, left in tqdm(tiles, unit="tile", leave=False, disable=None, delay=2):
+    for top, left in tqdm(tiles, unit="tile", leave=False, disable=None, delay=2):  # a CNN takes minutes
         v, u = ticks[top:top + side + 1], ticks[left:left + side + 1]
         shape, tile = (len(v), len(u)), np.s_[top:top + side, left:left + side]
 
         def watch(module, args, shape=shape, tile=tile):
-            layers[modules.index(module)][tile] = changes((args[0] > 0).unflatten(0, shape))
+            found[modules.index(module)][tile] = changes((args[0] > 0).unflatten(0, shape))
 
         points = (centre + v[:, None] * up + u * across).flatten(0, 1)
         with local_complexity.pre_hooks(modules, watch), models.evaluating(model), torch.no_grad():
-            decision[tile] = changes(model(points).argmax(1).view(*shape, 1))
-    return layers, decision
+            found[-1][tile] = changes(model(points).argmax(1).view(*shape, 1))
+    return found[:-1], found[-1]
 
 
 def layer_colours(count: int) -> np.ndarray:
@@ -168,9 +166,9 @@ def paint(layers: np.ndarray, decision: np.ndarray) -> np.ndarray:
 def figure(paths: Sequence[str | Path], data_dir: str | None = None) -> Figure:
     """Return a figure: the partition of each checkpoint on the same plane, side by side.
 
-    paths: checkpoints of runs on the same images. data_dir: where the images are, by default the folder in the first
-    checkpoint's config. Raises ValueError or OSError, in one line, for a file that is not a checkpoint, does not fit
-    its own config, or was trained on other images than the first, and where the images are missing.
+    data_dir: where the images are, by default the folder in the first checkpoint's config. Raises ValueError or OSError
+    for a file that is not a checkpoint, does not fit its own config, or was trained on other images than the first, and
+    where the images are missing.
     """
     found, dataset = load_all(paths, data_dir)
     plane, flags = plane_through(*three_images(dataset)), runs.differing_flags(found, also_same={"n_steps"})
@@ -186,8 +184,8 @@ def figure(paths: Sequence[str | Path], data_dir: str | None = None) -> Figure:
     for ax, path, checkpoint in zip(axes, paths, found, strict=True):
         layers, decision = boundaries(load(path)[1], plane, RASTER)
         draw_plane(ax, paint(layers, decision), plane)
-        over = f"step {checkpoint['step']:,}\n{runs.group_title([checkpoint], flags)}"
-        ax.set_title(over.strip(), fontsize=SMALL + 1, pad=4)
+        title = f"step {checkpoint['step']:,}\n{runs.group_title([checkpoint], flags)}"
+        ax.set_title(title.strip(), fontsize=SMALL + 1, pad=4)
         drawn.append(len(layers))
     add_legend(fig, max(drawn), plane)
     panels.lay_out(fig)

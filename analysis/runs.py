@@ -1,6 +1,5 @@
 """Several runs: which belong together, how they differ, and what to call them."""
 
-import json
 import os
 import textwrap
 from collections import Counter
@@ -24,8 +23,8 @@ def asked(history: dict) -> list[str]:
 
 
 def value_of(history: dict, name: str) -> str:
-    """Return a flag's value as JSON, for comparisons."""
-    return json.dumps(history["config"].get(name))
+    """Return a flag's value as text, for comparisons."""
+    return repr(history["config"].get(name))
 
 
 def differing_flags(histories: Sequence[dict], also_same: Collection[str] = ()) -> list[str]:
@@ -112,13 +111,12 @@ def short_names(paths: Sequence[str | Path]) -> list[str]:
 
 def run_title(history: dict, flags: Collection[str] = ()) -> str:
     """Return what was trained on what, and what else the user chose, without the flags in which the runs differ."""
-    config, sizes = history["config"], history["sizes"]
-    same = {name: value for name, value in config.items() if name not in flags and value is not None}
+    same = {name: value for name, value in history["config"].items() if name not in flags and value is not None}
     shape = ", ".join(f"{name} {same[name]}" for name in ("depth", "width") if name in same)
-    text = same.get("model", "several models") + (f" ({shape})" if shape else "")
-    text += f" on {same.get('dataset', 'several data sets')}"
-    if not {"dataset", "train_size"} & set(flags) and "train" in sizes:
-        text += f", {sizes['train']:,} training images"
+    text = (same.get("model", "several models") + (f" ({shape})" if shape else "")
+            + f" on {same.get('dataset', 'several data sets')}")
+    if not {"dataset", "train_size"} & set(flags):
+        text += f", {history['sizes']['train']:,} training images"
     said = {"model", "depth", "width", "dataset", "train_size"} | NOT_IN_TITLES
     chosen = [name for name in history.get("asked", []) if name in same and name not in said]
     return ", ".join([text, *(in_title(name, same[name]) for name in chosen)])
@@ -133,5 +131,5 @@ def runs_text(group: Sequence[dict]) -> str:
     """Return how many runs a group's mean is of; nothing for one run."""
     ends = [history["step"][-1] for history in group]
     unfinished = sum(end < max(ends) for end in ends)
-    said = f", {unfinished} of them not at the end" if unfinished else ""
-    return f"mean and range of {len(group)} runs{said}" if len(group) > 1 else ""
+    text = f"mean and range of {len(group)} runs" if len(group) > 1 else ""
+    return f"{text}, {unfinished} of them not at the end" if unfinished else text

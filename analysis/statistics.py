@@ -28,10 +28,6 @@ def column_of(history: dict, name: str) -> np.ndarray:
     return np.array(history.get(name) or [None] * len(history["step"]), dtype=float)
 
 
-def last_value(values: np.ndarray) -> float:
-    return next((value for value in values[::-1] if np.isfinite(value)), np.nan)
-
-
 def interpolation_of(history: dict) -> int | None:
     """Return the index of the first log point with a training accuracy of at least 99%, or None."""
     reached = np.flatnonzero(column_of(history, "train_acc") >= INTERPOLATION)
@@ -108,7 +104,8 @@ def delayed_rise(curve: Curve, start: int | None, statements: int = 1) -> Rise:
     Log points whose outcomes are unknown are passed over. statements: how many are made about the run, for which the
     p-values are corrected as for the search within this curve.
     """
-    rise = Rise(np.nan if start is None else curve.values[start], last_value(curve.values))
+    final = next((value for value in curve.values[::-1] if np.isfinite(value)), np.nan)
+    rise = Rise(np.nan if start is None else curve.values[start], final)
     known = {i: right for i, right in enumerate(curve.outcomes) if right is not None and np.isfinite(curve.values[i])}
     later = np.array([i for i in known if start is not None and i > start])
     if start not in known or not len(later):
@@ -176,14 +173,12 @@ def pooled_rises(histories: Sequence[dict]) -> tuple[list[int], dict[str, Rise]]
     first = int(np.median([steps[start] for steps, start in started]))
     rows = [[start, *np.searchsorted(steps, common)] for steps, start in started]
     curves = [accuracy_curves(history) for history in runs]
-    pooled = {label: joined([run[label] for run in curves], rows) for label in curves[0]
-              if all(label in run for run in curves)}
-    return [first, *common], {label: delayed_rise(curve, 0, QUESTIONS * len(pooled)) for label, curve in pooled.items()}
-
-
-def joined(curves: Sequence[Curve], rows: Sequence[Sequence[int]]) -> Curve:
-    """Return the images of several runs as one Curve, each run at its rows; NaN where not all outcomes are known."""
-    points: list[list[Any]] = [[curve.outcomes[i] for curve, i in zip(curves, row, strict=True)]
-                               for row in zip(*rows, strict=True)]
-    outcomes = [None if any(right is None for right in point) else np.concatenate(point) for point in points]
-    return Curve(np.array([np.nan if right is None else right.mean() for right in outcomes]), outcomes)
+    labels = [label for label in curves[0] if all(label in run for run in curves)]
+    rises = {}
+    for label in labels:
+        parts = ([run[label].outcomes[i] for i in row] for run, row in zip(curves, rows, strict=True))
+        right = [None if any(part is None for part in point) else np.concatenate(point)
+                 for point in zip(*parts, strict=True)]
+        values = np.array([np.nan if images is None else images.mean() for images in right])
+        rises[label] = delayed_rise(Curve(values, right), 0, QUESTIONS * len(labels))
+    return [first, *common], rises

@@ -3,7 +3,6 @@
 import json
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from xml.etree import ElementTree
 
 import matplotlib
@@ -78,8 +77,6 @@ def nothing_known():
     none = [None] * 4
     return make_history([0, 1, 2, 4], none, none, {"0.1": none}, none)
 
-
-# ---- what is drawn --------------------------------------------------------------------------------------------------
 
 def curves_of(ax):
     return [line for line in ax.lines if len(line.get_xdata()) > 2 and line.get_linestyle() != "None"]
@@ -173,12 +170,11 @@ def test_seeds_are_mean_and_range_and_each_marks_its_outbreaks():
         history["test_acc"] = [test] * len(history["step"])
     histories[1]["train_loss"] = [1e-3 if step == 31_623 else 1e-7 for step in histories[1]["step"]]
     fig = figure.figure(histories)
-    accuracy = fig.axes[0]
-    np.testing.assert_allclose(lines(accuracy, panels.TEST)[0][1], 0.5)
-    (band,) = [band for band in accuracy.collections if to_hex(band.get_facecolor()[0]) == to_hex(panels.TEST)]
-    assert (band.get_paths()[0].vertices[:, 1].min(), band.get_paths()[0].vertices[:, 1].max()) == (0.2, 0.8)
+    np.testing.assert_allclose(lines(fig.axes[0], panels.TEST)[0][1], 0.5)
+    (band,) = [band for band in fig.axes[0].collections if to_hex(band.get_facecolor()[0]) == to_hex(panels.TEST)]
+    assert set(band.get_paths()[0].vertices[:, 1]) == {0.2, 0.8}
     assert "mean and range of 3 runs" in texts(fig)
-    assert sorted(set(marks(accuracy, figure.OUTBREAK))) == [10_000, 31_623, 56_234]
+    assert sorted(set(marks(fig.axes[0], figure.OUTBREAK))) == [10_000, 31_623, 56_234]
 
 
 def test_configurations_stand_side_by_side_at_one_scale(two_losses):
@@ -197,8 +193,6 @@ def test_a_scale_that_would_hide_a_curve_is_not_shared():
     _, above, _, below = figure.figure([large, small]).axes
     assert above.get_ylim()[1] > 10 * below.get_ylim()[1]
 
-
-# ---- how it is laid out ---------------------------------------------------------------------------------------------
 
 def assert_readable(fig):
     """All text lies in the figure, and no two texts lie on one another."""
@@ -220,13 +214,11 @@ def assert_readable(fig):
 LONG = dict(optimizer="adamw", weight_decay=0.01, label_noise=0.0, lr=0.001, loss="exact_ce", lc_samples=1024,
             robust_budget="low", init_scale=8.0)
 CASES = {
-    "one log point": (1, lambda: [one_point()]),
     "only nulls": (2, lambda: [nothing_known()]),
     "three radii, twelve epsilons": (4, lambda: [saturating(epsilons=TWELVE, radii=("0.005", "0.05", "1"),
                                                             asked=list(LONG), **LONG)]),
-    "complexity of zero": (2, lambda: [make_history([0, 5], [1, 1], [0.1, 0.2], complexity=[0.0, 0.0])]),
-    "late log points": (1, lambda: [make_history([28_547, 33_000, 40_000], [1, 1, 1], [0.1, 0.9, 0.9])]),
-    "fitted at the end": (1, lambda: [make_history([0, 50_000, 295_077], [0, 0.1, 1], [0.1, 0.9, 0.9])]),
+    "late log points, complexity of zero": (2, lambda: [make_history([28_547, 33_000, 40_000], [0, 0.1, 1],
+                                                                     [0.1, 0.9, 0.9], complexity=[0.0, 0.0, 0.0])]),
     "one unfinished, one not begun": (2, lambda: [grokking(seed=0), grokking(seed=1, cut=9),
                                                   {"step": [], "config": {}, "sizes": {}}]),
     "four flags, other epsilons, no complexity": (4, lambda: [
@@ -251,23 +243,13 @@ def test_extremes_are_readable(case):
     assert_readable(fig)
 
 
-def test_twelve_configurations_fit_a_page_with_six_points():
-    columns, width, heights = figure.sizes([[saturating(width=k)] for k in range(12)], 1)
-    height = 12 / columns * (sum(heights) + figure.LABELS) + 0.9
-    assert min(7.6 / width, 10.9 / height) * panels.SMALL >= 5.95  # A4 without its margins is 7.6 by 10.9 inches
-
-
 def test_labels_are_spaced_without_changing_their_order():
-    random = np.random.default_rng(0)
-    for count in (1, 2, 5, 9):
-        for wanted in (random.uniform(size=count), np.full(count, 0.5), np.zeros(count)):
-            places = panels.spaced(wanted, 0.05, 0.0, 1.0)
-            assert places.min() >= -1e-9 and places.max() <= 1 + 1e-9
-            assert np.all(np.diff(places[np.argsort(wanted, kind="stable")]) >= 0.05 - 1e-9)
-    np.testing.assert_allclose(panels.spaced([0.5, 0.5, 0.9], 0.1, 0, 1), [0.45, 0.55, 0.9])  # no further than needed
+    for wanted in (np.random.default_rng(0).uniform(size=9), np.zeros(9), np.ones(1)):
+        places = panels.spaced(wanted, 0.05, 0.0, 1.0)
+        assert places.min() >= -1e-9 and places.max() <= 1 + 1e-9
+        assert np.all(np.diff(places[np.argsort(wanted, kind="stable")]) >= 0.05 - 1e-9)
+    np.testing.assert_allclose(panels.spaced([0.9, 0.5, 0.5], 0.1, 0, 1), [0.9, 0.45, 0.55])  # no further than needed
 
-
-# ---- the command ----------------------------------------------------------------------------------------------------
 
 def assert_written(paths):
     png, svg = paths
@@ -277,24 +259,14 @@ def assert_written(paths):
     assert [path.name for path in png.parent.iterdir() if path.name.startswith(".")] == []
 
 
-def test_the_same_history_gives_the_same_files(tmp_path):
-    first, second = (figure.draw([one_point()], tmp_path / name) for name in ("lr0.1", "b.png"))
+def test_the_same_history_gives_the_same_files_whatever_the_users_style(tmp_path):
+    first = figure.draw([one_point()], tmp_path / "lr0.1")
     assert_written(first)
+    with matplotlib.rc_context({"text.usetex": True, "savefig.bbox": "tight", "font.size": 30, "savefig.dpi": 20}):
+        second = figure.draw([one_point()], tmp_path / "b.png")
+        assert matplotlib.rcParams["text.usetex"]
     assert [path.read_bytes() for path in first] == [path.read_bytes() for path in second]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["b.png", "b.svg", "lr0.1.png", "lr0.1.svg"]
-
-
-def test_the_users_style_changes_nothing(tmp_path):
-    expected = [path.read_bytes() for path in figure.draw([one_point()], tmp_path / "a")]
-    with matplotlib.rc_context({"text.usetex": True, "savefig.bbox": "tight", "font.size": 30, "savefig.dpi": 20}):
-        assert [path.read_bytes() for path in figure.draw([one_point()], tmp_path / "b")] == expected
-        assert matplotlib.rcParams["text.usetex"]
-
-
-def test_two_writers_of_one_figure_both_succeed(tmp_path):
-    with ThreadPoolExecutor(2) as writers:
-        list(writers.map(lambda k: panels.files.write_atomically(tmp_path / "h.png", b"a figure"), range(60)))
-    assert [path.read_bytes() for path in tmp_path.iterdir()] == [b"a figure"]
 
 
 @pytest.fixture(scope="module")
@@ -376,16 +348,6 @@ def test_bad_history_gives_one_line(tmp_path, capsys):
         assert plot.main([str(path)]) == 2, text
         assert path.name in assert_one_line(capsys) or text == NO_LOG_STEP
     assert list(tmp_path.glob("*.png")) == []
-
-
-def test_text_of_histories_that_say_little(tmp_path, capsys):
-    paths = [tmp_path / f"{k}.json" for k in range(2)]
-    paths[0].write_text(NO_LOG_STEP)
-    unknown = nothing_known()
-    write_history(paths[1], unknown | {name: [0.1] * len(unknown["step"]) for name in ("train_acc", "test_acc")})
-    for text in ("--summary", "--table"):
-        assert plot.main([text, *map(str, paths)]) == 0
-        assert capsys.readouterr().out.count("\n") > 2
 
 
 def test_bad_options_give_one_line(tmp_path, capsys, monkeypatch):
