@@ -34,14 +34,9 @@ def save_checkpoint(folder: str | Path, state: dict, keep: str | int = "all") ->
     return path
 
 
-def save_rolling(folder: str | Path, state: dict) -> Path:
-    """Write the one checkpoint that is replaced between log steps; return its path."""
-    return save_state(Path(folder) / ROLLING_NAME, state)
-
-
 def save_state(path: Path, state: dict) -> Path:
-    # Through memory, so that a full disk is an OSError and not an error of the zip writer.
-    buffer = io.BytesIO()
+    """Write a checkpoint to path; return path."""
+    buffer = io.BytesIO()  # so that a full disk is an OSError and not an error of the zip writer
     torch.save(state, buffer)
     write_atomically(path, buffer.getbuffer())
     return path

@@ -151,12 +151,12 @@ def all_reduce_max(number: float, device: torch.device) -> float:
 
 
 def gather_shards(part: torch.Tensor, n: int) -> torch.Tensor:
-    """Return, on every process, the tensor of n entries of which each process holds part, its shard(n)."""
+    """Return, on every process, the tensor of n numbers or rows of which each process holds part, its shard(n)."""
     if size() == 1:
         return part
-    whole = part.new_zeros(n, *part.shape[1:], dtype=torch.uint8 if part.dtype == torch.bool else part.dtype)
-    whole[shard(n)] = part  # gloo does not add bools
-    return all_reduce_sum(whole).to(part.dtype)
+    whole = part.new_zeros(n, *part.shape[1:])
+    whole[shard(n)] = part
+    return all_reduce_sum(whole)
 
 
 # ---- files: what one process does or sees and the others have to know -----------------------------------------------

@@ -91,8 +91,7 @@ class HistoryFile:
         self.written_at, self.took, self.behind = -math.inf, 0.0, False
 
     def begin(self, history: dict) -> None:
-        """Write both files anew, and their folder if it is missing: a run starts or continues."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
+        """Write both files anew: a run starts or continues."""
         lines = [self.line(history, row) + b"\n" for row in rows_of(history)]
         # The rows come first: until the JSON is replaced, an earlier one with its own outcomes is whole without them.
         write_atomically(self.rows_path, b"".join(lines))

@@ -478,23 +478,6 @@ def test_a_kill_at_any_write_leaves_a_run_that_can_be_resumed(tmp_path, finished
         assert not list(folder.rglob("*.part")), operations[n - 1]
 
 
-def test_no_room_for_the_figure_is_one_line_and_costs_nothing_else(tmp_path, finished, capsys):
-    flags = [flag for flag in FAULTY if flag != "--no_plot"]
-    with pytest.MonkeyPatch.context() as patch:
-        faults = Faults(patch, 0, None)
-        run_here(tmp_path / "counted", *flags)
-        first = faults.log.index("write .training_history.png") + 1
-    assert (tmp_path / "counted" / "logs" / "training_history.png").exists()
-    capsys.readouterr()
-    with pytest.MonkeyPatch.context() as patch:
-        Faults(patch, first, no_room)
-        run_here(tmp_path / "full", *flags)
-    out = capsys.readouterr().out
-    assert out.count("the figure cannot be drawn") == 1 and "No space left" in out
-    assert not list((tmp_path / "full" / "logs").glob("*.p*"))
-    assert outcome(tmp_path / "full") == outcome(finished(*FAULTY))
-
-
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
 def test_output_to_a_full_disk(tmp_path, finished):
     flags = (*TINY, "--n_steps=3")
@@ -794,14 +777,3 @@ def test_a_log_step_whose_own_loss_is_not_finite_is_refused(tmp_path, capsys):
     assert "training loss at step 1 is not finite" in one_line(capsys.readouterr().err)
     assert [checkpoints.step_in_name(path) for path in saved(tmp_path)] == [0]
     assert history_of(tmp_path)["step"] == [0]
-
-
-def test_a_network_of_nans_is_never_right_and_has_no_local_complexity(tmp_path):
-    run_here(tmp_path, *TINY, "--n_steps=1", "--lr=1e30", "--on_nan=continue")
-    history = history_of(tmp_path)
-    for measure_of in ("adv_acc", "robust_acc"):
-        assert history[measure_of]["0.1"][-1] == 0
-    assert history["test_acc"][-1] == history["train_acc"][-1] == 0
-    for points in ("train", "test", "random"):
-        assert history["local_complexity"][points]["0.05"][-1][-1] is None
-    assert history["weight_norm"][-1] is None or history["weight_norm"][-1] > 1e20
