@@ -338,11 +338,9 @@ def test_both_processes_give_up_together_with_one_line(tmp_path, flags, status, 
 
 
 @pytest.mark.parametrize("change, message", [
-    ({"RANK": "5"}, "RANK=5 in the environment is not a whole number from 0 to 1"),
-    ({"RANK": ""}, "RANK= in the environment"), ({"WORLD_SIZE": "two"}, "WORLD_SIZE=two in the environment"),
-    ({"LOCAL_RANK": "-1"}, "LOCAL_RANK=-1"), ({"MASTER_PORT": "99999"}, "MASTER_PORT=99999"),
-    ({"MASTER_ADDR": "no such machine"}, "cannot meet at no such machine:7 .*: set MASTER_ADDR"),
-], ids=lambda value: str(value) if isinstance(value, dict) else None)
+    ({"RANK": ""}, "RANK"), ({"MASTER_ADDR": ""}, "cannot meet at :7 .*: start them with torchrun or srun"),
+    ({"MASTER_ADDR": "no such machine"}, "cannot meet at no such machine:7 .* set MASTER_ADDR"),
+], ids=str)
 def test_a_variable_that_does_not_fit_is_named_at_once(monkeypatch, change, message):
     with pytest.raises(ValueError, match=message) as caught:
         start_as(monkeypatch, {**by_torchrun(0, 7), **change})
