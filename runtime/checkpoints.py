@@ -1,5 +1,6 @@
 """Checkpoints: written whole, read without trust, and what a resumed run needs of them."""
 
+import contextlib
 import io
 import math
 import pickle
@@ -25,10 +26,13 @@ def save_checkpoint(folder: str | Path, state: dict, keep: str | int = "all") ->
     name = f"checkpoint_epoch_{math.floor(state['epoch']):07d}_step_{state['step']:09d}.pt"
     path = save_state(folder / name, state)
     (folder / ROLLING_NAME).unlink(missing_ok=True)  # it is older
-    left = math.inf if keep == "all" else 0 if keep == "last" else int(keep) - 1
-    for old in saved_checkpoints(folder) if keep != "all" else []:
+    if keep == "all":
+        return path
+    left = 0 if keep == "last" else int(keep) - 1
+    for old in saved_checkpoints(folder):
         if old != path and left > 0:
-            left -= is_intact(old)
+            with contextlib.suppress(OSError):  # what cannot be read today may be sound tomorrow: it stays
+                left -= is_intact(old)
         elif old != path:
             old.unlink(missing_ok=True)
     return path

@@ -259,17 +259,6 @@ def test_a_history_of_one_file_is_continued_in_two(tmp_path, clock):
     assert "outcomes" not in strictly(path) and read_history(path) == history
 
 
-def test_the_cost_of_a_log_step_does_not_grow(tmp_path, clock, monkeypatch):
-    written = []
-    monkeypatch.setattr("runtime.history.append_line", lambda path, line: written.append(len(line)))
-    history = make_history()
-    file = start(tmp_path, history)
-    for step in range(300):
-        log(file, history, step)
-    assert max(written[10:]) <= written[10] + 20  # the digits of the numbers
-    assert strictly(file.path)["step"] == []
-
-
 def test_the_commands_of_the_results_are_those_that_made_the_histories():
     script = RESULTS[0].with_name("run.sh").read_text()
     shared = {name: " ".join(re.findall(rf'\b{name}\+?="([^"]*)"', script)) for name in ("CIFAR",)}
