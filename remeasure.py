@@ -84,7 +84,7 @@ import train
 from runtime import checkpoints, distributed, files, history, pool, signals
 from runtime import device as devices
 from runtime.console import Console
-from runtime.run import history_of
+from runtime.run import fail, history_of
 
 
 def flags_given(args: argparse.Namespace) -> dict[str, Any]:
@@ -171,26 +171,20 @@ class Remeasured:
                 # Two runs with the same flags never take the same time.
                 and rows_of(record).get(self.first["step"], self.first)["seconds"] == self.first["seconds"])
 
-    def continue_earlier(self, note: Callable) -> None:
-        """Take over what an earlier command has measured, or move it aside if it had other flags."""
+    def take_over(self, note: Callable) -> None:
+        """Take over what was measured before, here or in the folders of other processes, which are then removed; move
+        aside what was measured with other flags."""
         folder = self.file.path.parent
-        if self.file.path.exists():
-            earlier = history.read_history(self.file.path)
-            if self.is_mine(earlier):
-                self.rows = rows_of(earlier)
-            else:
-                (moved,) = files.move_aside(folder, folder)
-                note(f"measurements of another run or with other flags are now in {moved}")
-        for part in folder.glob("part-*"):  # of a command that was killed
-            self.collect(part)
-
-    def collect(self, part: Path) -> None:
-        """Add what a process has measured in its folder to the history, and remove the folder."""
-        with contextlib.suppress(FileNotFoundError):
-            record = history.read_history(part / history.HISTORY_NAME)
-            if self.is_mine(record):
-                self.add(rows_of(record))
-        shutil.rmtree(part, ignore_errors=True)
+        for place in (folder, *folder.glob("part-*")):
+            with contextlib.suppress(FileNotFoundError):
+                record = history.read_history(place / history.HISTORY_NAME)
+                if self.is_mine(record):
+                    self.add(rows_of(record))
+                elif place == folder:
+                    (moved,) = files.move_aside(folder, folder)
+                    note(f"measurements of another run or with other flags are now in {moved}")
+            if place != folder:
+                shutil.rmtree(place, ignore_errors=True)
 
     def measured(self, path: Path, progress: measure.Progress) -> Row:
         """Return the row of a checkpoint. ValueError, in one line, if it is damaged or of another run."""
@@ -267,19 +261,15 @@ def measure_in_processes(run: Remeasured, todo: dict[int, Path], argv: list[str]
                          threads: int) -> int:
     """Measure checkpoints in as many processes as there are places; return the signal that stopped them or 0. Each
     process is this command for a part of the steps, with a folder of its own."""
-    jobs, parts = [], []
+    jobs = []
     for i in range(len(places)):
         steps = list(todo)[i::len(places)]
         part = run.file.path.parent / f"part-{i}"
         command = [sys.executable, __file__, *argv, f"--log_dir={part}", f"--steps={','.join(map(str, steps))}",
                    "--every=1", "--processes=1", f"--threads={threads}", "--quiet"]
-        parts.append(part)
         jobs.append(pool.Job(f"part {i + 1} of {len(places)}", command, part / "output.txt",
                              functools.partial(share, part, len(steps))))
-    _, stopped_by = pool.run_jobs(jobs, places, threads)
-    for part in parts:
-        run.collect(part)
-    return stopped_by
+    return pool.run_jobs(jobs, places, threads)[1]
 
 
 def share(part: Path, n: int) -> float:
@@ -303,33 +293,32 @@ def measure_run(args: argparse.Namespace, argv: list[str]) -> int:
     run = Remeasured(args, first, threads)
     console = Console(run.empty, quiet=run.config.quiet)
     locks = files.FolderLocks(args.log_dir, args.log_dir)
-    run.continue_earlier(console.note)
+    run.take_over(console.note)
     todo = {step: path for step, path in found.items() if step not in run.rows}
     console.note(f"{len(found)} checkpoints, {len(found) - len(todo)} of them measured already")
     failed: list[str] = []
     stopped_by = 0
     if len(places) > 1 and len(todo) > 1:
         stopped_by = measure_in_processes(run, todo, argv, places[:len(todo)], threads)
+        run.take_over(console.note)
         todo = {step: path for step, path in todo.items() if step not in run.rows}
     if todo and not stopped_by:  # what a process passed over is named here
         failed, stopped_by = measure_here(run, todo, console.note)
     locks.release()
-    if run.rows and not stopped_by:
-        show(run, console)
     if stopped_by:
         console.note(f"stopped by {signal.Signals(stopped_by).name}; continue with the same command")
         return 128 + stopped_by
+    if run.rows:
+        show(run, console)
     return 1 if failed else 0
 
 
 def first_sound(paths: list[Path]) -> dict:
     """Return the first checkpoint that can be read. ValueError, in one line, if none can."""
-    for path in paths:
-        try:
+    for path in paths[:-1]:
+        with contextlib.suppress(ValueError):
             return checkpoints.load_checkpoint(path)
-        except ValueError as error:
-            reason = error
-    raise ValueError(f"none of {len(paths)} checkpoints can be used: {reason}" if len(paths) > 1 else str(reason))
+    return checkpoints.load_checkpoint(paths[-1])
 
 
 def show(run: Remeasured, console: Console) -> None:
@@ -392,9 +381,10 @@ def check_network(network: nn.Module, dataset: data.Dataset) -> None:
             logits = network.eval()(x)
     except Exception as error:  # of whatever layer does not fit
         raise ValueError(f"the network does not take images of shape {tuple(x.shape)}: {error}") from None
-    found = tuple(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
-    if not isinstance(found, tuple) or len(found) != 2 or found[0] != 2 or found[1] < dataset.num_classes:
-        raise ValueError(f"for 2 images the network returns {found}, not logits (2, {dataset.num_classes})")
+    shape = tuple(logits.shape) if isinstance(logits, torch.Tensor) else ()
+    if len(shape) != 2 or shape[0] != 2 or shape[1] < dataset.num_classes:
+        raise ValueError(f"for 2 images the network returns {shape or type(logits).__name__}, not logits "
+                         f"(2, {dataset.num_classes})")
 
 
 def measure_network(args: argparse.Namespace) -> int:
@@ -442,14 +432,11 @@ def main(argv: list[str] | None = None) -> int:
     try:
         return measure_network(args) if args.network else measure_run(args, argv)
     except (ValueError, OSError) as error:
-        print(f"remeasure.py: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+        return fail(error, 2, "remeasure.py")
     except (MemoryError, RuntimeError) as error:
         if not devices.out_of_memory(error):
             raise
-        print("remeasure.py: error: not enough memory: lower --adv_size, --lc_samples or --eval_batch_size",
-              file=sys.stderr)
-        return 1
+        return fail("not enough memory: lower --adv_size, --lc_samples or --eval_batch_size", 1, "remeasure.py")
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
 

@@ -383,7 +383,7 @@ def draw(run: Run) -> None:
 def finish(run: Run, stopped_by: int, figure: Figure | None) -> None:
     from analysis import report
 
-    run.check_folders()
+    run.held.check()
     run.history_file.flush(run.history)
     if stopped_by:
         run.console.note(f"stopped by {signal.Signals(stopped_by).name} at step {run.step}; continue with the same "
@@ -394,8 +394,7 @@ def finish(run: Run, stopped_by: int, figure: Figure | None) -> None:
         figure.redraw()
         if not figure.failed:
             run.console.note(f"\nfigure: {run.history_file.path.with_suffix('.png')} and .svg")
-    if run.trackers:
-        run.trackers.end(run.history_file.path.with_suffix(".png"), run.step)
+    run.trackers.end(run.history_file.path.with_suffix(".png"), run.step)
 
 
 def main(argv: list[str] | None = None) -> int:

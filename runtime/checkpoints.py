@@ -26,8 +26,10 @@ def save_checkpoint(folder: str | Path, state: dict, keep: str | int = "all") ->
     name = f"checkpoint_epoch_{math.floor(state['epoch']):07d}_step_{state['step']:09d}.pt"
     path = save_state(folder / name, state)
     (folder / ROLLING_NAME).unlink(missing_ok=True)  # it is older
-    left = math.inf if keep == "all" else 0 if keep == "last" else int(keep) - 1
-    for old in saved_checkpoints(folder) if keep != "all" else []:
+    if keep == "all":
+        return path
+    left = 0 if keep == "last" else int(keep) - 1
+    for old in saved_checkpoints(folder):
         if old != path and left > 0:
             with contextlib.suppress(OSError):  # what cannot be read today may be sound tomorrow: it stays
                 left -= is_intact(old)
@@ -36,14 +38,9 @@ def save_checkpoint(folder: str | Path, state: dict, keep: str | int = "all") ->
     return path
 
 
-def save_rolling(folder: str | Path, state: dict) -> Path:
-    """Write the one checkpoint that is replaced between log steps; return its path."""
-    return save_state(Path(folder) / ROLLING_NAME, state)
-
-
 def save_state(path: Path, state: dict) -> Path:
-    # Through memory, so that a full disk is an OSError and not an error of the zip writer.
-    buffer = io.BytesIO()
+    """Write a checkpoint to path; return path."""
+    buffer = io.BytesIO()  # so that a full disk is an OSError and not an error of the zip writer
     torch.save(state, buffer)
     write_atomically(path, buffer.getbuffer())
     return path

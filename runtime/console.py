@@ -89,6 +89,7 @@ class Console:
         now = time.monotonic()
         self.measuring_took = now - (self.measuring_since or now)
         self.measured, self.measuring_since = self.measured + self.measuring_took, None
+        self.next_line += self.measuring_took  # the first estimate comes after some seconds of training
         self.log_steps_left -= 1
         layers = next(iter(row["local_complexity"].get("train", {}).values()), [math.nan])
         robust = {key: percent(row["robust_acc"][key]) for key in self.keys}

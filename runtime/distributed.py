@@ -38,18 +38,17 @@ def start(device: torch.device) -> torch.device:
         torchrun = os.getppid()
     if "WORLD_SIZE" not in os.environ and int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1:
         describe_srun_step()
-    processes = variable("WORLD_SIZE", 1, default="1")
+    processes = int(os.environ.get("WORLD_SIZE", 1))
     if processes == 1:
         return device
     if device.type not in ("cpu", "cuda"):
         raise ValueError(f"--device={device}: several processes need --device=cpu or cuda")
-    me, local_rank = variable("RANK", 0, processes - 1), variable("LOCAL_RANK", 0, default="0")
-    address, port = os.environ.get("MASTER_ADDR", ""), variable("MASTER_PORT", 1)
+    address, port = os.environ.get("MASTER_ADDR", ""), os.environ.get("MASTER_PORT", "")
     try:
         socket.getaddrinfo(address, port)  # PyTorch would try an unknown name until its time is up
-        store, _, _ = next(rendezvous("env://", timeout=PATIENCE))
+        store, me, _ = next(rendezvous("env://", timeout=PATIENCE))
         if device.type == "cuda":
-            device = torch.device("cuda", local_rank)
+            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
             problem = devices.problem_with(device)
             if problem:
                 raise ValueError(f"process {me} cannot use {device}: {problem}; start one process for each GPU")
@@ -58,19 +57,11 @@ def start(device: torch.device) -> torch.device:
         all_reduce_sum(torch.zeros(1, device=device))
     except (RuntimeError, OSError) as error:  # dist.DistError is narrower, but PyTorch 2.6 raises others, too
         reason = str(error).split("\n")[0]
-        raise ValueError(f"the {processes} processes cannot meet at {address}:{port} ({reason}): set MASTER_ADDR to "
-                         "the first one's machine, MASTER_PORT to a free port and, where there are several networks, "
-                         "GLOO_SOCKET_IFNAME or NCCL_SOCKET_IFNAME to one of its interfaces") from None
+        raise ValueError(f"the {processes} processes cannot meet at {address}:{port} ({reason}): start them with "
+                         "torchrun or srun, or set MASTER_ADDR to the first one's machine, MASTER_PORT to a free port "
+                         "and, where there are several networks, GLOO_SOCKET_IFNAME or NCCL_SOCKET_IFNAME to one of "
+                         "its interfaces; unset WORLD_SIZE for a run of one process") from None
     return device
-
-
-def variable(name: str, low: int, high: int = 65_535, default: str = "") -> int:
-    """Return the whole number in an environment variable; ValueError if it is missing or not in [low, high]."""
-    text = os.environ.get(name, default)
-    if not re.fullmatch("[0-9]+", text) or not low <= int(text) <= high:
-        raise ValueError(f"{name}={text} in the environment is not a whole number from {low} to {high}: start the "
-                         "processes with torchrun or srun, or unset WORLD_SIZE for a run of one process")
-    return int(text)
 
 
 def describe_srun_step() -> None:
@@ -151,12 +142,12 @@ def all_reduce_max(number: float, device: torch.device) -> float:
 
 
 def gather_shards(part: torch.Tensor, n: int) -> torch.Tensor:
-    """Return, on every process, the tensor of n entries of which each process holds part, its shard(n)."""
+    """Return, on every process, the tensor of n numbers or rows of which each process holds part, its shard(n)."""
     if size() == 1:
         return part
-    whole = part.new_zeros(n, *part.shape[1:], dtype=torch.uint8 if part.dtype == torch.bool else part.dtype)
-    whole[shard(n)] = part  # gloo does not add bools
-    return all_reduce_sum(whole).to(part.dtype)
+    whole = part.new_zeros(n, *part.shape[1:])
+    whole[shard(n)] = part
+    return all_reduce_sum(whole)
 
 
 # ---- files: what one process does or sees and the others have to know -----------------------------------------------

@@ -5,7 +5,6 @@ import datetime
 import errno
 import os
 import secrets
-import tempfile
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -73,12 +72,6 @@ def naming(path: str | Path) -> Iterator[None]:
         raise OSError(error.errno, error.strerror or str(error), str(path)) from None
 
 
-def check_room(folder: str | Path, size: int) -> None:
-    """Raise OSError if folder cannot take `size` more bytes. Call it before an earlier run's files are moved."""
-    with naming(folder), tempfile.TemporaryFile(dir=folder) as file:
-        write_through(file, bytes(size))
-
-
 class FolderLocks:
     """The locks that a run holds on its folders. The kernel releases them when the process ends, however it ends.
 
@@ -101,11 +94,8 @@ class FolderLocks:
         self.held = {path: os.lstat(path) for path in paths}  # under the names that the user gave
 
     def check(self) -> None:
-        """Raise OSError if a lock is no longer the one in its folder; call it before each write. FileNotFoundError
-        means that a folder was removed and no other run has taken its place."""
+        """Raise OSError if a lock is no longer the one in its folder; call it before each write."""
         for path, status in self.held.items():
-            if not path.parent.exists():
-                raise FileNotFoundError(f"{path.parent} was removed while the run was writing to it")
             if not path.exists() or not os.path.samestat(os.lstat(path), status):
                 raise OSError(f"{path.parent} was removed or replaced while the run was writing to it: the run ends "
                               "and leaves the folder to whoever uses it now")

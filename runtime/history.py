@@ -5,6 +5,7 @@ at most once a second; training_history.rows.jsonl holds one line for each log s
 joins them, so that a kill at any moment loses nothing.
 """
 
+import itertools
 import json
 import math
 import time
@@ -91,8 +92,7 @@ class HistoryFile:
         self.written_at, self.took, self.behind = -math.inf, 0.0, False
 
     def begin(self, history: dict) -> None:
-        """Write both files anew, and their folder if it is missing: a run starts or continues."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
+        """Write both files anew: a run starts or continues."""
         lines = [self.line(history, row) + b"\n" for row in rows_of(history)]
         # The rows come first: until the JSON is replaced, an earlier one with its own outcomes is whole without them.
         write_atomically(self.rows_path, b"".join(lines))
@@ -186,7 +186,7 @@ def fault_in(history: dict) -> str | None:
             return f"its {name!r:.40} holds what this program does not write there"
     if len({len(leaf) for leaf in leaves(columns_of(history))}) > 1:
         return "its columns differ in length"
-    if history["step"] != sorted({*history["step"]}):
+    if any(later <= earlier for earlier, later in itertools.pairwise([-1, *history["step"]])):
         return "its step does not rise"
     missing = COLUMNS - history.keys() if history["step"] else None
     return f"it has no {', '.join(sorted(missing))}" if missing else None

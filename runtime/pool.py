@@ -58,8 +58,8 @@ def outcome(job: Job, status: int) -> str:
     """Return "complete", or why a job failed: the signal that ended it or the last line it printed."""
     if status < 0:
         return f"failed: ended by {signal.Signals(-status).name}"
-    printed = job.output.read_bytes()[job.begin:].decode(errors="replace").splitlines() if status else []
-    return f"failed: {(printed or ['it printed nothing'])[-1]}" if status else "complete"
+    printed = job.output.read_bytes()[job.begin:].decode(errors="replace").splitlines() or ["it printed nothing"]
+    return f"failed: {printed[-1]}" if status else "complete"
 
 
 def run_jobs(jobs: list[Job], devices: list[str], threads: int = 1, complete: int = 0) -> tuple[list[str], int]:

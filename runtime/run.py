@@ -19,9 +19,9 @@ class RunFailed(Exception):
     """The run cannot go on; the message is the one line to print."""
 
 
-def fail(error: object, status: int) -> int:
+def fail(error: object, status: int, program: str = "train.py") -> int:
     """Print error in one line; return status."""
-    print(f"train.py: error: {' '.join(str(error).split())}", file=sys.stderr)
+    print(f"{program}: error: {' '.join(str(error).split())}", file=sys.stderr)
     return status
 
 
@@ -76,7 +76,7 @@ class Run:
 
     model: torch.nn.Module
     trainer: Any  # train.Trainer
-    trackers: Trackers | None = None
+    trackers: Trackers
 
     def __init__(self, config: Config, record: dict, fingerprint: str, device: torch.device):
         self.config, self.history, self.device = config, record, device
@@ -129,14 +129,11 @@ class Run:
 
     def begin_files(self) -> None:
         if not self.earlier:
-            weights = sum(p.numel() * p.element_size() for p in self.model.parameters())
-            files.check_room(self.config.save_dir, 3 * weights)  # a checkpoint: the weights and two moments
             for folder in files.move_aside(self.config.log_dir, self.config.save_dir):
                 self.console.note(f"an earlier run's files are now in {folder}")
         self.history_file.begin(self.history)
-        if self.config.tracker:
-            self.trackers = Trackers(self.config.tracker, Path(self.config.log_dir), self.history["config"], self.step,
-                                     self.console.note)
+        self.trackers = Trackers(self.config.tracker or [], Path(self.config.log_dir), self.history["config"],
+                                 self.step, self.console.note)
 
     # ---- saving
 
@@ -155,22 +152,13 @@ class Run:
         distributed.run_on_rank0(lambda: self.write_log_step(row, remarks))
         self.saved_at, self.saved_step = time.perf_counter(), self.step
 
-    def check_folders(self) -> None:
-        """Raise OSError if a folder is no longer this run's; if one has vanished, write the history again first."""
-        try:
-            self.held.check()
-        except FileNotFoundError:
-            self.history_file.begin(self.history)
-            raise
-
     def write_log_step(self, row: dict, remarks: dict[str, str]) -> None:
-        self.check_folders()
+        self.held.check()
         self.history_file.log(self.history, row)
         metrics = {name: value for name, value in row.items() if name != "outcomes"}
         checkpoints.save_checkpoint(self.config.save_dir, self.state(**metrics), self.config.keep_checkpoints)
         self.console.row(row, [*remarks.values()])
-        if self.trackers:
-            self.trackers.log(row)
+        self.trackers.log(row)
 
     def save_rolling(self) -> None:
         """Write the state between two log steps, if it is not saved yet."""
@@ -181,9 +169,9 @@ class Run:
         self.saved_at = time.perf_counter()
 
     def write_rolling(self) -> None:
-        self.check_folders()
+        self.held.check()
         self.history_file.flush(self.history)
-        checkpoints.save_rolling(self.config.save_dir, self.state())
+        checkpoints.save_state(Path(self.config.save_dir) / files.ROLLING_NAME, self.state())
 
     def save_due(self) -> bool:
         """Whether the last save is --checkpoint_minutes ago; the same on every process, since all of them save."""

@@ -79,11 +79,9 @@ class WandB:
         self.wandb = wandb
         self.run = wandb.init(project="grok", dir=str(log_dir), id=id_file.read_text().strip(), resume="allow",
                               config=config, settings=wandb.Settings(console="off", silent=True))
-        self.next_step = step + 1 if step else 0
 
     def log(self, values: dict[str, float], step: int) -> None:
-        if step >= self.next_step:
-            self.run.log(values, step=step)
+        self.run.log(values, step=step)
 
     def end(self, figure: Path, step: int) -> None:
         if figure.is_file():

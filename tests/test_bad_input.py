@@ -86,42 +86,34 @@ def refusal(capsys, program, *flags):
 
 FLAGS = [
     # no such choice
-    ("--model=transformer", "transformer"), ("--dataset=imagenet", "imagenet"), ("--loss=exact", "exact"),
-    ("--keep_checkpoints=first", "first"), ("--compile=yes", "--compile"), ("--tracker=mlflow", "mlflow"),
+    ("--model=transformer", "transformer"), ("--keep_checkpoints=first", "first"), ("--compile=yes", "--compile"),
     # not a number, or the wrong kind
-    ("--lr=fast", "fast"), ("--lr=", "--lr"), ("--batch_size=1.5", "1.5"), ("--n_steps=1e4", "1e4"),
-    ("--train_size=some", "some"), ("--epsilons=0.1,,0.2", "--epsilons"), ("--epsilons=8/0", "8/0"),
-    ("--epsilons", "--epsilons"), ("--lc_radius=wide", "wide"),
+    ("--lr=fast", "fast"), ("--batch_size=1.5", "1.5"), ("--train_size=some", "some"), ("--epsilons=8/0", "8/0"),
+    ("--epsilons=0.1,,0.2", "--epsilons"), ("--epsilons", "--epsilons"), ("--lc_radius=wide", "wide"),
     # not finite, or out of range
-    ("--lr=nan", "nan"), ("--label_noise=nan", "nan"), ("--epsilons=inf", "inf"), ("--lc_radius=1e400", "1e400"),
-    ("--lr=0", "--lr"), ("--weight_decay=-0.1", "-0.1"), ("--batch_size=0", "--batch_size"), ("--depth=1", "--depth"),
-    ("--label_noise=1.5", "1.5"), ("--seed=4294967296", "4294967296"), ("--log_points=2", "--log_points"),
-    ("--epsilons=2", "--epsilons"), ("--pgd_step_size=0", "--pgd_step_size"), ("--lc_samples=-1", "--lc_samples"),
-    ("--keep_checkpoints=0", "--keep_checkpoints"), ("--momentum=1", "--momentum"),
+    ("--lr=nan", "nan"), ("--lr=0", "--lr"), ("--batch_size=0", "--batch_size"), ("--label_noise=1.5", "1.5"),
+    ("--epsilons=2", "--epsilons"), ("--pgd_step_size=0", "--pgd_step_size"),
     # beyond what a machine can count or hold
     ("--n_steps=1" + "0" * 400, "--n_steps"), ("--width=1000000000000", "memory"),
     ("--width=9000000000000000000", "memory"), ("--lc_samples=1000000000000", "--lc_samples=1000000000000"),
     ("--pgd_restarts=10000000000", "--pgd_restarts="), ("--threads=100000", "--threads"),
-    ("--log_points=1000000000000 --n_steps=1000000000", "--log_points"),
     # against one another
     ("--n_steps=3 --n_epochs=3", "--n_epochs"), ("--epsilons=0.1,0.10000001", "--epsilons"),
-    ("--lc_radius=0.05,0.05", "--lc_radius"), ("--batch_norm --batch_size=1", "--batch_norm"),
-    ("--pgd_start=image --pgd_restarts=2", "--pgd_restarts"), ("--momentum=0.9", "--momentum"),
-    ("--lr_schedule=cosine", "--lr_schedule=cosine"), ("--warmup_steps=3 --n_steps=3", "--warmup_steps=3"),
-    ("--label_smoothing=0.1 --loss=mse", "label_smoothing"),
+    ("--batch_norm --batch_size=1", "--batch_norm"), ("--pgd_start=image --pgd_restarts=2", "--pgd_restarts"),
+    ("--momentum=0.9", "--momentum"), ("--lr_schedule=cosine", "--lr_schedule=cosine"),
+    ("--warmup_steps=3 --n_steps=3", "--warmup_steps=3"), ("--label_smoothing=0.1 --loss=mse", "label_smoothing"),
     # no such flag; a decimal comma; an unset shell variable
-    ("--learning_rate=0.1", "--learning_rate"), ("--res", "--res"), ("--resume=yes", "yes"), ("mnist", "mnist"),
-    ("--epsilons=0,1", "0.1"), ("--log_dir=", "--log_dir"),
+    ("--res", "--res"), ("mnist", "mnist"), ("--epsilons=0,1", "0.1"), ("--log_dir=", "--log_dir"),
     # against the data or the machine
     ("--batch_size=61", "--batch_size=61"), ("--train_size=1001", "1001"), ("--image_size=8", "image_size"),
     ("--lc_directions=65", "--lc_directions=65"), ("--depth=3 --model=cnn", "depth"), ("--augment", "--augment"),
-    ("--device=tpu", "tpu"), ("--device=cuda:99", "cuda"), ("--device=cuda:-1", "cuda:-1"), ("--device=", "--device"),
+    ("--device=tpu", "tpu"), ("--device=cuda:99", "cuda"),
     # against the earlier run, and a run that is not there
     ("--resume --model=resnet18", "--model was mlp"), ("--resume --n_steps=2", "--n_steps=2"),
     ("--branch_from=nowhere.pt", "nowhere.pt"),
     # places that cannot be written (a path below a file: permissions do not bind every user)
-    (f"--log_dir={HISTORY}", HISTORY), (f"--log_dir={HISTORY}/logs", HISTORY), (f"--save_dir={HISTORY}", HISTORY),
-    ("--log_dir=/dev/null/logs", "/dev/null"), ("--save_dir=/proc/checkpoints", "/proc"),
+    (f"--log_dir={HISTORY}", HISTORY), (f"--save_dir={HISTORY}/checkpoints", HISTORY),
+    ("--save_dir=/proc/checkpoints", "/proc"),
 ]
 
 
@@ -275,18 +267,13 @@ def newest():
 
 PLOTS = [
     ("--no_such_flag", nothing, "--no_such_flag"), ("nowhere.json", nothing, "nowhere.json"), ("logs", nothing, "logs"),
-    (HISTORY, write(HISTORY, b""), HISTORY), (HISTORY, write(HISTORY, b"{"), HISTORY),
-    (HISTORY, write(HISTORY, b"[]"), HISTORY), (HISTORY, write(HISTORY, b'{"step": 3}'), HISTORY),
-    (HISTORY, write(HISTORY, b"\x80\x04"), HISTORY), (HISTORY, write(HISTORY, b"[" * 100_000), HISTORY),
+    (HISTORY, write(HISTORY, b"{"), HISTORY), (HISTORY, write(HISTORY, b"\x80\x04"), HISTORY),
     (HISTORY, lambda: without("test_acc"), "test_acc"), (HISTORY, lambda: without("config"), HISTORY),
     (f"--summary {HISTORY} nowhere.json", nothing, "nowhere.json"),
     (f"{HISTORY} --out={HISTORY}/figure", nothing, HISTORY),
-    (f"{HISTORY} --out=no/such/folder/figure", nothing, "no/such"),
-    ("--partition nowhere.pt", nothing, "nowhere.pt"), (f"--partition {HISTORY}", nothing, HISTORY),
-    ("--partition", nothing, "--partition"),
+    (f"--partition {HISTORY}", nothing, HISTORY), ("--partition", nothing, "--partition"),
     ("--partition bad.pt", write("bad.pt", b"cos\nsystem\n(S'touch proof'\ntR."), "bad.pt"),
     ("--partition bad.pt", lambda: torch.save({"step": 3}, "bad.pt"), "bad.pt"),
-    ("--partition bad.pt", lambda: write("bad.pt", newest().read_bytes()[:-50])(), "bad.pt"),
 ]
 
 
@@ -296,13 +283,10 @@ def test_bad_files_for_plot(earlier, capsys, flags, lay, culprit):
     assert culprit in refusal(capsys, plot, *flags.split())
 
 
-@pytest.mark.parametrize("lay, culprit", [
-    (write(HISTORY, b"no JSON"), HISTORY), (write(HISTORY, b""), HISTORY), (lambda: os.remove(HISTORY), HISTORY),
-    (lambda: without("warnings"), HISTORY),
-])
-def test_bad_history_at_a_resume(earlier, capsys, lay, culprit):
+@pytest.mark.parametrize("lay", [write(HISTORY, b"no JSON"), lambda: os.remove(HISTORY), lambda: without("warnings")])
+def test_bad_history_at_a_resume(earlier, capsys, lay):
     lay()
-    assert culprit in refusal(capsys, train, *TINY, "--n_steps=3", "--resume")
+    assert HISTORY in refusal(capsys, train, *TINY, "--n_steps=3", "--resume")
 
 
 def test_a_checkpoint_of_another_model_at_a_resume(earlier, capsys, tmp_path_factory):

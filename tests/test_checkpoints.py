@@ -4,7 +4,6 @@ import copy
 import dataclasses
 import math
 import os
-import re
 
 import pytest
 import torch
@@ -32,6 +31,10 @@ def make_state(step, logged=0, weight=1.0, config=None, **more):
     return {"epoch": step / 2, "step": step, "seconds": 1.0 + step, "logged": logged, "config": config or {},
             "sizes": dict(SIZES), "derived": {"data": "0123", "threads": 1},
             "model_state_dict": {"weight": torch.full((2, 2), weight)}, "optimizer_state_dict": {"state": {}}, **more}
+
+
+def save_rolling(folder, state):
+    return checkpoints.save_state(folder / checkpoints.ROLLING_NAME, state)
 
 
 def refuse(line):
@@ -75,7 +78,7 @@ def test_weights_that_are_not_finite_are_passed_over_unless_asked_for(tmp_path, 
     good = checkpoints.save_checkpoint(tmp_path, make_state(5))
     state = make_state(9)
     state["model_state_dict"] |= {"counts": torch.tensor(3), "last": torch.tensor([1.0, -math.inf])}
-    newest = checkpoints.save_rolling(tmp_path, state) if rolling else checkpoints.save_checkpoint(tmp_path, state)
+    newest = save_rolling(tmp_path, state) if rolling else checkpoints.save_checkpoint(tmp_path, state)
     notes = []
     found, path = checkpoints.newest_checkpoint(tmp_path, notes.append)
     assert (found["step"], path) == (5, good) and notes == [f"{newest}: its weights are not finite; passed over"]
@@ -86,7 +89,7 @@ def test_weights_that_are_not_finite_are_passed_over_unless_asked_for(tmp_path, 
 def test_the_newest_checkpoint_before_a_step(tmp_path):
     for step in (0, 5, 9):
         checkpoints.save_checkpoint(tmp_path, make_state(step))
-    checkpoints.save_rolling(tmp_path, make_state(12))
+    save_rolling(tmp_path, make_state(12))
     expected = {0: None, 1: 0, 9: 5, 10: 9, 12: 9, 13: 12}
     for before, step in expected.items():
         state, _ = checkpoints.newest_checkpoint(tmp_path, refuse, before=before)
@@ -100,7 +103,7 @@ def steps_left(folder):
 @pytest.mark.parametrize("keep, left", [("all", [1, 2, 3, 4]), ("last", [4]), (1, [4]), (2, [3, 4]), (9, [1, 2, 3, 4])])
 def test_so_many_checkpoints_are_kept(tmp_path, keep, left):
     for step in (1, 2, 3, 4):
-        rolling = checkpoints.save_rolling(tmp_path, make_state(step))
+        rolling = save_rolling(tmp_path, make_state(step))
         checkpoints.save_checkpoint(tmp_path, make_state(step), keep)
     assert steps_left(tmp_path) == left and not rolling.exists()
 
@@ -144,7 +147,7 @@ def run_on_disk(folder, step=5, logged=3, steps=(0, 1, 5), rolling=False, weight
         append(history, row(log_step))
     write_history(folder / "logs" / HISTORY_NAME, history)
     if rolling:
-        return checkpoints.save_rolling(folder / "checkpoints", make_state(step, logged, weight, config))
+        return save_rolling(folder / "checkpoints", make_state(step, logged, weight, config))
     state = {**make_state(step, logged, weight, config), **row(step)}
     return checkpoints.save_checkpoint(folder / "checkpoints", state)
 

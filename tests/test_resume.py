@@ -480,23 +480,6 @@ def test_a_kill_at_any_write_leaves_a_run_that_can_be_resumed(tmp_path, finished
         assert not list(folder.rglob("*.part")), operations[n - 1]
 
 
-def test_no_room_for_the_figure_is_one_line_and_costs_nothing_else(tmp_path, finished, capsys):
-    flags = [flag for flag in FAULTY if flag != "--no_plot"]
-    with pytest.MonkeyPatch.context() as patch:
-        faults = Faults(patch, 0, None)
-        run_here(tmp_path / "counted", *flags)
-        first = faults.log.index("write .training_history.png") + 1
-    assert (tmp_path / "counted" / "logs" / "training_history.png").exists()
-    capsys.readouterr()
-    with pytest.MonkeyPatch.context() as patch:
-        Faults(patch, first, no_room)
-        run_here(tmp_path / "full", *flags)
-    out = capsys.readouterr().out
-    assert out.count("the figure cannot be drawn") == 1 and "No space left" in out
-    assert not list((tmp_path / "full" / "logs").glob("*.p*"))
-    assert outcome(tmp_path / "full") == outcome(finished(*FAULTY))
-
-
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
 def test_output_to_a_full_disk(tmp_path, finished):
     flags = (*TINY, "--n_steps=3")
