@@ -178,6 +178,9 @@ def fault_in(history: dict) -> str | None:
     for name in ("config", "derived", "environment", "sizes", "layers"):
         if not isinstance(history.get(name, {}), dict):
             return f"its {name} is not an object"
+    sizes = [*(history.get("sizes", {}) | {"in_shape": 1}).values(), *history.get("sizes", {}).get("in_shape", [])]
+    if not all(isinstance(size, int) and size > 0 for size in sizes):
+        return "its sizes are not whole numbers above 0"
     if not isinstance(history["warnings"], list) or not all(isinstance(entry, dict) and {"step", "text"} <= entry.keys()
                                                             for entry in history["warnings"]):
         return "its warnings are not steps and texts"
