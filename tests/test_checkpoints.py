@@ -376,5 +376,5 @@ def test_weights_that_do_not_fit_are_refused(edit):
 def test_a_rolling_checkpoint_names_no_step(tmp_path):
     path = checkpoints.save_checkpoint(tmp_path, make_state(7))  # in the midst of its fourth epoch
     assert checkpoints.step_in_name(path) == 7 and path.name == "checkpoint_epoch_0000003_step_000000007.pt"
-    path = checkpoints.save_rolling(tmp_path, make_state(7))
+    path = save_rolling(tmp_path, make_state(7))
     assert checkpoints.step_in_name(path) is None and path.name == "rolling.pt"
