@@ -162,7 +162,7 @@ def paint(layers: np.ndarray, decision: np.ndarray) -> np.ndarray:
 
 # ---- figures --------------------------------------------------------------------------------------------------------
 
-@panels.default_style()
+@panels.default_style
 def figure(paths: Sequence[str | Path], data_dir: str | None = None) -> Figure:
     """Return a figure: the partition of each checkpoint on the same plane, side by side.
 
@@ -231,7 +231,7 @@ def add_legend(fig: Figure, n_layers: int, plane: Plane) -> None:
 
 # ---- films ----------------------------------------------------------------------------------------------------------
 
-@panels.default_style()
+@panels.default_style
 def film(paths: Sequence[str | Path], out: str | Path, data_dir: str | None = None) -> Path:
     """Write a film of a run's checkpoints, one frame each in the order of their steps, to out (.gif or .mp4).
 
