@@ -59,7 +59,8 @@ def run(args: argparse.Namespace) -> None:
 
         out = args.out or Path(args.partition[0]).parent / "partition"
         if out.suffix in (".gif", ".mp4"):
-            print("wrote", partition.film(args.partition, out, args.data_dir))
+            partition.film(args.partition, out, args.data_dir)
+            print("wrote", out)
         else:
             print("wrote", *panels.save(partition.figure(args.partition, args.data_dir), out))
         return

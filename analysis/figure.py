@@ -91,7 +91,7 @@ def sizes(groups: Sequence[Sequence[dict]], n_radii: int) -> tuple[int, float, l
     return columns, width, [max(height, least), *[0.62 * height] * n_radii]
 
 
-@panels.default_style()
+@panels.default_style
 def figure(histories: Sequence[dict]) -> Figure:
     """Return the figure of one run, of one configuration's seeds, or of several configurations.
 

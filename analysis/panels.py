@@ -3,14 +3,13 @@
 Constrained layout places the panels. The names at the ends of curves are spread afterwards, by lay_out().
 """
 
-import contextlib
 import io
 import textwrap
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib
+import matplotlib.style
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -34,15 +33,8 @@ SHARES: dict[str, tuple[str, dict[str, Any], str]] = {  # column: name at the cu
 SMALL = 7.5  # points; the smallest text
 LINE = 1.2 * SMALL / 72  # inches from one line of small text to the next
 DPI = 200
-
-
-@contextlib.contextmanager
-def default_style() -> Iterator[None]:
-    """Hold matplotlib's own defaults, whatever the user's matplotlibrc or style says. Works as a decorator."""
-    with matplotlib.rc_context():
-        matplotlib.rcdefaults()
-        matplotlib.rcParams["svg.hashsalt"] = "plot"  # the same figure gives the same file
-        yield
+# A decorator: matplotlib's own defaults, whatever the user's style says, and the same file for the same figure.
+default_style = matplotlib.style.context({"svg.hashsalt": "plot"}, after_reset=True)
 
 
 def new_figure(width: float, height: float, title: str, dpi: int = DPI) -> Figure:
@@ -66,7 +58,7 @@ def lay_out(fig: Figure) -> None:
                         transform=ax.transAxes, clip_on=False)
 
 
-@default_style()
+@default_style
 def save(fig: Figure, path: str | Path) -> list[Path]:
     """Write a figure to path.png and path.svg, each replaced at once; returns the two paths."""
     stem = str(path).removesuffix(".png").removesuffix(".svg")

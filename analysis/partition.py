@@ -50,8 +50,8 @@ def load(path: str | Path) -> tuple[dict, nn.Module]:
         raise ValueError(f"{path}: {error}") from None
 
 
-def load_all(paths: Sequence[str | Path], data_dir: str | None = None) -> tuple[list[dict], data.Dataset]:
-    """Return (checkpoints without their tensors, the data set that they were all trained on).
+def load_all(paths: Sequence[str | Path], data_dir: str | None = None) -> tuple[list[dict], "Plane"]:
+    """Return (checkpoints without their tensors, a plane through images of the data that they were all trained on).
 
     The data are in data_dir, or else in the folder of the first checkpoint's config.
     """
@@ -70,7 +70,7 @@ def load_all(paths: Sequence[str | Path], data_dir: str | None = None) -> tuple[
     for path, checkpoint in zip(paths, found, strict=True):
         if tuple(checkpoint["sizes"]["in_shape"]) != tuple(dataset.x_test.shape[1:]):
             raise ValueError(f"{path} was trained on images of another shape than those of {dataset.name}")
-    return found, dataset
+    return found, plane_through(*three_images(dataset))
 
 
 # ---- the plane ------------------------------------------------------------------------------------------------------
@@ -162,7 +162,7 @@ def paint(layers: np.ndarray, decision: np.ndarray) -> np.ndarray:
 
 # ---- figures --------------------------------------------------------------------------------------------------------
 
-@panels.default_style()
+@panels.default_style
 def figure(paths: Sequence[str | Path], data_dir: str | None = None) -> Figure:
     """Return a figure: the partition of each checkpoint on the same plane, side by side.
 
@@ -170,8 +170,8 @@ def figure(paths: Sequence[str | Path], data_dir: str | None = None) -> Figure:
     for a file that is not a checkpoint, does not fit its own config, or was trained on other images than the first, and
     where the images are missing.
     """
-    found, dataset = load_all(paths, data_dir)
-    plane, flags = plane_through(*three_images(dataset)), runs.differing_flags(found, also_same={"n_steps"})
+    found, plane = load_all(paths, data_dir)
+    flags = runs.differing_flags(found, also_same={"n_steps"})
     columns = min(len(paths), 3)
     rows = -(-len(paths) // columns)
     fig = panels.new_figure(1.2 + 3.3 * columns, 3.45 * rows + 1.1,
@@ -231,25 +231,23 @@ def add_legend(fig: Figure, n_layers: int, plane: Plane) -> None:
 
 # ---- films ----------------------------------------------------------------------------------------------------------
 
-@panels.default_style()
-def film(paths: Sequence[str | Path], out: str | Path, data_dir: str | None = None) -> Path:
+@panels.default_style
+def film(paths: Sequence[str | Path], out: Path, data_dir: str | None = None) -> None:
     """Write a film of a run's checkpoints, one frame each in the order of their steps, to out (.gif or .mp4).
 
-    Next to the partition are the accuracies in the checkpoints, with a mark that moves. Returns out. Raises ValueError
-    or OSError as figure() does, for checkpoints of several runs, and for an MP4 without ffmpeg.
+    Next to the partition are the accuracies in the checkpoints, with a mark that moves. Raises ValueError or OSError as
+    figure() does, for checkpoints of several runs, and for an MP4 without ffmpeg.
     """
     from matplotlib.animation import FFMpegWriter, PillowWriter
 
-    out = Path(out)
     kind = FFMpegWriter if out.suffix == ".mp4" else PillowWriter
     if not kind.isAvailable():
         raise ValueError(f"{out}: an MP4 needs ffmpeg, which is not installed; a GIF does not")
-    found, dataset = load_all(paths, data_dir)
+    found, plane = load_all(paths, data_dir)
     flags = runs.differing_flags(found, also_same={"n_steps"})
     if flags:
         raise ValueError(f"a film shows one run, and these checkpoints differ in --{flags[0]}: write a PNG")
     order = sorted(range(len(paths)), key=lambda i: found[i]["step"])
-    plane = plane_through(*three_images(dataset))
     raster = min(FILM_RASTER, math.isqrt(FILM_PIXELS // len(paths)))
     n_layers = len(local_complexity.layer_units(load(paths[0])[1], tuple(plane.centre.shape)))
     fig, show = film_figure([found[i] for i in order], plane, raster, n_layers)
@@ -268,7 +266,6 @@ def film(paths: Sequence[str | Path], out: str | Path, data_dir: str | None = No
         except subprocess.CalledProcessError as error:
             raise OSError(f"ffmpeg could not write {out}: {error.stderr.strip()[-200:]!r}") from None
         files.write_atomically(out, part.read_bytes())
-    return out
 
 
 def progress(items: Sequence[int]) -> Iterator[int]:

@@ -128,33 +128,32 @@ def outbreak_text(history: dict, i: int) -> str:
     """Return what changed from log point i - 1 to i, between which the training loss broke out."""
     peak = column_of(history, "max_batch_loss")[i]
     in_batch = "" if np.isnan(peak) else f" (up to {peak:.1e} in a batch)"
-    words = [f"{name} {before:{form}} to {after:{form}}{more}" for name, (before, after), form, more in [
-        ("loss", column_of(history, "train_loss")[i - 1:i + 1], ".1e", in_batch),
-        ("weight norm", column_of(history, "weight_norm")[i - 1:i + 1], ".1f", ""),
-        ("local complexity", total_complexity(history)[i - 1:i + 1], ".2f", ""),
-        ("test accuracy", column_of(history, "test_acc")[i - 1:i + 1], ".1%", "")] if np.isfinite(before + after)]
-    return f"  Step {history['step'][i - 1]:,} to {history['step'][i]:,}: {', '.join(words)}."
+    changes = [f"{name} {values[i - 1]:{form}} to {values[i]:{form}}{more}" for name, values, form, more in [
+        ("loss", column_of(history, "train_loss"), ".1e", in_batch),
+        ("weight norm", column_of(history, "weight_norm"), ".1f", ""),
+        ("local complexity", total_complexity(history), ".2f", ""),
+        ("test accuracy", column_of(history, "test_acc"), ".1%", "")] if np.isfinite(values[i - 1:i + 1]).all()]
+    return f"  Step {history['step'][i - 1]:,} to {history['step'][i]:,}: {', '.join(changes)}."
 
 
 def accuracy_table(history: dict, rises: dict[str, Rise]) -> list[str]:
     """Return lines: each accuracy at interpolation, in the dip after it, at its highest, at the end; and a verdict."""
-    steps, start = history["step"], interpolation_of(history)
-    width = max(16, *map(len, rises))
+    start, width = interpolation_of(history), max(16, *map(len, rises))
     if start is None:
         return [f"{'accuracy':<{width}}{'end':>8}",
                 *(f"{label:<{width}}{percent(rise.final):>8}" for label, rise in rises.items())]
     lines = [f"{'accuracy':<{width}}{'at 99%':>8}{'dip':>8}{'highest':>8}{'end':>8}  after interpolation"]
     for label, rise in rises.items():
         cells = "".join(f"{percent(value):>8}" for value in (rise.start, rise.dip, rise.level, rise.final))
-        lines.append(f"{label:<{width}}{cells}  {verdict(rise, steps, steps[start])}")
+        lines.append(f"{label:<{width}}{cells}  {verdict(rise, history['step'], start)}")
     return lines
 
 
-def verdict(rise: Rise, steps: list[int], interpolation_step: int) -> str:
+def verdict(rise: Rise, steps: list[int], start: int) -> str:
     if np.isnan(rise.largest):
         return "-"
     if rise.half is not None:
-        return f"half by step {steps[rise.half]:,}, {factor(steps[rise.half], interpolation_step)}"
+        return f"half by step {steps[rise.half]:,}, {factor(steps[rise.half], steps[start])}"
     if rise.recovery is not None:
         return f"dips, recovers by step {steps[rise.recovery]:,}"
     if rise.brief:
@@ -215,19 +214,20 @@ def table(histories: Sequence[dict], names: Sequence[str]) -> str:
     in the run. Where the lines would be longer than 120 columns, the flags follow in a list of their own.
     """
     flags = differing_flags(histories)
-    values = [flags, *([flag_text(flag, history["config"].get(flag)) for flag in flags] for history in histories)]
-    rows = [["run", "steps", "train", "test", "99% at", "ε", "robust", "end", "delay", "adv", "end", "delay", "LC min",
-             "max"], *([name, *table_row(history)] for name, history in zip(names, histories, strict=True))]
-    whole = aligned([[row[0], *cells, *row[1:]] for row, cells in zip(rows, values, strict=True)])
-    if len(whole[0]) <= TABLE_WIDTH or not flags:
-        return "\n".join(whole)
+    rows = [["run", *flags, "steps", "train", "test", "99% at", "ε", "robust", "end", "delay", "adv", "end", "delay",
+             "LC min", "max"]]
+    for name, history in zip(names, histories, strict=True):
+        rows.append([name, *(flag_text(flag, history["config"].get(flag)) for flag in flags), *table_row(history)])
+    lines = aligned(rows)
+    if len(lines[0]) <= TABLE_WIDTH or not flags:
+        return "\n".join(lines)
+    lines = [*aligned([[row[0], *row[1 + len(flags):]] for row in rows]), ""]
     width = max(map(len, names))
-    wrapper = textwrap.TextWrapper(TABLE_WIDTH, subsequent_indent=" " * (width + 2), break_long_words=False,
-                                   break_on_hyphens=False)
-    chosen = [command_flags(history["config"], [flag for flag in flags if flag in asked(history)])
-              for history in histories]
-    lines = [wrapper.fill(f"{name:<{width}}  {words}") for name, words in zip(names, chosen, strict=True)]
-    return "\n".join([*aligned(rows), "", *lines])
+    for name, history in zip(names, histories, strict=True):
+        chosen = command_flags(history["config"], [flag for flag in flags if flag in asked(history)])
+        lines.append(textwrap.fill(f"{name:<{width}}  {chosen}", TABLE_WIDTH, subsequent_indent=" " * (width + 2),
+                                   break_long_words=False, break_on_hyphens=False))
+    return "\n".join(lines)
 
 
 def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
@@ -251,13 +251,12 @@ def markdown_table(histories: Sequence[dict], names: Sequence[str]) -> str:
              "`adv_acc` then", "highest later", "half of the rise by step"]]
     rows.append(["---"] * len(rows[0]))
     for group in groups:
-        tested = len(statistics.poolable(group))
-        seeds = f" ({len(group)} seeds" + (f", {tested} of them tested)" if tested < len(group) else ")")
-        flags = [name for name in asked(group[0])
-                 if name not in NOT_COMPARED and not (name == "seed" and len(group) > 1)]
+        name, seeds, tested = name_of[id(group[0])], len(group), len(statistics.poolable(group))
+        if seeds > 1:
+            name += f" ({seeds} seeds" + (f", {tested} of them tested)" if tested < seeds else ")")
+        flags = [flag for flag in asked(group[0]) if flag not in NOT_COMPARED and (flag != "seed" or seeds == 1)]
         text = command_flags(group[0]["config"], flags)
-        rows.append([name_of[id(group[0])] + (seeds if len(group) > 1 else ""), f"`{text}`" if text else "-",
-                     *markdown_cells(group)])
+        rows.append([name, f"`{text}`" if text else "-", *markdown_cells(group)])
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 

@@ -167,9 +167,8 @@ def test_film_has_one_frame_for_each_checkpoint_in_the_order_of_the_steps(a_run,
 
 
 def test_film_shows_the_accuracies_of_the_checkpoints(a_run):
-    found, dataset = partition.load_all(a_run)
+    found, plane = partition.load_all(a_run)
     found.sort(key=lambda checkpoint: checkpoint["step"])
-    plane = partition.plane_through(*partition.three_images(dataset))
     accuracy = partition.film_figure(found, plane, 100, 2)[0].axes[1]
     drawn = [[None if np.isnan(y) else y for y in line.get_ydata()] for line in curves_of(accuracy)]
     for name in ("train_acc", "test_acc"):
