@@ -17,8 +17,8 @@ import argparse
 import contextlib
 import dataclasses
 import functools
-import importlib.util
 import math
+import runpy
 import shutil
 import signal
 import sys
@@ -336,14 +336,11 @@ def show(run: Remeasured, console: Console) -> None:
 def load_network(where: str, weights: str | None) -> nn.Module:
     """Return the network that FILE.py:FUNCTION makes, with the weights in a file. ValueError, in one line, if not."""
     file, _, name = where.rpartition(":")
-    spec = importlib.util.spec_from_file_location("network_to_measure", file) if Path(file).is_file() else None
-    if spec is None or spec.loader is None:
+    if not Path(file).is_file():
         raise ValueError(f"--network={where}: give FILE.py:FUNCTION, where FILE.py exists")
-    module = importlib.util.module_from_spec(spec)
     sys.path.append(str(Path(file).resolve().parent))  # for the modules that it imports
     try:
-        spec.loader.exec_module(module)
-        network = getattr(module, name)()
+        network = runpy.run_path(file)[name]()
     except Exception as error:  # whatever somebody's code raises
         raise ValueError(f"--network={where}: {type(error).__name__}: {error}") from error
     if not isinstance(network, nn.Module):

@@ -246,7 +246,7 @@ def test_weights_from_safetensors(network, capsys):
     (["--network=net.py:fewer"], "for 2 images the network returns (2, 3), not logits (2, 10)"),
     (["--network=net.py:larger"], "the network does not take images of shape (2, 1, 8, 8)"),
     (["--network=net.py:plain"], "no activation module, such as nn.ReLU: there is no layer to count; --lc_samples=0"),
-    (["--network=net.py:nothing"], "AttributeError: "),
+    (["--network=net.py:nothing"], "KeyError: 'nothing'"),
     (["--network=net.py"], "--network=net.py: give FILE.py:FUNCTION"),
     (["--weights=missing.pt"], "there is no file missing.pt"),
     (["--weights=net.py"], "net.py is damaged, not a state dict, or holds more than tensors"),
