@@ -205,11 +205,12 @@ def test_mp4(a_run, tmp_path, monkeypatch):
 def test_bad_checkpoint_gives_one_line(tmp_path, capsys):
     good = save_checkpoint(tmp_path / "good.pt")
     (tmp_path / "text.pt").write_text("no checkpoint")
-    for name, changes in {"misfit": {"width": 9}, "other": {"dataset": "mnist"}, "bare": {"sizes": {}}, "decay": {"weight_decay": 0.5},
+    for name, changes in {"misfit": {"width": 9}, "other": {"dataset": "mnist"}, "bare": {"sizes": {}},
+                          "decay": {"weight_decay": 0.5},
                           "shape": {"sizes": SIZES | {"in_shape": [1, 4, 16]}}}.items():
         save_checkpoint(tmp_path / f"{name}.pt", **changes)
     bad = {"text.pt": "checkpoint", "misfit.pt": "do not fit", "other.pt": "other images", "bare.pt": "in_shape",
-           "typed.pt": "config", "shape.pt": "another shape", "missing.pt": ""}
+           "shape.pt": "another shape", "missing.pt": ""}
     for name, reason in bad.items():
         assert plot.main(["--partition", good, str(tmp_path / name), "--out", str(tmp_path / "x.png")]) == 2
         error = assert_one_line(capsys)
