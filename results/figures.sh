@@ -34,6 +34,7 @@ curves precision mnist mnist_exact mnist_float64 mnist_exact_eps
 curves long mnist_long mnist_long_exact
 curves remedies mnist_stablemax mnist_orthogonal
 curves from_image mnist_from_image mnist_stablemax_from_image
+curves modular modular_ce modular_exact modular_float64 modular_exact_eps modular_stablemax modular_orthogonal
 curves depth mnist_depth2 mnist_depth2_exact mnist_depth6 mnist_depth6_exact
 curves variants mnist_adam mnist_adam_exact mnist_batch_norm mnist_batch_norm_exact
 curves width mnist_width50 mnist_width100 mnist

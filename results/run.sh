@@ -46,6 +46,12 @@ mnist_width100          --dataset=mnist --n_steps=100000 --width=100
 mnist_from_image        --dataset=mnist --n_steps=100000 --log_points=20 --pgd_start=image
 mnist_stablemax_from_image --dataset=mnist --n_steps=100000 --log_points=20 --pgd_start=image --loss=stablemax
 mnist_random_labels     --dataset=mnist --n_steps=50000 --label_noise=1
+modular_ce                  MODULAR --weight_decay=0 --n_steps=100000
+modular_exact               MODULAR --weight_decay=0 --n_steps=100000 --loss=exact_ce
+modular_stablemax           MODULAR --weight_decay=0 --n_steps=100000 --loss=stablemax
+modular_orthogonal          MODULAR --weight_decay=0 --n_steps=100000 --orthogonal_gradient
+modular_exact_eps           MODULAR --weight_decay=0 --n_steps=100000 --loss=exact_ce --adam_eps=1e-25
+modular_float64             MODULAR --weight_decay=0 --n_steps=100000 --dtype=float64
 cnn                     CIFAR --model=cnn --n_steps=100000 --weight_decay=0
 cnn_exact               CIFAR --model=cnn --n_steps=100000 --weight_decay=0 --loss=exact_ce
 cnn_decay               CIFAR --model=cnn --n_steps=100000
@@ -60,9 +66,13 @@ END
 # past interpolation.
 export CIFAR="--dataset=imagefolder --train_size=5000 --width=16 --batch_size=32 --log_points=40"
 CIFAR+=" --adv_size=500 --lc_samples=128 --epsilons 0.5/255 1/255 2/255 4/255"
+# (a + b) mod 59, half of the pairs.
+export MODULAR="--dataset=modular_addition --modulus=59 --depth=3 --batch_size=512 --log_points=40"
+MODULAR+=" --epsilons 0.1 0.3 --adv_size=200 --lc_samples=128"
 
 one() {
-    read -r name flags <<<"${1/CIFAR/$CIFAR}"
+    local line=${1/CIFAR/$CIFAR}
+    read -r name flags <<<"${line/MODULAR/$MODULAR}"
     folder=$DATA
     [[ $flags == *=imagefolder* ]] && folder=$DATA/cifar10-images
     # shellcheck disable=SC2086  # the flags are several words

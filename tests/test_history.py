@@ -261,7 +261,7 @@ def test_a_history_of_one_file_is_continued_in_two(tmp_path, clock):
 
 def test_the_commands_of_the_results_are_those_that_made_the_histories():
     script = RESULTS[0].with_name("run.sh").read_text()
-    shared = {name: " ".join(re.findall(rf'\b{name}\+?="([^"]*)"', script)) for name in ("CIFAR",)}
+    shared = {name: " ".join(re.findall(rf'\b{name}\+?="([^"]*)"', script)) for name in ("CIFAR", "MODULAR")}
     listed = re.search(r"<<'END'\n(.*?)^END$", script, re.DOTALL | re.MULTILINE)[1].strip()
     commands = dict(line.split(maxsplit=1) for line in listed.splitlines())
     assert commands.keys() == {path.stem for path in RESULTS}
