@@ -22,10 +22,8 @@ STRIP = 0.15  # at the top of a panel of local complexity: the names of the phas
 def complexity_panel(ax: Axes, group: Sequence[dict], radius: str) -> None:
     """Local complexity around random, test and train points, the layers of train stacked."""
     steps, layers, _, _ = runs.together(group, lambda history: complexity_of(history, "train", radius))
-    edges = np.cumsum(np.pad(layers, ((0, 0), (1, 0))), axis=1)
     greys = matplotlib.colormaps["Greys"](np.linspace(0.4, 0.08, layers.shape[1]))
-    for below, above, grey in zip(edges.T, edges.T[1:], greys, strict=False):
-        ax.fill_between(steps, below, above, color=grey, lw=0)
+    ax.stackplot(steps, layers.T, colors=list(greys), lw=0)
     for points, colour in (("random", RANDOM), ("test", TEST), ("train", TRAIN)):
         if radius in group[0]["local_complexity"].get(points, {}):
             total = functools.partial(total_complexity, points=points, radius=radius)
