@@ -19,26 +19,15 @@ ENDS = 1.35  # left and right of a panel: ticks and names
 STRIP = 0.15  # at the top of a panel of local complexity: the names of the phases
 
 
-def point_sets(history: dict, radius: str) -> list[str]:
-    return [points for points in ("random", "test", "train") if radius in history["local_complexity"].get(points, {})]
-
-
-def highest_complexity(group: Sequence[dict], radius: str) -> float:
-    return max(np.nanmax([0, *total_complexity(history, points, radius)])
-               for history in group for points in point_sets(history, radius)) or 1
-
-
 def complexity_panel(ax: Axes, group: Sequence[dict], radius: str) -> None:
     """Local complexity around random, test and train points, the layers of train stacked."""
     steps, layers, _, _ = runs.together(group, lambda history: complexity_of(history, "train", radius))
-    edges = np.cumsum(np.pad(layers, ((0, 0), (1, 0))), axis=1)
     greys = matplotlib.colormaps["Greys"](np.linspace(0.4, 0.08, layers.shape[1]))
-    for below, above, grey in zip(edges.T, edges.T[1:], greys, strict=False):
-        ax.fill_between(steps, below, above, color=grey, lw=0)
-    for points in point_sets(group[0], radius):
-        total = functools.partial(total_complexity, points=points, radius=radius)
-        colour = {"random": RANDOM, "test": TEST, "train": TRAIN}[points]
-        panels.draw_curve(ax, group, total, points, color=colour, lw=1.8)
+    ax.stackplot(steps, layers.T, colors=list(greys), lw=0)
+    for points, colour in (("random", RANDOM), ("test", TEST), ("train", TRAIN)):
+        if radius in group[0]["local_complexity"].get(points, {}):
+            total = functools.partial(total_complexity, points=points, radius=radius)
+            panels.draw_curve(ax, group, total, points, color=colour, lw=1.8)
     ax.yaxis.set_major_locator(matplotlib.ticker.MaxNLocator(5))
     ax.set_ylabel(f"local complexity\nr = {radius}", fontsize=SMALL + 1)
 
@@ -103,24 +92,25 @@ def figure(histories: Sequence[dict]) -> Figure:
     groups, flags = runs.grouped(histories)
     radii = panels.shared([history["local_complexity"] for history in histories], "train")
     radii = radii if len(groups) == 1 else radii[:1]
-    tops = np.array([[highest_complexity(group, radius) for radius in radii] for group in groups])
-    if radii and tops.max() < 5 * tops.min():  # one scale, as long as it hides nothing
-        tops[:] = tops.max(axis=0)
-
     columns, width, heights = sizes(groups, len(radii))
     rows, each = -(-len(groups) // columns), len(heights)
     fig = panels.new_figure(width, rows * (sum(heights) + LABELS) + 0.9, runs.run_title(histories[0], flags))
     grid = fig.add_gridspec(rows * each, columns, height_ratios=heights * rows)
     places = [divmod(i, columns) for i in range(len(groups))]
     drawn = [[fig.add_subplot(grid[row * each + k, column]) for k in range(each)] for row, column in places]
-    for axes, group, highest, (_, column) in zip(drawn, groups, tops, places, strict=True):
+    for axes, group, (_, column) in zip(drawn, groups, places, strict=True):
         draw_group(axes, group, radii, panels.span(histories), width / columns - ENDS)
-        over = f"{runs.group_title(group, flags)}\n{runs.runs_text(group)}"
-        axes[0].set_title(over.strip(), fontsize=SMALL + 1, pad=13)
-        for ax, top in zip(axes[1:], highest, strict=True):
-            ax.set_ylim(0, 1.04 * top / (1 - STRIP / heights[-1]))
+        title = f"{runs.group_title(group, flags)}\n{runs.runs_text(group)}"
+        axes[0].set_title(title.strip(), fontsize=SMALL + 1, pad=13)
         for ax in axes if column else []:
             ax.set_ylabel("")
+    tops = np.array([[ax.dataLim.y1 for ax in axes[1:]] for axes in drawn])
+    tops[~(tops > 0)] = 1  # nothing is known, or all is 0
+    if radii and tops.max() < 5 * tops.min():  # one scale, as long as it hides nothing
+        tops[:] = tops.max(axis=0)
+    for axes, row in zip(drawn, tops, strict=True):
+        for ax, top in zip(axes[1:], row, strict=True):
+            ax.set_ylim(0, 1.04 * top / (1 - STRIP / heights[-1]))
     add_legend(fig, groups, bool(radii))
     panels.lay_out(fig)
     for axes, group in zip(drawn, groups, strict=True):

@@ -156,18 +156,6 @@ def test_flat_curves_are_called_rising_in_at_most_five_percent_of_the_runs():
     assert naive > 30  # the test can fail: uncorrected, the same comparisons say so in most runs
 
 
-def test_all_curves_of_a_run_are_paid_for_together():
-    """What is enough for one curve is not for the best of seven, of each of which three questions are asked."""
-    quiet = np.zeros((9, 1000), dtype=bool)
-    before, after = pairs(7, 0)
-    rising = np.array([before] * 3 + [after] * 6)
-    alone = rise_of([*rising], 2)
-    assert alone.half == 3 and alone.p == pytest.approx(4 * 0.5**7)
-    rise = statistics.rises_of(history_of(quiet, 1 + rising, {"0.1": quiet, "0.2": quiet, "0.3": quiet}))
-    assert rise["robust ε 0.1"].p == pytest.approx(21 * 4 * 0.5**7) and rise["robust ε 0.1"].half is None
-    assert rise["robust ε 0.1"].p_once == pytest.approx(21 * 6 * 0.5**7)
-
-
 @pytest.mark.parametrize("values, start, half, level", [
     ([0.1] * 5 + [0.4] * 25 + [0.9] + [0.4] * 29, 0, 5, 0.4),
     ([0.1, 0.1, 0.1, 0.9, None], 2, 3, 0.9),
@@ -239,17 +227,12 @@ def test_runs_of_different_length_or_data_are_not_seeds_of_one_configuration():
 
 
 def test_mean_and_range_over_seeds_with_other_log_steps():
-    def column(history):
-        return statistics.column_of(history, "test_acc")
-
-    a = make_history([0, 1, 3], [0] * 3, [0.0, 0.2, 0.6])
-    steps, mean, low, high = runs.together([a, make_history([0, 3], [0] * 2, [0.2, 0.4]),
-                                            make_history([0], [0], [0.1])], column)
+    group = [make_history(steps, [0] * len(steps), values) for steps, values in (
+        ([0, 1, 3], [0.0, 0.2, 0.6]), ([0, 3], [0.2, 0.4]), ([0], [0.1]))]
+    steps, *found = runs.together(group, lambda history: statistics.column_of(history, "test_acc"))
     assert steps.tolist() == [0, 1, 3]
     # At step 1, the second is half-way between its points in log(1 + step).
-    np.testing.assert_allclose(mean, [0.1, (0.2 + 0.3) / 2, 0.5])
-    np.testing.assert_allclose(low, [0.0, 0.2, 0.4])
-    np.testing.assert_allclose(high, [0.2, 0.3, 0.6])
+    np.testing.assert_allclose(found, [[0.1, (0.2 + 0.3) / 2, 0.5], [0.0, 0.2, 0.4], [0.2, 0.3, 0.6]])
 
 
 STEPS = [0, 10, 100, 1000, 10_000, 20_000, 40_000, 80_000]
