@@ -22,7 +22,6 @@ from runtime import device as devices
 
 PATIENCE = timedelta(minutes=10)  # a job's nodes may start minutes apart
 T = TypeVar("T")
-torchrun: int | None = None  # its process id, where it started this process
 
 
 # ---- the processes --------------------------------------------------------------------------------------------------
@@ -33,9 +32,8 @@ def start(device: torch.device) -> torch.device:
     Returns the device of this process: the GPU numbered LOCAL_RANK if device is "cuda". Raises ValueError if the
     variables do not fit, the processes cannot meet, or this one has no working GPU.
     """
-    global torchrun
     if "TORCHELASTIC_RUN_ID" in os.environ:
-        torchrun = os.getppid()
+        os.environ["STOP_WITH_PARENT"] = str(os.getppid())
     if "WORLD_SIZE" not in os.environ and int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1:
         describe_srun_step()
     processes = int(os.environ.get("WORLD_SIZE", 1))
@@ -81,7 +79,7 @@ def describe_srun_step() -> None:
 
 def orphaned() -> int:
     """Return SIGHUP if torchrun or sweep.py started this process and has ended, so that nobody stops it any more."""
-    parent = torchrun or int(os.environ.get("STOP_WITH_PARENT", 0))
+    parent = int(os.environ.get("STOP_WITH_PARENT", 0))
     return signal.SIGHUP if parent and os.name == "posix" and os.getppid() != parent else 0
 
 

@@ -89,35 +89,30 @@ class HistoryFile:
     def __init__(self, path: str | Path):
         self.path = Path(path)
         self.rows_path = self.path.with_suffix(".rows.jsonl")
-        self.written_at, self.took, self.behind = -math.inf, 0.0, False
+        self.written_at, self.took = -math.inf, 0.0
 
     def begin(self, history: dict) -> None:
         """Write both files anew: a run starts or continues."""
         lines = [self.line(history, row) + b"\n" for row in rows_of(history)]
         # The rows come first: until the JSON is replaced, an earlier one with its own outcomes is whole without them.
         write_atomically(self.rows_path, b"".join(lines))
-        self.write(history)
+        self.flush(history)
 
     def log(self, history: dict, row: dict) -> None:
         """Store a row that has just been appended to history. Rewriting the JSON takes at most a tenth of the time."""
         append_line(self.rows_path, self.line(history, row))
-        self.behind = True
         if time.monotonic() - self.written_at > max(1.0, 10 * self.took):
-            self.write(history)
-
-    def flush(self, history: dict) -> None:
-        """Bring the JSON up to date."""
-        if self.behind:
-            self.write(history)
+            self.flush(history)
 
     def line(self, history: dict, row: dict) -> bytes:
         return encoded({**row, "warnings": [entry for entry in history["warnings"] if entry["step"] == row["step"]]})
 
-    def write(self, history: dict) -> None:
+    def flush(self, history: dict) -> None:
+        """Bring the JSON up to date."""
         began = time.monotonic()
         write_history(self.path, {key: value for key, value in history.items() if key != "outcomes"})
         self.written_at = time.monotonic()
-        self.took, self.behind = self.written_at - began, False
+        self.took = self.written_at - began
 
 
 def read_history(path: str | Path) -> dict:
