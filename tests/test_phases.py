@@ -82,8 +82,8 @@ PHASES = {**dict.fromkeys(["digits_large_init", "mnist_large_init", "modular_ce"
                            "mnist_exact_eps", "mnist_depth2_exact", "mnist_batch_norm_exact", "mnist_float64",
                            "mnist_float64_seed1", "mnist_long_exact", "cnn", "cnn_exact", "cnn_decay",
                            "mnist_stablemax_from_image"], FALLS_RISES),
-          **dict.fromkeys(["cnn_batch_norm", "resnet18_batch_norm", "resnet18_whole", "modular_exact", "modular_exact_eps",
-                           "modular_float64", "modular_stablemax"], ["ascent"]),
+          **dict.fromkeys(["cnn_batch_norm", "resnet18_batch_norm", "resnet18_whole", "modular_exact",
+                           "modular_exact_eps", "modular_float64", "modular_stablemax"], ["ascent"]),
           "resnet18": ["first descent"]}
 
 
