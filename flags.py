@@ -102,11 +102,10 @@ def history_key(value: float) -> str:
 
 
 def epsilon_label(key: str) -> str:
-    """Return how an epsilon of the history is shown: "0.03" as it is, "0.0313725" as "8/255", halves as "0.5/255"."""
+    """Return how an epsilon of the history is shown: "0.03" as it is, "0.0313725" as "8/255", tenths as "0.8/255"."""
     levels = float(key) * 255
-    halves = round(2 * levels)
     is_long = len(key) > len("0.005")
-    return f"{halves / 2:g}/255" if is_long and abs(2 * levels - halves) < 2e-3 else key
+    return f"{round(levels, 1):g}/255" if is_long and abs(levels - round(levels, 1)) < 1e-3 else key
 
 
 # ---- the flags ------------------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ import attacks
 import data
 import local_complexity
 import models
-from flags import Config, history_key
+from flags import Config, epsilon_label, history_key
 from losses import build_loss
 from runtime import device as devices
 from runtime import distributed
@@ -211,7 +211,7 @@ def remarks(row: dict, config: Config) -> dict[str, str]:
             "exactly zero: PGD that starts at the image never moves and counts them as robust; trust robust_acc")
     gap, epsilon = max((adv - row["robust_acc"][key], key) for key, adv in row["adv_acc"].items())
     if gap > 0.05:
-        gap = f"adv_acc exceeds robust_acc by {100 * gap:.0f} points at epsilon {epsilon}"
+        gap = f"adv_acc exceeds robust_acc by {100 * gap:.0f} points at epsilon {epsilon_label(epsilon)}"
         if row["saturated"] < 0.05:
             found["stronger attack"] = (f"{gap}: the attack behind robust_acc tries harder (several classes, not only "
                                         "the last iterate)")

@@ -87,7 +87,7 @@ def flag_text(name: str, value: Any, between: str = " ") -> str:
     """Return a flag's value as one writes it: an epsilon of 0.0313725 as 8/255."""
     if isinstance(value, list):
         return between.join(flag_text(name, entry) for entry in value)
-    if name == "epsilons" and value is not None:
+    if name in ("epsilons", "pgd_step_size") and value is not None:
         return epsilon_label(history_key(value))
     return f"{value:g}" if isinstance(value, float) else str(value)
 
