@@ -52,6 +52,12 @@ modular_stablemax           MODULAR --weight_decay=0 --n_steps=100000 --loss=sta
 modular_orthogonal          MODULAR --weight_decay=0 --n_steps=100000 --orthogonal_gradient
 modular_exact_eps           MODULAR --weight_decay=0 --n_steps=100000 --loss=exact_ce --adam_eps=1e-25
 modular_float64             MODULAR --weight_decay=0 --n_steps=100000 --dtype=float64
+modular_decay_ce            MODULAR --weight_decay=1 --n_steps=20000
+modular_decay_exact         MODULAR --weight_decay=1 --n_steps=20000 --loss=exact_ce
+modular_decay_stablemax     MODULAR --weight_decay=1 --n_steps=20000 --loss=stablemax
+modular_decay_orthogonal    MODULAR --weight_decay=1 --n_steps=20000 --orthogonal_gradient
+modular_decay_exact_eps     MODULAR --weight_decay=1 --n_steps=20000 --loss=exact_ce --adam_eps=1e-25
+modular_decay_float64       MODULAR --weight_decay=1 --n_steps=20000 --dtype=float64
 cnn                     CIFAR --model=cnn --n_steps=100000 --weight_decay=0
 cnn_exact               CIFAR --model=cnn --n_steps=100000 --weight_decay=0 --loss=exact_ce
 cnn_decay               CIFAR --model=cnn --n_steps=100000

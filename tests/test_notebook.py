@@ -16,7 +16,8 @@ def test_the_notebook_is_kept_without_outputs():
 
 
 @pytest.mark.slow
-def test_the_notebook_runs_from_its_first_cell_to_its_last(tmp_path):
+def test_the_notebook_runs_from_its_first_cell_to_its_last(tmp_path, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # two threads would wait for each other beside another test
     for path in ROOT.iterdir():
         if path.name not in {".git", "notebook"}:
             (tmp_path / path.name).symlink_to(path)

@@ -83,7 +83,9 @@ PHASES = {**dict.fromkeys(["digits_large_init", "mnist_large_init", "modular_ce"
                            "mnist_float64_seed1", "mnist_long_exact", "cnn", "cnn_exact", "cnn_decay",
                            "mnist_stablemax_from_image"], FALLS_RISES),
           **dict.fromkeys(["cnn_batch_norm", "resnet18_batch_norm", "resnet18_whole", "modular_exact",
-                           "modular_exact_eps", "modular_float64", "modular_stablemax"], ["ascent"]),
+                           "modular_exact_eps", "modular_float64", "modular_stablemax", "modular_decay_ce",
+                           "modular_decay_exact", "modular_decay_exact_eps", "modular_decay_float64",
+                           "modular_decay_stablemax"], ["ascent"]),
           "resnet18": ["first descent"]}
 
 
