@@ -348,7 +348,7 @@ def load_network(where: str, weights: str | None) -> nn.Module:
     if weights:
         try:
             network.load_state_dict(load_weights(Path(weights)))
-        except RuntimeError as error:
+        except (RuntimeError, TypeError) as error:
             raise ValueError(f"--weights={weights} are not those of the network: {error}") from None
     return network.float()
 
@@ -357,16 +357,16 @@ def load_weights(path: Path) -> dict[str, torch.Tensor]:
     """Return the state dict in a .pt or .safetensors file, also one inside a checkpoint."""
     if not path.is_file():
         raise FileNotFoundError(f"there is no file {path}")
-    if path.suffix == ".safetensors":
-        try:
-            from safetensors.torch import load_file
-        except ImportError:
-            raise ValueError(f"to read {path}, run: pip install safetensors") from None
-        return load_file(path)
     try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            return load_file(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
         return state.get("model_state_dict") or state.get("state_dict") or state
-    except Exception:  # pickle, zipfile and torch raise errors of many kinds
+    except ImportError:
+        raise ValueError(f"to read {path}, run: pip install safetensors") from None
+    except Exception:  # pickle, zipfile, torch and safetensors raise errors of many kinds
         raise ValueError(f"{path} is damaged, not a state dict, or holds more than tensors") from None
 
 

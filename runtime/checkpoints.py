@@ -75,7 +75,8 @@ def load_checkpoint(path: str | Path) -> dict:
         raise ValueError(f"{path} is damaged or not a checkpoint")
     parts = {"config": dict, "sizes": dict, "model_state_dict": dict, "optimizer_state_dict": dict, "step": int,
              "logged": int, "epoch": int | float, "seconds": int | float}
-    if not isinstance(state, dict) or not all(isinstance(state.get(name), kind) for name, kind in parts.items()):
+    if (not isinstance(state, dict) or not all(isinstance(state.get(name), kind) for name, kind in parts.items())
+            or not isinstance(state["optimizer_state_dict"].get("state"), dict)):
         raise ValueError(f"{path} is not a checkpoint of this program")
     return state
 

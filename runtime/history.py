@@ -173,7 +173,7 @@ def fault_in(history: dict) -> str | None:
     for name in ("config", "derived", "environment", "sizes", "layers"):
         if not isinstance(history.get(name, {}), dict):
             return f"its {name} is not an object"
-    sizes = [*(history.get("sizes", {}) | {"in_shape": 1}).values(), *history.get("sizes", {}).get("in_shape", [])]
+    sizes = [size for value in history["sizes"].values() for size in (value if isinstance(value, list) else [value])]
     if not all(isinstance(size, int) and size > 0 for size in sizes):
         return "its sizes are not whole numbers above 0"
     if not isinstance(history["warnings"], list) or not all(isinstance(entry, dict) and {"step", "text"} <= entry.keys()

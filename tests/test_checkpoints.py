@@ -49,7 +49,8 @@ def one_line(error):
 
 # ---- the files ------------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("edit", [{"step": None}, {"seconds": "1"}, {"config": None}, {"model_state_dict": 5}], ids=str)
+@pytest.mark.parametrize("edit", [{"step": None}, {"seconds": "1"}, {"config": None}, {"model_state_dict": 5},
+                                  {"optimizer_state_dict": {}}], ids=str)
 def test_an_edited_checkpoint_is_refused_in_one_line(tmp_path, edit):
     path = checkpoints.save_checkpoint(tmp_path, make_state(5))
     torch.save({**make_state(5), **edit}, path)

@@ -100,6 +100,7 @@ def test_a_history_that_has_just_begun_and_one_of_an_older_program(tmp_path):
     ({"train_acc": [0.5]}, "differ in length"), ({"unknown": {"deep": [1, 2, 3]}}, "differ in length"),
     ({"note": "mine"}, "note"), ({"unknown": [{}, {}]}, "unknown"), ({"warnings": None}, "warnings"),
     ({"warnings": [{"text": "late"}]}, "warnings"), ({"config": []}, "config"), ({"sizes": None}, "sizes"),
+    ({"sizes": {"in_shape": 5.5}}, "sizes"),
     ({"layers": []}, "layers"), ({"version": 2}, "of version 2"), ({"version": "1\n"}, "of version '1\\n'"),
 ], ids=str)
 def test_an_edited_history_is_refused_in_one_line(tmp_path, edit, said):

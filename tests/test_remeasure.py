@@ -212,6 +212,8 @@ def network(tmp_path, monkeypatch):
     torch.manual_seed(1)
     other = nn.Sequential(nn.Flatten(), nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 10))
     torch.save({"state_dict": other.state_dict()}, "net.pt")
+    torch.save({"state_dict": 5}, "number.pt")
+    (tmp_path / "damaged.safetensors").write_bytes(b"damaged")
     return other
 
 
@@ -250,6 +252,8 @@ def test_weights_from_safetensors(network, capsys):
     (["--network=net.py"], "--network=net.py: give FILE.py:FUNCTION"),
     (["--weights=missing.pt"], "there is no file missing.pt"),
     (["--weights=net.py"], "net.py is damaged, not a state dict, or holds more than tensors"),
+    (["--weights=number.pt"], "--weights=number.pt are not those of the network"),
+    (["--weights=damaged.safetensors"], "damaged.safetensors is damaged"),
     (["--network=net.py:plain", "--weights=net.pt"], "--weights=net.pt are not those of the network"),
 ])
 def test_a_network_that_does_not_fit_gets_one_line(network, words, message, capsys):
