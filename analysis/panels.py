@@ -74,7 +74,7 @@ def step_axis(ax: Axes, first: int, last: int, width: float, labelled: bool = Tr
     """A logarithmic axis for steps from `first` to `last` with step 0 at its left edge, about `width` inches wide."""
     ax.set_xscale("symlog", linthresh=first, linscale=0.3)
     ax.set_xlim(0, last)
-    grid = [m * 10**k for k in range(12) for m in range(1, 10) if first <= m * 10**k <= last]
+    grid = [m * 10**k for k in range(12) for m in range(1, 10) if first <= m * 10**k <= last] or [last]
     decades = [step for step in grid if str(step).strip("0") == "1"]
     ticks = decades if len(decades) > 2 else [step for step in grid if str(step)[0] in "125"] or grid[-1:]
     ticks = [0, *ticks[(len(ticks) - 1) % 2::2]] if len(ticks) * 0.45 > width else [0, *ticks]

@@ -14,7 +14,7 @@ from flags import EXECUTION, LENGTH, epsilon_label, flags_of, history_key
 NOT_COMPARED = flags_of(EXECUTION)
 # Flags that a figure shows without words, or that say how finely it was measured.
 NOT_IN_TITLES = NOT_COMPARED | flags_of(LENGTH) | {
-    "epsilons", "lc_radius", "adv_size", "lc_samples", "log_points", "log_interval", "seed"}
+    "epsilons", "lc_radius", "adv_size", "lc_samples", "log_points", "log_from", "log_interval", "seed"}
 
 
 def asked(history: dict) -> list[str]:

@@ -212,6 +212,7 @@ CASES = {
                                                             asked=list(LONG), **LONG)]),
     "late log points, complexity of zero": (2, lambda: [make_history([28_547, 33_000, 40_000], [0, 0.1, 1],
                                                                      [0.1, 0.9, 0.9], complexity=[0.0, 0.0, 0.0])]),
+    "no round step": (2, lambda: [make_history([0, 2504], [0.1, 0.7], [0.1, 0.6], complexity=[3.0, 4.0])]),
     "one unfinished, one not begun": (2, lambda: [grokking(seed=0), grokking(seed=1, cut=9),
                                                   {"step": [], "config": {}, "sizes": {}}]),
     "four flags, other epsilons, no complexity": (4, lambda: [
@@ -227,6 +228,7 @@ def test_no_text_is_clipped_or_lies_on_another(one_run, two_losses):
     assert_readable(two_losses)
 
 
+@pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("case", [pytest.param(name, marks=[pytest.mark.slow] if CASES[name][0] > 20 else [])
                                   for name in CASES])
 def test_extremes_are_readable(case):
