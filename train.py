@@ -279,7 +279,7 @@ def complete(args: Config, dataset: data.Dataset, device: torch.device) -> Confi
         (args.augment and min(dataset.x_test.shape[2:]) < 16,
          f"--augment shifts images by pixels: those of {args.dataset} are too small for it"),
         (args.lc_samples and args.lc_directions > features,
-         f"--lc_directions={args.lc_directions}: images of {features} values have no more directions"),
+         f"--lc_directions={args.lc_directions} is more than the values of an image: give {features} or fewer"),
         (args.compile == "on" and device.type == "cpu" and not any(map(shutil.which, ["g++", "clang++", "c++"])),
          "--compile needs a C++ compiler, such as g++, on a CPU"),
         *((0 < getattr(config, flag) < size, f"--{flag}={getattr(config, flag)} is less than one for each of {size} "
