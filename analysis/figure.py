@@ -11,7 +11,7 @@ from analysis import panels, phases, runs
 from analysis.panels import RANDOM, SHARES, SMALL, TEST, TRAIN, Axes, Figure
 from analysis.statistics import complexity_of, total_complexity
 
-OUTBREAK = "#CC79A7"
+OUTBREAK, BRANCH = "#CC79A7", "#009E73"
 # Inches. Small multiples fill a page of A4 or letter when printed at four fifths; small text is 6 points there.
 PAGE_WIDTH, PAGE_HEIGHT = 9.4, 13.4
 LABELS = 0.85  # above and below the panels of a configuration: its title, the ticks
@@ -131,10 +131,17 @@ def draw_group(axes: Sequence[Axes], group: Sequence[dict], radii: list[str], st
     for step in outbreak_steps(group):
         for ax in axes:
             ax.axvline(step, color=OUTBREAK, lw=0.7, alpha=max(0.3, 1 / len(group)), zorder=1)
+    for step in branch_steps(group):
+        for ax in axes:
+            ax.axvline(step, color=BRANCH, lw=0.9, ls="-.", zorder=1)
 
 
 def outbreak_steps(group: Sequence[dict]) -> list[int]:
     return [history["step"][index] for history in group for index in phases.outbreaks(history)]
+
+
+def branch_steps(group: Sequence[dict]) -> set[int]:
+    return {history["branch"]["step"] for history in group if "branch" in history}
 
 
 def add_legend(fig: Figure, groups: Sequence[Sequence[dict]], with_complexity: bool) -> None:
@@ -151,6 +158,8 @@ def add_legend(fig: Figure, groups: Sequence[Sequence[dict]], with_complexity: b
     handles += [Line2D([], [], label=words, **style) for name, (_, style, words) in SHARES.items() if name in shown]
     if any(map(outbreak_steps, groups)):
         handles.append(Line2D([], [], color=OUTBREAK, lw=0.7, label="the training loss breaks out"))
+    if any(map(branch_steps, groups)):
+        handles.append(Line2D([], [], color=BRANCH, lw=0.9, ls="-.", label="a branch leaves its parent run"))
     fig.legend(handles=handles, loc="outside lower center", ncols=2, fontsize=SMALL, frameon=False)
 
 

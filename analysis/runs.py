@@ -1,6 +1,7 @@
 """Several runs: which belong together, how they differ, and what to call them."""
 
 import os
+import re
 import textwrap
 from collections import Counter
 from collections.abc import Callable, Collection, Sequence
@@ -95,6 +96,11 @@ def flag_text(name: str, value: Any, between: str = " ") -> str:
 def in_title(name: str, value: Any) -> str:
     """Return a flag and its value in words that are not broken over two lines."""
     words = name.replace("_", " ")
+    if name == "branch_from":  # .../RUN/checkpoints/checkpoint_epoch_0000005_step_000003970.pt
+        path = Path(value or "")
+        step = re.sub(r"^checkpoint_epoch_\d+_step_0*(\d+)$", r"step \1", path.stem)
+        of = f" of {path.parent.parent.name}" if path.parent.parent.name else ""
+        words, value = "branch", value is not None and f"from {step}{of}"
     text = words if value is True else f"no {words}" if value is False else f"{words} {flag_text(name, value)}"
     return text.replace(" ", "\N{NBSP}")
 

@@ -4,7 +4,7 @@ import copy
 import json
 import math
 import os
-import re
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -260,15 +260,12 @@ def test_a_history_of_one_file_is_continued_in_two(tmp_path, clock):
 
 
 def test_the_commands_of_the_results_are_those_that_made_the_histories():
-    script = RESULTS[0].with_name("run.sh").read_text()
-    shared = {name: " ".join(re.findall(rf'\b{name}\+?="([^"]*)"', script)) for name in ("CIFAR", "MODULAR")}
-    listed = re.search(r"<<'END'\n(.*?)^END$", script, re.DOTALL | re.MULTILINE)[1].strip()
-    commands = dict(line.split(maxsplit=1) for line in listed.splitlines())
+    printed = subprocess.run(["bash", RESULTS[0].with_name("run.sh"), "--list"], capture_output=True, text=True)
+    commands = dict(line.split(maxsplit=1) for line in printed.stdout.splitlines())
     assert commands.keys() == {path.stem for path in RESULTS}
     kinds = flags_of(EXPERIMENT, LENGTH, MEASUREMENT)
     for path in RESULTS:
-        words = " ".join(shared.get(word, word) for word in commands[path.stem].split()).split()
-        args, history = parse_args(words), read_history(path)
+        args, history = parse_args(commands[path.stem].split()), read_history(path)
         given = {*asked(args)} & kinds
         assert given == {*history["asked"]} & kinds, path.stem
         assert {name: getattr(args, name) for name in given} == {name: history["config"][name] for name in given}

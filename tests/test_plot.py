@@ -147,6 +147,18 @@ def test_interpolation_outbreaks_shares_and_phases_are_named(one_run):
     assert spans == [(history["step"][first], history["step"][last]) for _, first, last in phases.phases(total)]
 
 
+def test_a_branch_is_marked_where_it_leaves_its_parent_which_the_title_names():
+    path = "runs/parent/checkpoints/checkpoint_epoch_0000020_step_000000100.pt"
+    branch = {**grokking(branch_from=path, asked=["branch_from"]), "branch": {"of": path, "step": 100}}
+    parent = grokking(branch_from=None, asked=[])
+    fig = figure.figure([branch, parent])
+    assert [marks(ax, figure.BRANCH) for ax in fig.axes] == [[100], [100], [], []]
+    titles = [ax.get_title().replace("\N{NBSP}", " ") for ax in fig.axes[::2]]
+    assert "branch from step 100 of parent" in titles[0] and titles[1] == "no branch"
+    assert any("leaves its parent" in text for text in texts(fig))
+    assert_readable(fig)
+
+
 def test_null_is_a_gap_and_a_point_between_two_gaps_is_seen():
     steps, values = [0, 1, 2, 4, 8, 16], [0.1, 0.2, None, 0.4, None, 0.6]
     fig = figure.figure([make_history(steps, values, values, {"0.1": values}, values)])
