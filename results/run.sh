@@ -4,13 +4,14 @@
 #
 #   bash results/run.sh                      all, about twelve hours on two cores
 #   bash results/run.sh mnist mnist_exact    these two
+#   bash results/run.sh --list               only print the names and the flags
 #   JOBS=8 DATA=/scratch/data RUNS=/scratch/runs bash results/run.sh
 set -u
 cd "$(dirname "$0")/.."
 export DATA=${DATA:-data} RUNS=${RUNS:-runs/results} PYTHON=${PYTHON:-python}
 
-experiments() {
-    grep -v '^ *$' <<'END'
+listed() {
+    cat <<'END'
 first                   --dataset=digits --train_size=400 --depth=3 --init_scale=6 --loss=mse --lr=0.004 --weight_decay=0.1 --n_steps=20000 --epsilons 0.03 0.07 0.11 0.15 --adv_size=500 --lc_samples=256
 mnist                   --dataset=mnist --n_steps=100000
 mnist_exact             --dataset=mnist --n_steps=100000 --loss=exact_ce
@@ -76,9 +77,19 @@ CIFAR+=" --adv_size=500 --lc_samples=128 --epsilons 0.5/255 1/255 2/255 4/255"
 export MODULAR="--dataset=modular_addition --modulus=59 --depth=3 --batch_size=512 --log_points=40"
 MODULAR+=" --epsilons 0.1 0.3 --adv_size=200 --lc_samples=128"
 
+experiments() {
+    listed | while read -r name flags; do
+        flags=${flags/CIFAR/$CIFAR}
+        flags=${flags/MODULAR/$MODULAR}
+        echo "$name $flags"
+        if [[ $name == modular_* ]]; then
+            for seed in 0 1; do echo "${name}_seed$seed $flags --seed=$seed"; done
+        fi
+    done
+}
+
 one() {
-    local line=${1/CIFAR/$CIFAR}
-    read -r name flags <<<"${line/MODULAR/$MODULAR}"
+    read -r name flags <<<"$1"
     folder=$DATA
     [[ $flags == *=imagefolder* ]] && folder=$DATA/cifar10-images
     # shellcheck disable=SC2086  # the flags are several words
@@ -89,6 +100,7 @@ one() {
 }
 export -f one
 
+[[ ${1:-} == --list ]] && { experiments; exit; }
 for name in "$@"; do
     experiments | grep -q "^$name " || { echo "results/run.sh: there is no experiment $name" >&2; exit 2; }
 done

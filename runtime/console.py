@@ -45,6 +45,8 @@ class Console:
         norm = ", batch norm" if config["batch_norm"] else ""
         processes = f", {environment['processes']} processes" if environment["processes"] > 1 else ""
         compiled = ", compiled by torch.compile" if config["compile"] == "on" else ""
+        branch = self.history.get("branch")
+        parent = f"branch   from step {branch['step']:,}, {branch['of']}\n" if branch else ""
         threads = (f"\nthreads  {derived['threads']} in training, {derived['eval_threads']} in log steps; "
                    f"matrix products by {derived['products']}") if config["device"] == "cpu" else ""
         self.note(
@@ -54,7 +56,7 @@ class Console:
             f"attacked), {' x '.join(map(str, sizes['in_shape']))}, {sizes['num_classes']} classes\n"
             f"training {config['n_steps']:,} steps of {config['batch_size']} images, {config['optimizer']} "
             f"lr {config['lr']:g} weight decay {config['weight_decay']:g},\n"
-            f"         loss {config['loss']}, {config['dtype']}, seed {config['seed']}\n"
+            f"         loss {config['loss']}, {config['dtype']}, seed {config['seed']}\n{parent}"
             f"device   {environment['device']}{processes}{compiled}{threads}\n"
             f"files    {config['log_dir']}/training_history.json, {config['save_dir']}/checkpoint_epoch_*.pt\n")
 

@@ -302,6 +302,7 @@ def test_a_branch_begins_with_its_parents_columns_and_goes_its_own_way(tmp_path,
     source = sorted((parent / "checkpoints").glob("*.pt"))[3]
     step = checkpoints.step_in_name(source)
     run_here(branch, *SMALL, "--n_steps=40", "--loss=exact_ce", f"--branch_from={source}")
+    assert f"\nbranch   from step {step}, {source}\n" in capsys.readouterr().out
     run_here(plain, *SMALL, "--n_steps=40", f"--branch_from={source}")
     before, after = columns(parent), columns(branch)
     assert after["branch"] == {"of": str(source), "step": step}
