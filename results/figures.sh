@@ -20,7 +20,7 @@ curves() {  # the figure's name, the histories' names
         (cd results && "${PYTHON:-python}" ../plot.py "${@/%/.json}" --out="$name")
         # 256 colours look the same here and take a third of the space.
         "${PYTHON:-python}" -c 'import sys; from PIL import Image
-Image.open(sys.argv[1]).convert("RGB").quantize(256, dither=0).save(sys.argv[1], optimize=True)' "results/$name.png"
+Image.open(sys.argv[1]).convert("RGB").quantize(256, method=Image.Quantize.MAXCOVERAGE, dither=0).save(sys.argv[1], optimize=True)' "results/$name.png"
     fi
 }
 
@@ -37,7 +37,7 @@ curves precision mnist mnist_exact mnist_float64 mnist_exact_eps
 curves long mnist_long mnist_long_exact
 curves remedies mnist_stablemax mnist_orthogonal
 curves from_image mnist_from_image mnist_stablemax_from_image
-curves modular modular_ce modular_exact modular_float64 modular_exact_eps modular_stablemax modular_orthogonal
+curves modular modular_{ce,exact,float64,exact_eps,stablemax,orthogonal}{,_seed0} modular_orthogonal_seed1
 curves depth mnist_depth2 mnist_depth2_exact mnist_depth6 mnist_depth6_exact
 curves variants mnist_adam mnist_adam_exact mnist_batch_norm mnist_batch_norm_exact
 curves width mnist_width50 mnist_width100 mnist
@@ -45,7 +45,7 @@ curves digits digits digits_exact
 curves large_init digits_large_init mnist_large_init
 curves cnn cnn cnn_exact cnn_decay cnn_batch_norm
 curves resnet18 resnet18 resnet18_batch_norm
-curves resnet18_whole resnet18_whole
+curves resnet18_whole resnet18_whole resnet18_whole_exact
 
 partition partition.gif first '*'
 partition mnist_partition mnist_large_init 000005172 000027368 000100000

@@ -2,8 +2,9 @@
 # Every experiment whose history is in results/: runs those named, or all of them, two at a time, and writes the history
 # of each that is complete to results/NAME.json. An interrupted one continues when it is named again.
 #
-#   bash results/run.sh                      all, about twelve hours on two cores
+#   bash results/run.sh                      all, about twenty hours on two cores
 #   bash results/run.sh mnist mnist_exact    these two
+#   bash results/run.sh resnet18_whole_exact after resnet18_whole, from one of whose checkpoints it starts
 #   bash results/run.sh --list               only print the names and the flags
 #   JOBS=8 DATA=/scratch/data RUNS=/scratch/runs bash results/run.sh
 set -u
@@ -65,6 +66,7 @@ cnn_decay               CIFAR --model=cnn --n_steps=100000
 cnn_batch_norm          CIFAR --model=cnn --n_steps=20000 --weight_decay=0 --batch_norm
 resnet18                CIFAR --model=resnet18 --n_steps=50000 --weight_decay=0
 resnet18_whole          --dataset=imagefolder --model=resnet18 --width=16 --batch_size=64 --n_steps=100000 --weight_decay=0 --log_from=100 --log_points=17 --adv_size=500 --lc_samples=128 --epsilons 0.5/255 1/255 2/255 4/255 8/255 10/255 --pgd_start=image --pgd_step_size=0.8/255 --compile=on
+resnet18_whole_exact    --dataset=imagefolder --model=resnet18 --width=16 --batch_size=64 --n_steps=100000 --weight_decay=0 --log_from=2504 --log_points=10 --adv_size=500 --lc_samples=128 --epsilons 0.5/255 1/255 2/255 4/255 8/255 10/255 --pgd_start=image --pgd_step_size=0.8/255 --compile=on --loss=exact_ce --branch_from=RUNS/resnet18_whole/checkpoints/checkpoint_epoch_0000005_step_000003970.pt
 resnet18_batch_norm     CIFAR --model=resnet18 --n_steps=20000 --weight_decay=0 --batch_norm --log_points=25
 END
 }
@@ -81,10 +83,14 @@ experiments() {
     listed | while read -r name flags; do
         flags=${flags/CIFAR/$CIFAR}
         flags=${flags/MODULAR/$MODULAR}
+        flags=${flags/RUNS/$RUNS}
         echo "$name $flags"
-        if [[ $name == modular_* ]]; then
-            for seed in 0 1; do echo "${name}_seed$seed $flags --seed=$seed"; done
-        fi
+        case $name in  # further seeds of the classic: a third where the first two differ
+            modular_orthogonal) seeds="0 1" ;;
+            modular_*) seeds=0 ;;
+            *) seeds= ;;
+        esac
+        for seed in $seeds; do echo "${name}_seed$seed $flags --seed=$seed"; done
     done
 }
 

@@ -77,16 +77,18 @@ def test_smoothing_removes_what_is_shorter_than_three_points_and_nothing_else(va
 
 
 FALLS_RISES = ["first descent", "ascent"]
-PHASES = {**dict.fromkeys(["digits_large_init", "mnist_large_init", "modular_ce"], ["ascent", "descent"]),
+PHASES = {**dict.fromkeys(["digits_large_init", "mnist_large_init", "modular_ce", "modular_ce_seed0"],
+                          ["ascent", "descent"]),
           **dict.fromkeys(["digits_exact", "mnist_exact", "mnist_exact_seed1", "mnist_exact_seed2", "mnist_exact_seed3",
                            "mnist_exact_eps", "mnist_depth2_exact", "mnist_batch_norm_exact", "mnist_float64",
                            "mnist_float64_seed1", "mnist_long_exact", "cnn", "cnn_exact", "cnn_decay",
-                           "mnist_stablemax_from_image"], FALLS_RISES),
-          **dict.fromkeys(["cnn_batch_norm", "resnet18_batch_norm", "resnet18_whole", "modular_exact",
-                           "modular_exact_eps", "modular_float64", "modular_stablemax", "modular_decay_ce",
-                           "modular_decay_exact", "modular_decay_exact_eps", "modular_decay_float64",
-                           "modular_decay_stablemax"], ["ascent"]),
-          "resnet18": ["first descent"]}
+                           "mnist_stablemax_from_image", "modular_decay_orthogonal_seed0"], FALLS_RISES),
+          **dict.fromkeys(["cnn_batch_norm", "resnet18_batch_norm", "resnet18_whole", "resnet18_whole_exact"],
+                          ["ascent"]),
+          **dict.fromkeys([f"modular_{name}{seed}" for seed in ("", "_seed0") for name in (
+              "exact", "exact_eps", "float64", "stablemax", "decay_ce", "decay_exact", "decay_exact_eps",
+              "decay_float64", "decay_stablemax")], ["ascent"]),
+          **dict.fromkeys(["resnet18", "modular_orthogonal_seed1"], ["first descent"])}
 
 
 def test_phases_of_the_recorded_runs():
