@@ -20,7 +20,8 @@ curves() {  # the figure's name, the histories' names
         (cd results && "${PYTHON:-python}" ../plot.py "${@/%/.json}" --out="$name")
         # 256 colours look the same here and take a third of the space.
         "${PYTHON:-python}" -c 'import sys; from PIL import Image
-Image.open(sys.argv[1]).convert("RGB").quantize(256, method=Image.Quantize.MAXCOVERAGE, dither=0).save(sys.argv[1], optimize=True)' "results/$name.png"
+image = Image.open(sys.argv[1]).convert("RGB")
+image.quantize(256, Image.Quantize.MAXCOVERAGE, kmeans=3, dither=0).save(sys.argv[1], optimize=True)' "results/$name.png"
     fi
 }
 
