@@ -1,8 +1,9 @@
 """The figure of one run, of one configuration's seeds, or of several configurations."""
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -128,20 +129,24 @@ def draw_group(axes: Sequence[Axes], group: Sequence[dict], radii: list[str], st
     for ax, radius in zip(axes[1:], radii, strict=True):
         complexity_panel(ax, group, radius)
     panels.mark_interpolation(axes, group)
-    for step in outbreak_steps(group):
-        for ax in axes:
-            ax.axvline(step, color=OUTBREAK, lw=0.7, alpha=max(0.3, 1 / len(group)), zorder=1)
-    for step in branch_steps(group):
-        for ax in axes:
-            ax.axvline(step, color=BRANCH, lw=0.9, ls="-.", zorder=1)
+    for steps_of, style, _ in MARKS:
+        for step in steps_of(group):
+            for ax in axes:
+                ax.axvline(step, alpha=max(0.3, 1 / len(group)), zorder=1, **style)
 
 
 def outbreak_steps(group: Sequence[dict]) -> list[int]:
     return [history["step"][index] for history in group for index in phases.outbreaks(history)]
 
 
-def branch_steps(group: Sequence[dict]) -> set[int]:
-    return {history["branch"]["step"] for history in group if "branch" in history}
+def branch_steps(group: Sequence[dict]) -> list[int]:
+    return [history["branch"]["step"] for history in group if "branch" in history]
+
+
+# Vertical lines through all panels: the steps of a group's runs, the style, the words in the legend.
+MARKS: list[tuple[Callable, dict[str, Any], str]] = [
+    (outbreak_steps, {"color": OUTBREAK, "lw": 0.7}, "the training loss breaks out"),
+    (branch_steps, {"color": BRANCH, "lw": 0.9, "ls": "-."}, "a branch leaves its parent run")]
 
 
 def add_legend(fig: Figure, groups: Sequence[Sequence[dict]], with_complexity: bool) -> None:
@@ -156,10 +161,7 @@ def add_legend(fig: Figure, groups: Sequence[Sequence[dict]], with_complexity: b
         handles.append(Patch(color="0.75", label="train points, layer upon layer (first at the bottom)"))
     shown = {name for group in groups for name in panels.shown_shares(group)}
     handles += [Line2D([], [], label=words, **style) for name, (_, style, words) in SHARES.items() if name in shown]
-    if any(map(outbreak_steps, groups)):
-        handles.append(Line2D([], [], color=OUTBREAK, lw=0.7, label="the training loss breaks out"))
-    if any(map(branch_steps, groups)):
-        handles.append(Line2D([], [], color=BRANCH, lw=0.9, ls="-.", label="a branch leaves its parent run"))
+    handles += [Line2D([], [], label=words, **style) for steps_of, style, words in MARKS if any(map(steps_of, groups))]
     fig.legend(handles=handles, loc="outside lower center", ncols=2, fontsize=SMALL, frameon=False)
 
 

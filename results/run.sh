@@ -65,25 +65,27 @@ cnn_exact               CIFAR --model=cnn --n_steps=100000 --weight_decay=0 --lo
 cnn_decay               CIFAR --model=cnn --n_steps=100000
 cnn_batch_norm          CIFAR --model=cnn --n_steps=20000 --weight_decay=0 --batch_norm
 resnet18                CIFAR --model=resnet18 --n_steps=50000 --weight_decay=0
-resnet18_whole          --dataset=imagefolder --model=resnet18 --width=16 --batch_size=64 --n_steps=100000 --weight_decay=0 --log_from=100 --log_points=17 --adv_size=500 --lc_samples=128 --epsilons 0.5/255 1/255 2/255 4/255 8/255 10/255 --pgd_start=image --pgd_step_size=0.8/255 --compile=on
-resnet18_whole_exact    --dataset=imagefolder --model=resnet18 --width=16 --batch_size=64 --n_steps=100000 --weight_decay=0 --log_from=2504 --log_points=10 --adv_size=500 --lc_samples=128 --epsilons 0.5/255 1/255 2/255 4/255 8/255 10/255 --pgd_start=image --pgd_step_size=0.8/255 --compile=on --loss=exact_ce --branch_from=RUNS/resnet18_whole/checkpoints/checkpoint_epoch_0000005_step_000003970.pt
+resnet18_whole          WHOLE --log_from=100 --log_points=17
+resnet18_whole_exact    WHOLE --log_from=2504 --log_points=10 --loss=exact_ce --branch_from=RUNS/resnet18_whole/checkpoints/checkpoint_epoch_0000005_step_000003970.pt
 resnet18_batch_norm     CIFAR --model=resnet18 --n_steps=20000 --weight_decay=0 --batch_norm --log_points=25
 END
 }
 
 # CIFAR-10 as a folder of images, DATA/cifar10-images/{train,test}/CLASS/*.jpg; a tenth of it, so that a CPU trains far
 # past interpolation.
-export CIFAR="--dataset=imagefolder --train_size=5000 --width=16 --batch_size=32 --log_points=40"
+CIFAR="--dataset=imagefolder --train_size=5000 --width=16 --batch_size=32 --log_points=40"
 CIFAR+=" --adv_size=500 --lc_samples=128 --epsilons 0.5/255 1/255 2/255 4/255"
+# All of it, attacked as its authors attack it.
+WHOLE="--dataset=imagefolder --model=resnet18 --width=16 --batch_size=64 --n_steps=100000 --weight_decay=0"
+WHOLE+=" --adv_size=500 --lc_samples=128 --epsilons 0.5/255 1/255 2/255 4/255 8/255 10/255"
+WHOLE+=" --pgd_start=image --pgd_step_size=0.8/255 --compile=on"
 # (a + b) mod 59, half of the pairs.
-export MODULAR="--dataset=modular_addition --modulus=59 --depth=3 --batch_size=512 --log_points=40"
+MODULAR="--dataset=modular_addition --modulus=59 --depth=3 --batch_size=512 --log_points=40"
 MODULAR+=" --epsilons 0.1 0.3 --adv_size=200 --lc_samples=128"
 
 experiments() {
     listed | while read -r name flags; do
-        flags=${flags/CIFAR/$CIFAR}
-        flags=${flags/MODULAR/$MODULAR}
-        flags=${flags/RUNS/$RUNS}
+        for word in CIFAR WHOLE MODULAR RUNS; do flags=${flags/$word/"${!word}"}; done
         echo "$name $flags"
         case $name in  # further seeds of the classic: a third where the first two differ
             modular_orthogonal) seeds="0 1" ;;
