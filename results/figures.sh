@@ -9,19 +9,31 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 named=" $* "
 for name in "$@"; do
-    grep -qE "^(curves|partition) $name(\.gif)? " results/figures.sh ||
+    grep -qE "^(curves|late_phase|partition) $name(\.gif)?( |$)" results/figures.sh ||
         { echo "results/figures.sh: no figure is named $name" >&2; exit 2; }
 done
+
+wanted() { [[ $named == "  " || $named == *" $1 "* ]]; }
+
+shrink() {  # 256 colours look the same here and take a third of the space
+    "${PYTHON:-python}" -c 'import sys; from PIL import Image
+image = Image.open(sys.argv[1]).convert("RGB")
+image.quantize(256, Image.Quantize.MAXCOVERAGE, kmeans=3, dither=0).save(sys.argv[1], optimize=True)' "results/$1.png"
+}
 
 curves() {  # the figure's name, the histories' names
     local name=$1
     shift
-    if [[ $named == "  " || $named == *" $name "* ]]; then
+    if wanted "$name"; then
         (cd results && "${PYTHON:-python}" ../plot.py "${@/%/.json}" --out="$name")
-        # 256 colours look the same here and take a third of the space.
-        "${PYTHON:-python}" -c 'import sys; from PIL import Image
-image = Image.open(sys.argv[1]).convert("RGB")
-image.quantize(256, Image.Quantize.MAXCOVERAGE, kmeans=3, dither=0).save(sys.argv[1], optimize=True)' "results/$name.png"
+        shrink "$name"
+    fi
+}
+
+late_phase() {  # the figure's name
+    if wanted "$1"; then
+        "${PYTHON:-python}" results/late_phase.py "${1#late_phase_}"
+        shrink "$1"
     fi
 }
 
@@ -47,6 +59,10 @@ curves large_init digits_large_init mnist_large_init
 curves cnn cnn cnn_exact cnn_decay cnn_batch_norm
 curves resnet18 resnet18 resnet18_batch_norm
 curves resnet18_whole resnet18_whole resnet18_whole_exact
+late_phase late_phase_decay
+late_phase late_phase_images
+late_phase late_phase_width
+late_phase late_phase_depth
 
 partition partition.gif first '*'
 partition mnist_partition mnist_large_init 000005172 000027368 000100000

@@ -2,7 +2,7 @@
 # Every experiment whose history is in results/: runs those named, or all of them, two at a time, and writes the history
 # of each that is complete to results/NAME.json. An interrupted one continues when it is named again.
 #
-#   bash results/run.sh                      all, about twenty hours on two cores
+#   bash results/run.sh                      all, about a day on two cores
 #   bash results/run.sh mnist mnist_exact    these two
 #   bash results/run.sh resnet18_whole_exact after resnet18_whole, from one of whose checkpoints it starts
 #   bash results/run.sh --list               only print the names and the flags
@@ -83,6 +83,17 @@ WHOLE+=" --pgd_start=image --pgd_step_size=0.8/255 --compile=on"
 MODULAR="--dataset=modular_addition --modulus=59 --depth=3 --batch_size=512 --log_points=40"
 MODULAR+=" --epsilons 0.1 0.3 --adv_size=200 --lc_samples=128"
 
+# One flag of `mnist` is changed; each with both losses and two seeds.
+varied() {
+    cat <<'END'
+mnist_decay0        --weight_decay=0
+mnist_decay0.1      --weight_decay=0.1
+mnist_decay1        --weight_decay=1
+mnist_train300      --train_size=300
+mnist_train10000    --train_size=10000
+END
+}
+
 experiments() {
     listed | while read -r name flags; do
         for word in CIFAR WHOLE MODULAR RUNS; do flags=${flags/$word/"${!word}"}; done
@@ -93,6 +104,15 @@ experiments() {
             *) seeds= ;;
         esac
         for seed in $seeds; do echo "${name}_seed$seed $flags --seed=$seed"; done
+    done
+    varied | while read -r name flags; do
+        for loss in "" "_exact --loss=exact_ce"; do
+            for seed in "" "_seed1 --seed=1"; do
+                # shellcheck disable=SC2086  # a word or none
+                echo "$name${loss%% *}${seed%% *} --dataset=mnist --n_steps=100000 --log_points=30 $flags" \
+                    ${loss#_exact} ${seed#_seed1}
+            done
+        done
     done
 }
 

@@ -9,7 +9,7 @@ import matplotlib
 import matplotlib.image
 import numpy as np
 import pytest
-from conftest import ENVIRONMENT, ROOT, command
+from conftest import ENVIRONMENT, ROOT, command, run_command
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_hex
 from matplotlib.text import Annotation, Text
@@ -380,3 +380,10 @@ def test_the_table_of_the_results_is_that_of_the_histories(capsys):
     paths = sorted(map(str, (ROOT / "results").glob("*.json")))
     assert plot.main(["--markdown", *paths]) == 0
     assert capsys.readouterr().out.strip() in (ROOT / "results" / "README.md").read_text()
+
+
+@pytest.mark.slow
+def test_the_tables_of_the_late_phase_are_those_of_the_histories():
+    tables = run_command(ROOT, script="results/late_phase.py").stdout.strip().split("\n\n")
+    readme = (ROOT / "results" / "README.md").read_text()
+    assert len(tables) == 4 and all(table in readme for table in tables)

@@ -1,0 +1,135 @@
+"""What moves the late phase on MNIST: a table and a figure for each of weight decay, training images, width, depth and
+activation.
+
+    python results/late_phase.py            # print the tables of results/README.md
+    python results/late_phase.py decay      # draw late_phase_decay.png (results/figures.sh draws all)
+
+The histories are those next to this file: each setting with --loss=ce and --loss=exact_ce, two seeds of most of them.
+"""
+
+import sys
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))
+
+from analysis import panels, phases, statistics  # noqa: E402
+from analysis.statistics import column_of, interpolation_of, total_complexity  # noqa: E402
+from runtime.history import read_history  # noqa: E402
+
+LOSSES = {"ce": "", "exact_ce": "_exact"}
+SEEDS = ("", "_seed1")
+EPSILON = "0.1"
+# {the figure's name: (what is varied, {value: the histories' name without loss and seed})}
+SETTINGS = {
+    "decay": ("weight decay", {"0": "mnist_decay0", "0.001": "mnist_decay0.001", "0.01": "mnist",
+                               "0.1": "mnist_decay0.1", "1": "mnist_decay1"}),
+    "images": ("training images", {"300": "mnist_train300", "1,000": "mnist", "3,000": "mnist_train3000",
+                                   "10,000": "mnist_train10000"}),
+    "width": ("width", {"20": "mnist_width20", "50": "mnist_width50", "100": "mnist_width100", "200": "mnist",
+                        "1,000": "mnist_width1000"}),
+    "depth": ("depth", {"2": "mnist_depth2", "3": "mnist_depth3", "4": "mnist", "5": "mnist_depth5",
+                        "6": "mnist_depth6"}),
+}
+HEAD = ("loss", "99% at step", "ascent ends at step", "second descent begins", "half saturated at step",
+        "first outbreak by step (how many)", "`robust_acc` at 99%", "lowest held", "at the end", "recovers at ε",
+        "rises at ε", "`adv_acc` at the end",
+        "local complexity at the end", "weight norm at the end")
+
+
+def group_of(name: str, loss: str) -> list[dict]:
+    """Return the histories of a setting, one for each seed that is there."""
+    paths = [HERE / f"{name}{LOSSES[loss]}{seed}.json" for seed in SEEDS]
+    return [read_history(path) for path in paths if path.exists()]
+
+
+def step_at(history: dict, index: int | None) -> str:
+    return "-" if index is None else f"{history['step'][index]:,}"
+
+
+def phase_of(history: dict, name: str) -> tuple[int | None, int | None]:
+    """Return the log points at which a phase of local complexity begins and ends."""
+    found = {name: (first, last) for name, first, last in phases.phases(total_complexity(history))}
+    return found.get(name, (None, None))
+
+
+def half_saturated(history: dict) -> int | None:
+    reached = np.flatnonzero(column_of(history, "train_saturated") >= 0.5)
+    return int(reached[0]) if len(reached) else None
+
+
+def cells(group: list[dict]) -> list[str]:
+    """Return a row of the table: the seeds' values next to each other, accuracies and verdicts of both together."""
+    breaks = [phases.outbreaks(history) for history in group]
+    _, rises = statistics.pooled_rises(group)
+    robust, adv = rises[f"robust ε {EPSILON}"], rises[f"adv ε {EPSILON}"]
+    strong = {label.removeprefix("robust ε "): rise for label, rise in rises.items() if label.startswith("robust")}
+
+    def listed(values: list[str]) -> str:
+        return " / ".join(values)
+
+    def at(which) -> str:
+        return listed([step_at(history, which(history)) for history in group])
+
+    def end(values) -> str:
+        return listed([f"{values(history)[-1]:.1f}" for history in group])
+
+    def percent(value: float) -> str:
+        return "-" if np.isnan(value) else f"{100 * value:.1f}%"
+
+    return [at(interpolation_of), at(lambda history: phase_of(history, "ascent")[1]),
+            at(lambda history: phase_of(history, "second descent")[0]), at(half_saturated),
+            listed([f"{step_at(history, found[0])} ({len(found)})" if found else "-"
+                    for history, found in zip(group, breaks, strict=True)]),
+            percent(robust.start), percent(robust.dip), percent(robust.final),
+            ", ".join(epsilon for epsilon, rise in strong.items() if rise.recovery is not None) or "-",
+            ", ".join(epsilon for epsilon, rise in strong.items() if rise.half is not None) or "-",
+            percent(adv.final), end(total_complexity), end(lambda history: column_of(history, "weight_norm"))]
+
+
+def table(what: str, values: dict[str, str]) -> str:
+    rows = [[value, f"`{loss}`", *cells(group)] for value, name in values.items() for loss in LOSSES
+            if (group := group_of(name, loss))]
+    lines = [[what, *HEAD], ["---"] * (1 + len(HEAD)), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+@panels.default_style
+def figure(what: str, values: dict[str, str]) -> panels.Figure:
+    """Return robust_acc and local complexity against the step, for each loss, a colour for each value."""
+    fig = panels.new_figure(8.4, 5.6, f"MNIST by {what}, mean and range of the seeds; a dot is an outbreak")
+    axes = fig.subplots(2, len(LOSSES), sharex=True, sharey="row")
+    shades = matplotlib.colormaps["viridis"](np.linspace(0, 0.85, len(values)))
+    curves = (("robust_acc", lambda history: column_of(history["robust_acc"], EPSILON)),
+              ("local complexity", total_complexity))
+    for column, loss in enumerate(LOSSES):
+        groups = {value: group_of(name, loss) for value, name in values.items()}
+        everything = [history for group in groups.values() for history in group]
+        for ax, (label, curve) in zip(axes[:, column], curves, strict=True):
+            panels.step_axis(ax, *panels.span(everything), 3.6, labelled=ax is axes[-1, column])
+            for shade, (value, group) in zip(shades, groups.items(), strict=True):
+                if group:
+                    panels.draw_curve(ax, group, curve, value, color=shade, lw=1.5)
+                for history in group:
+                    found = phases.outbreaks(history)
+                    ax.plot(np.array(history["step"])[found], curve(history)[found], "o", ms=2.5, color=shade)
+            ax.set_ylabel("" if column else f"{label}, ε = 0.10" if label == "robust_acc" else f"{label}, train points")
+            ax.set_ylim(bottom=0)
+        axes[0, column].set_title(f"--loss={loss}", fontsize=panels.SMALL + 1)
+    panels.lay_out(fig)
+    return fig
+
+
+def main(names: list[str]) -> None:
+    for name, (what, values) in SETTINGS.items():
+        if not names:
+            print(table(what, values), end="\n\n")
+        elif name in names:
+            figure(what, values).savefig(HERE / f"late_phase_{name}.png", metadata={"Date": None})
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
