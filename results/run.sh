@@ -91,6 +91,7 @@ mnist_decay0.1      --weight_decay=0.1
 mnist_decay1        --weight_decay=1
 mnist_train300      --train_size=300
 mnist_train10000    --train_size=10000
+mnist_gelu          --activation=gelu
 END
 }
 

@@ -386,4 +386,4 @@ def test_the_table_of_the_results_is_that_of_the_histories(capsys):
 def test_the_tables_of_the_late_phase_are_those_of_the_histories():
     tables = run_command(ROOT, script="results/late_phase.py").stdout.strip().split("\n\n")
     readme = (ROOT / "results" / "README.md").read_text()
-    assert len(tables) == 4 and all(table in readme for table in tables)
+    assert len(tables) == 5 and all(table in readme for table in tables)
