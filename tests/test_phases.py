@@ -91,7 +91,8 @@ PHASES = {**dict.fromkeys(["digits_large_init", "mnist_large_init", "modular_ce"
               "exact", "exact_eps", "float64", "stablemax", "decay_ce", "decay_exact", "decay_exact_eps",
               "decay_float64", "decay_stablemax")], ["ascent"]),
           **dict.fromkeys(["resnet18", "modular_orthogonal_seed1", *(
-              f"mnist_{name}{loss}{seed}" for name in ("decay1", "gelu") for loss in ("", "_exact") for seed in ("", "_seed1"))], ["first descent"])}
+              f"mnist_{name}{loss}{seed}" for name in ("decay1", "gelu") for loss in ("", "_exact")
+              for seed in ("", "_seed1"))], ["first descent"])}
 
 
 def test_phases_of_the_recorded_runs():
