@@ -7,6 +7,7 @@ activation.
 The histories are those next to this file: each setting with --loss=ce and --loss=exact_ce, two seeds of most of them.
 """
 
+import functools
 import sys
 from pathlib import Path
 
@@ -17,6 +18,7 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
 from analysis import panels, phases, statistics  # noqa: E402
+from analysis.report import of_measure, percent  # noqa: E402
 from analysis.statistics import column_of, interpolation_of, total_complexity  # noqa: E402
 from runtime.history import read_history  # noqa: E402
 
@@ -34,10 +36,10 @@ SETTINGS = {
 }
 HEAD = ("loss", "99% at step", "ascent ends at step", "second descent begins", "half saturated at step",
         "first outbreak by step (how many)", "`robust_acc` at 99%", "lowest held", "at the end", "recovers at ε",
-        "rises at ε", "`adv_acc` at the end",
-        "local complexity at the end", "weight norm at the end")
+        "rises at ε", "`adv_acc` at the end", "local complexity at the end", "weight norm at the end")
 
 
+@functools.cache  # `mnist` is in each of the tables
 def group_of(name: str, loss: str) -> list[dict]:
     """Return the histories of a setting, one for each seed that is there."""
     paths = [HERE / f"{name}{LOSSES[loss]}{seed}.json" for seed in SEEDS]
@@ -50,8 +52,8 @@ def step_at(history: dict, index: int | None) -> str:
 
 def phase_of(history: dict, name: str) -> tuple[int | None, int | None]:
     """Return the log points at which a phase of local complexity begins and ends."""
-    found = {name: (first, last) for name, first, last in phases.phases(total_complexity(history))}
-    return found.get(name, (None, None))
+    found = phases.phases(total_complexity(history))
+    return next(((first, last) for phase, first, last in found if phase == name), (None, None))
 
 
 def half_saturated(history: dict) -> int | None:
@@ -63,8 +65,7 @@ def cells(group: list[dict]) -> list[str]:
     """Return a row of the table: the seeds' values next to each other, accuracies and verdicts of both together."""
     breaks = [phases.outbreaks(history) for history in group]
     _, rises = statistics.pooled_rises(group)
-    robust, adv = rises[f"robust ε {EPSILON}"], rises[f"adv ε {EPSILON}"]
-    strong = {label.removeprefix("robust ε "): rise for label, rise in rises.items() if label.startswith("robust")}
+    robust, adv = of_measure("robust", rises), of_measure("adv", rises)
 
     def listed(values: list[str]) -> str:
         return " / ".join(values)
@@ -75,17 +76,14 @@ def cells(group: list[dict]) -> list[str]:
     def end(values) -> str:
         return listed([f"{values(history)[-1]:.1f}" for history in group])
 
-    def percent(value: float) -> str:
-        return "-" if np.isnan(value) else f"{100 * value:.1f}%"
-
     return [at(interpolation_of), at(lambda history: phase_of(history, "ascent")[1]),
             at(lambda history: phase_of(history, "second descent")[0]), at(half_saturated),
             listed([f"{step_at(history, found[0])} ({len(found)})" if found else "-"
                     for history, found in zip(group, breaks, strict=True)]),
-            percent(robust.start), percent(robust.dip), percent(robust.final),
-            ", ".join(epsilon for epsilon, rise in strong.items() if rise.recovery is not None) or "-",
-            ", ".join(epsilon for epsilon, rise in strong.items() if rise.half is not None) or "-",
-            percent(adv.final), end(total_complexity), end(lambda history: column_of(history, "weight_norm"))]
+            *map(percent, (robust[EPSILON].start, robust[EPSILON].dip, robust[EPSILON].final)),
+            ", ".join(epsilon for epsilon, rise in robust.items() if rise.recovery is not None) or "-",
+            ", ".join(epsilon for epsilon, rise in robust.items() if rise.half is not None) or "-",
+            percent(adv[EPSILON].final), end(total_complexity), end(lambda history: column_of(history, "weight_norm"))]
 
 
 def table(what: str, values: dict[str, str]) -> str:
@@ -98,35 +96,35 @@ def table(what: str, values: dict[str, str]) -> str:
 @panels.default_style
 def figure(what: str, values: dict[str, str]) -> panels.Figure:
     """Return robust_acc and local complexity against the step, for each loss, a colour for each value."""
-    fig = panels.new_figure(8.4, 5.6, f"MNIST by {what}, mean and range of the seeds; a dot is an outbreak")
+    fig = panels.new_figure(8.4, 5.6, f"MNIST by {what}: mean and range of the seeds; "
+                            "a dot is an outbreak in one of them")
     axes = fig.subplots(2, len(LOSSES), sharex=True, sharey="row")
     shades = matplotlib.colormaps["viridis"](np.linspace(0, 0.85, len(values)))
-    curves = (("robust_acc", lambda history: column_of(history["robust_acc"], EPSILON)),
-              ("local complexity", total_complexity))
-    for column, loss in enumerate(LOSSES):
-        groups = {value: group_of(name, loss) for value, name in values.items()}
-        everything = [history for group in groups.values() for history in group]
-        for ax, (label, curve) in zip(axes[:, column], curves, strict=True):
-            panels.step_axis(ax, *panels.span(everything), 3.6, labelled=ax is axes[-1, column])
-            for shade, (value, group) in zip(shades, groups.items(), strict=True):
+    curves = (("robust_acc, ε = 0.10", lambda history: column_of(history["robust_acc"], EPSILON)),
+              ("local complexity, train points", total_complexity))
+    for column, loss in zip(axes.T, LOSSES, strict=True):
+        column[0].set_title(f"--loss={loss}", fontsize=panels.SMALL + 1)
+        groups = [group_of(name, loss) for name in values.values()]
+        for ax, (label, curve) in zip(column, curves, strict=True):
+            panels.step_axis(ax, *panels.span(sum(groups, [])), 3.6, labelled=ax is column[-1])
+            ax.set_ylabel(label)
+            for shade, value, group in zip(shades, values, groups, strict=True):
                 if group:
                     panels.draw_curve(ax, group, curve, value, color=shade, lw=1.5)
                 for history in group:
-                    found = phases.outbreaks(history)
-                    ax.plot(np.array(history["step"])[found], curve(history)[found], "o", ms=2.5, color=shade)
-            ax.set_ylabel("" if column else f"{label}, ε = 0.10" if label == "robust_acc" else f"{label}, train points")
+                    ax.plot(history["step"], curve(history), "o", ms=2.5, color=shade, clip_on=False,
+                            markevery=phases.outbreaks(history))
             ax.set_ylim(bottom=0)
-        axes[0, column].set_title(f"--loss={loss}", fontsize=panels.SMALL + 1)
+            ax.label_outer(remove_inner_ticks=False)
     panels.lay_out(fig)
     return fig
 
 
 def main(names: list[str]) -> None:
-    for name, (what, values) in SETTINGS.items():
-        if not names:
-            print(table(what, values), end="\n\n")
-        elif name in names:
-            figure(what, values).savefig(HERE / f"late_phase_{name}.png", metadata={"Date": None})
+    for name in names:
+        figure(*SETTINGS[name]).savefig(HERE / f"late_phase_{name}.png", metadata={"Date": None})
+    if not names:
+        print("\n\n".join(table(*setting) for setting in SETTINGS.values()))
 
 
 if __name__ == "__main__":
