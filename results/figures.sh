@@ -41,6 +41,7 @@ partition() {  # the figure's name, the run's, the checkpoints' steps
     if [[ $named == *" ${1%.*} "* ]]; then
         "${PYTHON:-python}" plot.py --out="results/$1" --partition \
             $(printf "${RUNS:-runs/results}/$2/checkpoints/checkpoint_*_step_%s.pt " "${@:3}")
+        [[ $1 == *.gif ]] || shrink "$1"
     fi
 }
 
