@@ -25,6 +25,7 @@ from runtime.history import read_history  # noqa: E402
 LOSSES = {"ce": "", "exact_ce": "_exact"}
 SEEDS = ("", "_seed1")
 EPSILON = "0.1"
+FROM = 30  # the figures' axes are logarithmic from this step on
 # {the figure's name: (what is varied, {value: the histories' name without loss and seed})}
 SETTINGS = {
     "decay": ("weight decay", {"0": "mnist_decay0", "0.01": "mnist", "0.1": "mnist_decay0.1", "1": "mnist_decay1"}),
@@ -95,27 +96,38 @@ def table(what: str, values: dict[str, str]) -> str:
 
 @panels.default_style
 def figure(what: str, values: dict[str, str]) -> panels.Figure:
-    """Return robust_acc and local complexity against the step, for each loss, a colour for each value."""
-    fig = panels.new_figure(8.4, 5.6, f"MNIST by {what}: mean and range of the seeds; "
-                            "a dot is an outbreak in one of them")
+    """Return robust_acc and local complexity against the step, for each loss, a colour for each value.
+
+    The axes have room for the late phase: all steps before FROM, where all curves are alike, lie close together, and
+    local complexity goes only as high as it is later.
+    """
+    fig = panels.new_figure(8.4, 5.6, f"MNIST by {what}: mean and range of the seeds; for each seed "
+                            "a circle where 99% of the training images are right, a dot at each outbreak")
     axes = fig.subplots(2, len(LOSSES), sharex=True, sharey="row")
     shades = matplotlib.colormaps["viridis"](np.linspace(0, 0.85, len(values)))
     curves = (("robust_acc, ε = 0.10", lambda history: column_of(history["robust_acc"], EPSILON)),
               ("local complexity, train points", total_complexity))
-    for column, loss in zip(axes.T, LOSSES, strict=True):
-        column[0].set_title(f"--loss={loss}", fontsize=panels.SMALL + 1)
-        groups = [group_of(name, loss) for name in values.values()]
-        for ax, (label, curve) in zip(column, curves, strict=True):
-            panels.step_axis(ax, *panels.span(sum(groups, [])), 3.6, labelled=ax is column[-1])
-            ax.set_ylabel(label)
+    for (label, curve), row, lowest in zip(curves, axes, (False, True), strict=True):
+        top = 0.0
+        for ax, loss in zip(row, LOSSES, strict=True):
+            groups = [group_of(name, loss) for name in values.values()]
+            panels.step_axis(ax, FROM, panels.span(sum(groups, []))[1], 3.6, labelled=lowest)
             for shade, value, group in zip(shades, values, groups, strict=True):
                 if group:
                     panels.draw_curve(ax, group, curve, value, color=shade, lw=1.5)
                 for history in group:
-                    ax.plot(history["step"], curve(history), "o", ms=2.5, color=shade, clip_on=False,
-                            markevery=phases.outbreaks(history))
-            ax.set_ylim(bottom=0)
+                    steps, heights = np.array(history["step"]), curve(history)
+                    top = max(top, *heights[steps >= FROM])
+                    breaks, fitted = phases.outbreaks(history), interpolation_of(history)
+                    if breaks:
+                        ax.plot(steps[breaks], heights[breaks], "o", ms=2.5, color=shade, clip_on=False)
+                    if fitted is not None:
+                        ax.plot(steps[fitted], heights[fitted], "o", ms=4, color=shade, mfc="white")
+            if not lowest:
+                ax.set_title(f"--loss={loss}", fontsize=panels.SMALL + 1)
+            ax.set_ylabel(label)
             ax.label_outer(remove_inner_ticks=False)
+        row[0].set_ylim(0, 1.05 * top)
     panels.lay_out(fig)
     return fig
 
