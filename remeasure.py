@@ -17,6 +17,7 @@ import argparse
 import contextlib
 import dataclasses
 import functools
+import itertools
 import math
 import runpy
 import shutil
@@ -34,6 +35,7 @@ DATA = frozenset({"dataset", "train_size", "label_noise", "image_size", "modulus
 MACHINE = frozenset({"data_dir", "device", "threads", "eval_batch_size", "quiet"})
 ASKED_HERE = (flags_of(MEASUREMENT) - SCHEDULE) | DATA | MACHINE
 # What a checkpoint of a log step holds and measuring it again does not change.
+PART = ".remeasure-part-"  # folders of other processes; what a killed command left there, the same command takes over
 KNOWN = ("train_loss", "train_acc", "train_saturated", "test_loss", "test_acc", "weight_norm", "max_batch_loss")
 Row = dict[str, Any]
 
@@ -50,8 +52,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
                         help="measure each Nth checkpoint, and the last (default 1)")
     parser.add_argument("--steps", type=flags.listed(flags.number(int, low=0)), metavar="N,N",
                         help="measure the checkpoints of these steps")
-    parser.add_argument("--log_dir", default="remeasured", metavar="DIR", help="folder of the history (default "
-                        "remeasured)")
+    parser.add_argument("--log_dir", type=flags.parse_folder, default="remeasured", metavar="DIR",
+                        help="folder of the history (default remeasured)")
     parser.add_argument("--processes", type=flags.number(int, low=1), metavar="N",
                         help="checkpoints at a time (default: one on each core or GPU)")
     parser.add_argument("--network", metavar="FILE.py:FUNCTION", help="measure the network that FUNCTION() of FILE.py "
@@ -175,15 +177,17 @@ class Remeasured:
         """Take over what was measured before, here or in the folders of other processes, which are then removed; move
         aside what was measured with other flags."""
         folder = self.file.path.parent
-        for place in (folder, *folder.glob("part-*")):
+        for place in (folder, *folder.glob(f"{PART}*")):
+            record = None
             with contextlib.suppress(FileNotFoundError):
                 record = history.read_history(place / history.HISTORY_NAME)
-                if self.is_mine(record):
-                    self.add(rows_of(record))
-                elif place == folder:
-                    (moved,) = files.move_aside(folder, folder)
-                    note(f"measurements of another run or with other flags are now in {moved}")
-            if place != folder:
+            mine = record is None or self.is_mine(record)
+            if record and mine:
+                self.add(rows_of(record))
+            elif record and place == folder:
+                (moved,) = files.move_aside(folder)
+                note(f"measurements of another run or with other flags are now in {moved}")
+            if mine and place != folder:
                 shutil.rmtree(place, ignore_errors=True)
 
     def measured(self, path: Path, progress: measure.Progress) -> Row:
@@ -221,7 +225,7 @@ class Remeasured:
 
 def rows_of(record: dict) -> dict[int, Row]:
     """Return {step: row} of a history."""
-    return {row["step"]: row for row in history.rows_of(record)}
+    return {row["step"]: row for row in map(history.with_nan, history.rows_of(record))}
 
 
 @functools.cache
@@ -261,10 +265,11 @@ def measure_in_processes(run: Remeasured, todo: dict[int, Path], argv: list[str]
                          threads: int) -> int:
     """Measure checkpoints in as many processes as there are places; return the signal that stopped them or 0. Each
     process is this command for a part of the steps, with a folder of its own."""
+    parts = (run.file.path.parent / f"{PART}{k}" for k in itertools.count())
+    free = (part for part in parts if not part.exists())
     jobs = []
-    for i in range(len(places)):
+    for i, part in zip(range(len(places)), free, strict=False):
         steps = list(todo)[i::len(places)]
-        part = run.file.path.parent / f"part-{i}"
         command = [sys.executable, __file__, *argv, f"--log_dir={part}", f"--steps={','.join(map(str, steps))}",
                    "--every=1", "--processes=1", f"--threads={threads}", "--quiet"]
         jobs.append(pool.Job(f"part {i + 1} of {len(places)}", command, part / "output.txt",

@@ -128,14 +128,15 @@ def lock(path: Path) -> filelock.BaseFileLock:
     return acquired
 
 
-def move_aside(log_dir: str | Path, save_dir: str | Path) -> list[Path]:
-    """Move an earlier run's files into new folders earlier-TIME next to them; return these folders."""
+def move_aside(log_dir: str | Path, save_dir: str | Path | None = None) -> list[Path]:
+    """Move an earlier run's history in log_dir, and its checkpoints in save_dir if that is given, into new folders
+    earlier-TIME there; return these folders."""
     stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
     made: list[Path] = []
     # The history goes last: without checkpoints there is nothing to resume, but checkpoints need their history.
     for folder, patterns in ((save_dir, [CHECKPOINT_PATTERN, ROLLING_NAME]), (log_dir, [HISTORY_PATTERN])):
-        files = [path for pattern in patterns for path in sorted(Path(folder).glob(pattern))]
-        if not files:
+        files = [path for pattern in patterns for path in sorted(Path(folder).glob(pattern))] if folder else []
+        if not folder or not files:
             continue
         aside, again = Path(folder) / f"earlier-{stamp}", 1
         while aside.exists():

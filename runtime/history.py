@@ -74,6 +74,15 @@ def strict(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+def with_nan(value: Any) -> Any:
+    """The inverse of strict(): value with NaN for None."""
+    if isinstance(value, dict):
+        return {key: with_nan(entry) for key, entry in value.items()}
+    if isinstance(value, list):
+        return [with_nan(entry) for entry in value]
+    return math.nan if value is None else value
+
+
 def encoded(value: dict) -> bytes:
     return json.dumps(strict(value), allow_nan=False).encode()
 

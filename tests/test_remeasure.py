@@ -113,10 +113,39 @@ def test_continued_and_moved_aside(run, capsys):
     every = measured(run)
     assert "6 checkpoints, 2 of them measured already" in capsys.readouterr().out
     assert every["step"] == history_of(run)["step"]
+    keep = run.parent / "remeasured" / "part-1-data"  # not ours
+    keep.mkdir()
     other = measured(run, "--steps=300", "--epsilons=0.3")
     assert list(other["adv_acc"]) == ["0.3"] and "are now in" in capsys.readouterr().out
     (aside,) = (run.parent / "remeasured").glob("earlier-*")
-    assert read_history(aside / "training_history.json") == every
+    assert read_history(aside / "training_history.json") == every and keep.is_dir()
+
+
+def test_checkpoints_next_to_the_measurements_stay(run):
+    names = sorted(path.name for path in (run / "checkpoints").glob("*.pt"))
+    for size in (5, 6):
+        assert remeasure.main([str(run), f"--log_dir={run / 'checkpoints'}", "--steps=300", f"--adv_size={size}",
+                               *OWN]) == 0
+    assert sorted(path.name for path in (run / "checkpoints").glob("*.pt")) == names
+
+
+def test_parts_of_a_killed_command_are_for_the_same_command_again(run):
+    made = run.parent / "remeasured"
+    for k, flags in enumerate((["--steps=0", "--epsilons=0.3"], ["--steps=1"])):
+        measured(run, *flags)
+        (made / f".remeasure-part-{k}").mkdir()
+        for path in made.glob("training_history.*"):
+            path.rename(made / f".remeasure-part-{k}" / path.name)
+    assert measured(run, "--steps=300")["step"] == [1, 300] and (made / ".remeasure-part-0").is_dir()
+    assert measured(run, "--steps=300", "--epsilons=0.3")["step"] == [0, 300]
+    assert not list(made.glob(".remeasure-part-*"))
+
+
+def test_log_steps_that_are_not_finite(tmp_path):
+    run_here(tmp_path / "run", *SMALL, "--n_steps=20", "--lr=1e30", "--optimizer=sgd", "--on_nan=continue")
+    first = measured(tmp_path / "run")
+    assert first["train_loss"][-1] is None
+    assert measured(tmp_path / "run") == first  # the table is printed from what was taken over
 
 
 def test_the_same_flags_of_another_run_are_not_continued(run, capsys):
@@ -154,7 +183,7 @@ def test_in_processes_as_in_one(run, monkeypatch, capsys):
     several = read_history(made / "training_history.json")
     assert several["robust_acc"] == alone["robust_acc"] and several["step"] == alone["step"]
     assert f"{damaged} is damaged or not a checkpoint; passed over" in capsys.readouterr().out
-    assert not list(made.glob("part-*"))
+    assert not list(made.glob(".remeasure-part-*"))
 
 
 def test_damaged_and_foreign_checkpoints_are_named(run, tmp_path, capsys):
