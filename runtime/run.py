@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from flags import Config
+from flags import MEASUREMENT, Config, flags_of
 from runtime import checkpoints, distributed, files, history
 from runtime.console import Console, attempt
 from runtime.trackers import Trackers
@@ -35,10 +35,11 @@ def fail_together(error: object, status: int) -> int:
 
 def history_of(checkpoint: Path, config: dict) -> Path | None:
     """Return the history of the run that a checkpoint with this config is of, None if it cannot be found."""
-    log_dir = Path(config.get("log_dir", "logs"))
-    paths = [folder / history.HISTORY_NAME for folder in (
-        checkpoint.parent.parent / log_dir.name, log_dir, checkpoint.parent)]
-    return next(filter(Path.is_file, paths), None)
+    log_dir, folder = Path(config.get("log_dir", "logs")), checkpoint.parent
+    folders = [folder.parent / log_dir.name, log_dir, folder]
+    if folder.name.startswith("earlier-"):  # both were moved aside
+        folders = [folder.parent.parent / log_dir.name / folder.name, log_dir / folder.name, folder]
+    return next(filter(Path.is_file, (place / history.HISTORY_NAME for place in folders)), None)
 
 
 def parent_of(config: Config, fingerprint: str) -> dict:
@@ -59,9 +60,11 @@ def parent_of(config: Config, fingerprint: str) -> dict:
     if config.n_steps <= checkpoint["step"]:
         raise ValueError(f"--branch_from={path} is at step {checkpoint['step']}: raise --n_steps={config.n_steps}")
     record = history.read_history(found)
-    history.forget_after(record, checkpoint["logged"])
-    if checkpoints.differences(before, config, {"seed", "adv_size", "epsilons"}):
-        record.pop("outcomes", None)  # they are of other images, or of another grid of epsilons
+    checkpoints.check_history(found, record, path, checkpoint)
+    attack = {name for name in flags_of(MEASUREMENT) if name.startswith("pgd_")} | {"epsilons", "robust_budget"}
+    if checkpoints.differences(before, config, attack | {"seed", "adv_size"}):
+        # The attacks were others, or on other images.
+        record["outcomes"] = {name: kept for name, kept in record.get("outcomes", {}).items() if name == "test"}
     return {**checkpoint, "path": path, "history": record}
 
 
@@ -118,6 +121,11 @@ class Run:
                     raise ValueError(f"{source['path']}: its state does not fit the optimizer of its config")
                 self.console.note(f"the optimizer starts anew: the state in {source['path']} is not one of its kind")
             self.step = self.saved_step = source["step"]
+            ruler = {name for name in flags_of(MEASUREMENT) if not name.startswith("log_")} | {"label_smoothing"}
+            other = checkpoints.differences(source["config"], self.config, ruler - {"epsilons"})
+            if other:  # only a branch may differ from what it starts from
+                self.console.note(f"{'; '.join(other)}: what is measured up to step {self.step} and after it is not "
+                                  "the same")
             self.began -= source["seconds"]
             own = self.history.keys() - {"step", "warnings"}
             self.history.update({key: value for key, value in source["history"].items() if key not in own})

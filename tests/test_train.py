@@ -6,6 +6,7 @@ import importlib.util
 import io
 import math
 import os
+import shutil
 import subprocess
 import time
 
@@ -27,6 +28,7 @@ from flags import parse_epsilon
 from measure import remarks
 from runtime import checkpoints, trackers
 from runtime import device as devices
+from runtime.history import read_history
 from runtime.seeds import seed_for
 from train import log_schedule, parse_args
 
@@ -325,8 +327,24 @@ def test_a_branch_begins_with_its_parents_columns_and_goes_its_own_way(tmp_path,
         assert flag.partition("=")[0] in capsys.readouterr().err
     # which images were right is not known of a parent that attacked others
     run_here(tmp_path / "fewer", *SMALL, "--adv_size=10", f"--n_steps={step + 1}", f"--branch_from={source}")
-    outcomes = columns(tmp_path / "fewer")["outcomes"]["robust"]
-    assert outcomes[:-1] == [None] * i and len(outcomes[-1]) == 10
+    assert f"--adv_size was 20, is 10: what is measured up to step {step}" in capsys.readouterr().out
+    outcomes = columns(tmp_path / "fewer")["outcomes"]
+    assert outcomes["robust"][:-1] == [None] * i and len(outcomes["robust"][-1]) == 10
+    assert outcomes["test"][:-1] == before["outcomes"]["test"][:i]  # the test images are the same
+
+
+def test_a_branch_takes_the_history_of_its_own_parent(tmp_path, capsys):
+    run_here(tmp_path, *SMALL, "--n_steps=20")
+    run_here(tmp_path, *SMALL, "--n_steps=20", "--lr=0.01")  # moves the first aside
+    (source,) = (tmp_path / "checkpoints").glob("earlier-*/*_step_000000020.pt")
+    (history,) = (tmp_path / "logs").glob("earlier-*/training_history.json")
+    run_here(tmp_path / "branch", *SMALL, "--n_steps=21", f"--branch_from={source}")
+    assert columns(tmp_path / "branch")["train_loss"][:-1] == read_history(history)["train_loss"]
+    shutil.copy(tmp_path / "logs" / "training_history.json", history)
+    history.with_suffix(".rows.jsonl").unlink()
+    capsys.readouterr()
+    run_here(tmp_path / "other", *SMALL, "--n_steps=21", f"--branch_from={source}", status=2)
+    assert "are not of one run" in capsys.readouterr().err
 
 
 def test_other_moments_than_the_parents_start_anew(tmp_path, capsys):
