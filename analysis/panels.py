@@ -154,7 +154,7 @@ def accuracy_panel(ax: Axes, group: Sequence[dict]) -> None:
 def mark_interpolation(axes: Sequence[Axes], group: Sequence[dict]) -> None:
     """A line through all panels where training accuracy reaches 99%, with the step above the first."""
     steps, train, _, _ = together(group, lambda history: column_of(history, "train_acc"))
-    index = interpolation_of({"train_acc": list(train)})
+    index = interpolation_of({"step": steps, "train_acc": list(train)})
     if index is None:
         return
     for ax in axes:

@@ -25,7 +25,7 @@ from tqdm import tqdm
 import data
 import local_complexity
 import models
-from analysis import panels, runs, statistics
+from analysis import panels, runs
 from analysis.panels import SMALL, Axes, Figure
 from runtime import checkpoints, files
 from runtime.history import append
@@ -67,6 +67,8 @@ def load_all(paths: Sequence[str | Path], data_dir: str | None = None) -> tuple[
     if not (data_dir or data.source_of(config["dataset"]).package or Path(folder).expanduser().exists()):
         raise ValueError(f"{paths[0]}: its data were in {folder}, which is not here: name their folder with --data_dir")
     dataset = data.from_config(config, folder)
+    if data.fingerprint(dataset) != found[0].get("derived", {}).get("data", data.fingerprint(dataset)):
+        raise ValueError(f"the images or labels in {folder} are not those that {paths[0]} was trained on")
     for path, checkpoint in zip(paths, found, strict=True):
         if tuple(checkpoint["sizes"]["in_shape"]) != tuple(dataset.x_test.shape[1:]):
             raise ValueError(f"{path} was trained on images of another shape than those of {dataset.name}")
@@ -203,7 +205,8 @@ def snap(ax: Axes, raster: int) -> None:
 
 def draw_images(axes: Sequence[Axes], plane: Plane) -> None:
     for ax, image, label, letter in zip(axes, plane.x, plane.y, "ABC", strict=True):
-        ax.imshow(image.expand(3, -1, -1).permute(1, 2, 0).numpy(), interpolation="nearest")
+        shown = image[:3] if len(image) > 2 else image.mean(0, keepdim=True).expand(3, -1, -1)
+        ax.imshow(shown.permute(1, 2, 0).numpy(), interpolation="nearest")
         ax.set_title(f"{letter}: class {label}", fontsize=SMALL, pad=3)
         ax.set(xticks=[], yticks=[])
 
@@ -292,8 +295,7 @@ def film_figure(found: Sequence[dict], plane: Plane, raster: int, n_layers: int)
     curves = axes["L"]
     panels.step_axis(curves, *panels.span([history]), 2.7)
     panels.accuracy_panel(curves, [history])
-    if statistics.interpolation_of(history):  # the first checkpoint does not say when it was fitted
-        panels.mark_interpolation([curves], [history])
+    panels.mark_interpolation([curves], [history])
     mark = curves.axvline(0, color="black", lw=1.5, marker="^", markevery=[0], clip_on=False)
     draw_images([axes[letter] for letter in "ABC"], plane)
     add_legend(fig, n_layers, plane)

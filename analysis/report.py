@@ -14,10 +14,16 @@ from flags import epsilon_label
 WIDTH = 80  # columns of the summary
 TABLE_WIDTH = 120  # columns beyond which the flags get lines of their own
 UNKNOWN = Rise(np.nan, np.nan)
+UNTESTED = "not tested (no later log step, or which images were right is not recorded for both)"
 
 
 def percent(value: float) -> str:
     return "-" if np.isnan(value) else f"{100 * value:.1f}%"
+
+
+def tested(rise: Rise) -> bool:
+    """Whether log points after interpolation could be compared with it, image by image."""
+    return bool(np.isfinite(rise.largest))
 
 
 def factor(step: int, interpolation_step: int) -> str:
@@ -52,6 +58,9 @@ def fitting_text(history: dict) -> str:
     end = f"ends at step {last:,}" if last == planned else f"has come to step {last:,} of {planned:,}"
     if start is not None:
         return f"Interpolation: train accuracy reaches 99% at step {history['step'][start]:,} (the run {end})."
+    if history["train_acc"][0] >= statistics.INTERPOLATION:
+        return (f"Interpolation: train accuracy is {percent(history['train_acc'][0])} at the first log step, "
+                f"{history['step'][0]:,} (the run {end}); when it reached 99% is not known, so no delay is measured.")
     return (f"Interpolation: train accuracy does not reach 99% within {last:,} steps, it is "
             f"{percent(history['train_acc'][-1])} (the run {end}); so there is no delay to measure.")
 
@@ -61,7 +70,7 @@ def generalisation_text(history: dict, test: Rise) -> str:
     settled = f"reaches 95% of its final value ({percent(test.final)}) at step {history['step'][reached]:,}"
     if start is None:
         return f"Test accuracy {settled}."
-    seen = "seen" if reached > start and test.half is not None else "not seen"
+    seen = "seen" if reached > start and test.half is not None else "not seen" if tested(test) else UNTESTED
     return f"Delayed generalisation: {seen}; test accuracy {settled} and is {percent(test.start)} at interpolation."
 
 
@@ -74,6 +83,8 @@ def robustness_texts(history: dict, rises: dict[str, Rise]) -> list[str]:
     halves = {epsilon: rise.half for epsilon, rise in robust.items() if rise.half is not None}
     text = ("Delayed robustness: not seen; robust accuracy holds no level above its value at interpolation for "
             f"{HOLD} log points.")
+    if not any(map(tested, robust.values())):
+        text = f"Delayed robustness: {UNTESTED}."
     if halves:
         found = list(halves.values())
         later = ", the later the larger ε" if found == sorted(found) and found[0] < found[-1] else ""
@@ -150,7 +161,7 @@ def accuracy_table(history: dict, rises: dict[str, Rise]) -> list[str]:
 
 
 def verdict(rise: Rise, steps: list[int], start: int) -> str:
-    if np.isnan(rise.largest):
+    if not tested(rise):
         return "-"
     if rise.half is not None:
         return f"half by step {steps[rise.half]:,}, {factor(steps[rise.half], steps[start])}"
@@ -165,7 +176,7 @@ def notes(history: dict, rises: dict[str, Rise]) -> list[str]:
     """Return explanations of the summary's rows and columns, of those that it has."""
     from scipy import stats
 
-    compared = any(np.isfinite(rise.largest) for rise in rises.values())
+    compared = any(map(tested, rises.values()))
     words = {
         "robust: right, and no attack on the exact objective succeeds.": of_measure("robust", rises),
         "adv: right after PGD on cross-entropy as computed.": of_measure("adv", rises),
@@ -199,7 +210,7 @@ def table_row(history: dict) -> list[str]:
            "-" if start is None else f"{steps[start]:,}", epsilon]
     for measure in ("robust", "adv"):
         rise = rises.get(f"{measure} ε {epsilon}", UNKNOWN)
-        delay = "-" if np.isnan(rise.largest) else "brief" if rise.brief else "none"
+        delay = "-" if not tested(rise) else "brief" if rise.brief else "none"
         row += [percent(rise.start), percent(rise.final),
                 delay if start is None or rise.half is None else factor(steps[rise.half], steps[start])]
     total = total[np.isfinite(total)]

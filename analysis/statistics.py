@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 
-from flags import epsilon_label
+from flags import epsilon_label, history_key
 
 INTERPOLATION = 0.99  # training accuracy from which on the training set counts as fitted
 HOLD = 3  # consecutive log points for which a level must last
@@ -29,9 +29,11 @@ def column_of(history: dict, name: str) -> np.ndarray:
 
 
 def interpolation_of(history: dict) -> int | None:
-    """Return the index of the first log point with a training accuracy of at least 99%, or None."""
+    """Return the index of the first log point with a training accuracy of at least 99%. None if there is none, or if it
+    is the first of a run measured again from a later step on: nobody knows when that was fitted."""
     reached = np.flatnonzero(column_of(history, "train_acc") >= INTERPOLATION)
-    return int(reached[0]) if len(reached) else None
+    known = len(reached) and (reached[0] > 0 or history["step"][0] == 0)
+    return int(reached[0]) if known else None
 
 
 def complexity_of(history: dict, points: str = "train", radius: str | None = None) -> np.ndarray:
@@ -65,12 +67,14 @@ def accuracy_curves(history: dict) -> dict[str, Curve]:
         return [text and from_hex(text, history["sizes"][images]) for text in texts or unknown]
 
     curves = {"test": Curve(column_of(history, "test_acc"), right(outcomes.get("test"), "test"))}
-    grid = sorted({0.0, *map(float, history["robust_acc"])})
+    # The outcomes are on the run's own grid; a branch also has columns for its parent's epsilons.
+    own = {*map(history_key, history["config"].get("epsilons", ()))} or {*history["robust_acc"]}
+    grid = sorted({0.0, *map(float, own)})
     ranks = [text and np.frombuffer(text.encode("utf-32-le"), np.uint32) for text in outcomes.get("robust") or unknown]
     for key in history["robust_acc"]:
-        withstood = ord("0") + grid.index(float(key))  # a character's code is that of "0" plus the rank
+        withstood = ord("0") + grid.index(float(key)) if key in own else None  # the code of "0" plus the rank
         curves[f"robust ε {epsilon_label(key)}"] = Curve(column_of(history["robust_acc"], key), [
-            None if codes is None else codes > withstood for codes in ranks])
+            None if codes is None or withstood is None else codes > withstood for codes in ranks])
     for key in history["adv_acc"]:
         curves[f"adv ε {epsilon_label(key)}"] = Curve(column_of(history["adv_acc"], key),
                                                       right(outcomes.get("adv", {}).get(key), "attacked"))
@@ -86,7 +90,7 @@ class Rise(NamedTuple):
     """What an accuracy curve does after interpolation. Log points are given by index, None where there is none."""
 
     start: float  # value at interpolation
-    final: float
+    final: float  # value at the last log point
     largest: float = np.nan  # largest later value
     level: float = np.nan  # highest later level that is held for HOLD log points
     dip: float = np.nan  # lowest later level that is held, NaN unless it lies below start
@@ -104,33 +108,34 @@ def delayed_rise(curve: Curve, start: int | None, statements: int = 1) -> Rise:
     Log points whose outcomes are unknown are passed over. statements: how many are made about the run, for which the
     p-values are corrected as for the search within this curve.
     """
-    final = next((value for value in curve.values[::-1] if np.isfinite(value)), np.nan)
-    rise = Rise(np.nan if start is None else curve.values[start], final)
+    rise = Rise(np.nan if start is None else curve.values[start], curve.values[-1])
     known = {i: right for i, right in enumerate(curve.outcomes) if right is not None and np.isfinite(curve.values[i])}
     later = np.array([i for i in known if start is not None and i > start])
     if start not in known or not len(later):
         return rise
     values, right = curve.values[later], np.stack([known[i] for i in later])
-    windows = sliding_window_view(values, min(HOLD, len(later)))
-    stretches, hold = windows.shape
+    p = p_values(known[start][None], right)
+    p_once = statements * len(later) * p.min()
+    rise = rise._replace(largest=values.max(), p_once=p_once, brief=p_once <= 1 - CONFIDENCE)
+    if len(later) < HOLD:
+        return rise
+    windows = sliding_window_view(values, HOLD)
+    stretches = len(windows)
     held_above, held_below = windows.min(axis=1), windows.max(axis=1)
 
     def half_of(bottom: float, p: float, first: int = 0) -> int | None:
         middle = (bottom + held_above[first:].max()) / 2 - 1e-9  # less than one image, more than rounding
         return int(later[first + np.argmax(held_above[first:] >= middle)]) if p <= 1 - CONFIDENCE else None
 
-    p = p_values(known[start][None], right)
-    p_rise = statements * stretches * sliding_window_view(p, hold).max(axis=1).min()
-    p_once = statements * len(later) * p.min()
+    p_rise = statements * stretches * sliding_window_view(p, HOLD).max(axis=1).min()
     half = half_of(rise.start, p_rise)
-    rise = rise._replace(largest=values.max(), level=held_above.max(), half=half, p=p_rise, p_once=p_once,
-                         brief=half is None and p_once <= 1 - CONFIDENCE)
+    rise = rise._replace(level=held_above.max(), half=half, p=p_rise, brief=half is None and rise.brief)
     foot = int(np.argmin(held_below))
-    after = foot + hold
+    after = foot + HOLD
     if held_below[foot] < rise.start:
         rise = rise._replace(dip=held_below[foot])
         if after < stretches:
-            p = sliding_window_view(p_values(right[foot:after], right[after:]), hold).max(axis=1)
+            p = sliding_window_view(p_values(right[foot:after], right[after:]), HOLD).max(axis=1)
             p_recovery = statements * stretches * len(p) * p.min()
             rise = rise._replace(recovery=half_of(rise.dip, p_recovery, after), p_recovery=p_recovery)
     return rise

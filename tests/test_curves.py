@@ -39,7 +39,7 @@ def make_history(steps, train, test, robust=None, adv=None, complexity=None, ima
         "local_complexity": {"train": {"0.05": layers}} if layers else {},
         "outcomes": {"test": hexes.pop("test"), "adv": hexes, **({"robust": ranks} if robust else {})},
         "config": {"model": "mlp", "dataset": "digits", "depth": 3, "width": 8, "seed": 1, "batch_size": 200,
-                   "n_steps": int(steps[-1]) if n else 1, "log_dir": "logs"},
+                   "epsilons": [*map(float, robust)], "n_steps": int(steps[-1]) if n else 1, "log_dir": "logs"},
         "sizes": {"train": 1000, "test": images, "attacked": images}, "warnings": [], **columns}
 
 
@@ -53,7 +53,7 @@ def history_of(test, ranks, adv, **config):
     history["outcomes"] = {"test": [*map(hexed, test)],
                            "robust": ["".join(chr(48 + rank) for rank in row) for row in ranks],
                            "adv": {key: [*map(hexed, right)] for key, right in adv.items()}}
-    history["config"] |= config
+    history["config"] |= {"epsilons": grid, **config}
     return history
 
 
@@ -158,22 +158,43 @@ def test_flat_curves_are_called_rising_in_at_most_five_percent_of_the_runs():
 
 @pytest.mark.parametrize("values, start, half, level", [
     ([0.1] * 5 + [0.4] * 25 + [0.9] + [0.4] * 29, 0, 5, 0.4),
-    ([0.1, 0.1, 0.1, 0.9, None], 2, 3, 0.9),
+    ([0.1, 0.1, 0.1, 0.9, 0.9, None], 2, None, np.nan),  # a level is not held by fewer than three log points
     ([0.1] * 5 + [0.7] + [0.1] * 4 + [0.3, 0.44, 0.46, 0.5, 0.6, 0.8, 0.8, 0.8, 0.8], 2, 12, 0.8),  # half is 0.45
     ([0.2] * 10 + [0.9] * 2 + [0.2] * 18, 2, None, 0.2),
     ([0.1, 0.1, None, 0.1, None, 0.8, None, 0.8, 0.8, None], 1, 5, 0.8)])
 def test_half_of_a_rise_is_that_of_the_held_level(values, start, half, level):
     rise = rise_of_values(values, start)
-    assert rise.half == half and rise.level == level and rise.brief == (half is None)
+    assert rise.half == half and rise.brief == (half is None)
+    np.testing.assert_equal(rise.level, level)
 
 
 def test_what_is_not_known_is_passed_over():
     for start in (None, 0, 3):  # never fitted; no value at interpolation; nothing after it
         nothing = rise_of_values([None, 0.1, 0.8, 0.8, None], start)
-        assert nothing.half is None and not nothing.brief and nothing.recovery is None and nothing.final == 0.8
+        assert nothing.half is None and not nothing.brief and nothing.recovery is None and np.isnan(nothing.final)
     without = statistics.delayed_rise(statistics.Curve(np.array([0.1, 0.9, 0.9, 0.9]), [None] * 4), 0)
     assert without.half is None and np.isnan(without.largest) and without.final == 0.9
-    assert statistics.interpolation_of({"train_acc": [0.5, None, 0.9899, 0.99, 1.0]}) == 3
+    assert statistics.interpolation_of({"step": [0, 1, 2, 3, 4], "train_acc": [0.5, None, 0.9899, 0.99, 1.0]}) == 3
+    assert statistics.interpolation_of({"step": [0, 1], "train_acc": [1.0, 1.0]}) == 0
+    assert statistics.interpolation_of({"step": [900, 1000], "train_acc": [0.99, 1.0]}) is None  # fitted before
+
+
+def test_what_could_not_be_compared_is_not_called_not_seen():
+    history = make_history([0, 10, 20, 30, 40], [0.5] + [1.0] * 4, [0.8] + [0.9] * 4, {"0.1": [0.1] * 2 + [0.6] * 3})
+    assert "Delayed robustness: seen" in report.summary(history)
+    for lacking in (history | {"outcomes": {}}, history | {"step": [5, 10, 20, 30, 40], "train_acc": [1.0] * 5}):
+        text = sentences(report.summary(lacking))
+        assert "seen" not in text and ("not tested" in text) != ("so no delay is measured" in text)
+
+
+def test_a_branch_is_judged_on_its_own_epsilons():
+    """Its history also has columns for its parent's, which its outcomes do not count."""
+    history = make_history(2 ** np.arange(8), [0.5] + [1.0] * 7, [0.9] * 8, {"0.02": [0.2] * 8, "0.03": [0.1] * 8})
+    both = history | {"robust_acc": history["robust_acc"] | {"0.01": [0.3] * 2 + [None] * 6}}
+    curves = statistics.accuracy_curves(both)
+    assert [images.mean() for images in curves["robust ε 0.03"].outcomes] == [0.1] * 8
+    assert curves["robust ε 0.01"].outcomes == [None] * 8
+    assert np.isnan(statistics.rises_of(both)["robust ε 0.01"].final)
 
 
 def test_pooled_seeds_find_what_one_does_not():
@@ -314,7 +335,7 @@ def test_summary_says_the_later_the_larger_only_where_it_is_so(halves, said):
     ([0.1] * 13 + [0.6] * 2, "it lies above it for less", "rises at the end, not held"),
     ([0.1] * 6 + [0.6] * 2 + [0.1] * 7, "it lies above it for less", "rises, not held")])
 def test_summary_speaks_of_dips_and_of_brief_rises(curve, sentence, verdict):
-    text = report.summary(make_history(2 ** np.arange(15), [1.0] * 15, [0.9] * 15, {"0.1": curve}))
+    text = report.summary(make_history(2 ** np.arange(15), [0.5] + [1.0] * 14, [0.9] * 15, {"0.1": curve}))
     assert "Delayed robustness: not seen" in text and f"At ε 0.1 {sentence}." in sentences(text)
     assert table_line(text, "robust ε 0.1")[4:] == verdict.split()
 

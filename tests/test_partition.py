@@ -13,7 +13,7 @@ from torch import nn
 import data
 import models
 import plot
-from analysis import partition
+from analysis import panels, partition
 from runtime import checkpoints
 
 # ---- the plane ------------------------------------------------------------------------------------------------------
@@ -214,6 +214,20 @@ def test_bad_checkpoint_gives_one_line(tmp_path, capsys):
         assert name in error and reason in error
     assert plot.main(["--partition", good, str(tmp_path / "decay.pt"), "--out", str(tmp_path / "film.gif")]) == 2
     assert "--weight_decay" in assert_one_line(capsys)
+    changed = save_checkpoint(tmp_path / "changed.pt", metrics={"derived": {"data": "0" * 16}})
+    assert plot.main(["--partition", changed]) == 2
+    assert "are not those that" in assert_one_line(capsys)
+
+
+@pytest.mark.parametrize("channels", [1, 2, 3, 4])
+def test_images_of_any_number_of_channels_are_shown(channels):
+    x = torch.rand(3, channels, 8, 8, generator=torch.Generator().manual_seed(0))
+    axes = panels.new_figure(3, 1, "").subplots(1, 3)
+    partition.draw_images(axes, partition.plane_through(x.double(), torch.arange(3)))
+    for ax, image in zip(axes, x, strict=True):
+        shown = ax.images[0].get_array()
+        assert shown.shape == (8, 8, 3)
+        np.testing.assert_allclose(shown.mean(), image[:3 if channels > 2 else channels].mean(), rtol=1e-5)
 
 
 def test_data_in_another_folder_are_asked_for(tmp_path, capsys, monkeypatch):
