@@ -116,7 +116,7 @@ def delayed_rise(curve: Curve, start: int | None, statements: int = 1) -> Rise:
     values, right = curve.values[later], np.stack([known[i] for i in later])
     p = p_values(known[start][None], right)
     p_once = statements * len(later) * p.min()
-    rise = rise._replace(largest=values.max(), p_once=p_once, brief=p_once <= 1 - CONFIDENCE)
+    rise = rise._replace(largest=values.max(), p_once=p_once, brief=bool(p_once <= 1 - CONFIDENCE))
     if len(later) < HOLD:
         return rise
     windows = sliding_window_view(values, HOLD)
