@@ -37,8 +37,9 @@ def handled_by(handler: Callable[[int, FrameType | None], None]) -> Iterator[Non
             signal.signal(number, before or signal.SIG_DFL)
 
 
-class Interrupted(Exception):
-    """Raised in a measurement by a signal. A measurement changes nothing, so it can be dropped and repeated."""
+class Interrupted(BaseException):
+    """Raised in a measurement by a signal. A measurement changes nothing, so it can be dropped and repeated. Like
+    KeyboardInterrupt no Exception, which whatever is being read or drawn may catch."""
 
 
 class Stop(contextlib.ExitStack):
