@@ -35,7 +35,7 @@ MARGIN = 0.35  # how far the picture reaches beyond the three images, relative t
 DECISION = (0.84, 0.37, 0.0)  # the colour of the decision boundary: vermillion, after Okabe and Ito
 BATCH_NUMBERS = 2**22  # pre-activations of one layer held at once: 16 MB in float32
 FILM_RASTER, FILM_DPI = 400, 100
-FILM_PIXELS = 8_000_000  # of the plane, in all frames of a film: a GIF stays near 4 MB
+FILM_PIXELS = 6_000_000  # of the plane, in all frames of a film: a GIF stays near 3 MB
 FRAMES_PER_SECOND, LAST_FRAMES = 6, 6  # the last frame is held for a second
 
 
