@@ -15,10 +15,19 @@ done
 
 wanted() { [[ $named == "  " || $named == *" $1 "* ]]; }
 
-shrink() {  # 256 colours look the same here and take a third of the space
+shrink() {  # 128 colours look the same here and take a third of the space
     "${PYTHON:-python}" -c 'import sys; from PIL import Image
 image = Image.open(sys.argv[1]).convert("RGB")
-image.quantize(256, Image.Quantize.MAXCOVERAGE, kmeans=3, dither=0).save(sys.argv[1], optimize=True)' "results/$1.png"
+image.quantize(128, Image.Quantize.MAXCOVERAGE, kmeans=3, dither=0).save(sys.argv[1], optimize=True)' "results/$1.png"
+}
+
+shrink_film() {  # 64 colours for all frames
+    "${PYTHON:-python}" -c 'import sys; from PIL import Image, ImageSequence
+film = Image.open(sys.argv[1])
+frames, times = zip(*[(frame.convert("RGB"), frame.info["duration"]) for frame in ImageSequence.Iterator(film)])
+middle = frames[len(frames) // 2].quantize(64, Image.Quantize.MAXCOVERAGE, kmeans=3, dither=0)
+first, *others = [frame.quantize(palette=middle, dither=0) for frame in frames]
+first.save(sys.argv[1], save_all=True, append_images=others, duration=times, loop=0)' "results/$1"
 }
 
 curves() {  # the figure's name, the histories' names
@@ -41,7 +50,7 @@ partition() {  # the figure's name, the run's, the checkpoints' steps
     if [[ $named == *" ${1%.*} "* ]]; then
         "${PYTHON:-python}" plot.py --out="results/$1" --partition \
             $(printf "${RUNS:-runs/results}/$2/checkpoints/checkpoint_*_step_%s.pt " "${@:3}")
-        [[ $1 == *.gif ]] || shrink "$1"
+        if [[ $1 == *.gif ]]; then shrink_film "$1"; else shrink "$1"; fi
     fi
 }
 
@@ -51,10 +60,9 @@ curves precision mnist mnist_exact mnist_float64 mnist_exact_eps
 curves long mnist_long mnist_long_exact
 curves remedies mnist_stablemax mnist_orthogonal
 curves from_image mnist_from_image mnist_stablemax_from_image
-curves modular modular_{ce,exact,float64,exact_eps,stablemax,orthogonal}{,_seed0} modular_orthogonal_seed1
+curves modular modular_{ce,exact,float64,exact_eps,stablemax,orthogonal}{,_seed0,_seed1}
 curves depth mnist_depth2 mnist_depth2_exact mnist_depth6 mnist_depth6_exact
 curves variants mnist_adam mnist_adam_exact mnist_batch_norm mnist_batch_norm_exact
-curves width mnist_width50 mnist_width100 mnist
 curves digits digits digits_exact
 curves large_init digits_large_init mnist_large_init
 curves cnn cnn cnn_exact cnn_decay cnn_batch_norm

@@ -28,12 +28,15 @@ EPSILON = "0.1"
 FROM = 30  # the figures' axes are logarithmic from this step on
 # {the figure's name: (what is varied, {value: the histories' name without loss and seed})}
 SETTINGS = {
-    "decay": ("weight decay", {"0": "mnist_decay0", "0.01": "mnist", "0.1": "mnist_decay0.1", "1": "mnist_decay1"}),
-    "images": ("training images", {"300": "mnist_train300", "1,000": "mnist", "10,000": "mnist_train10000"}),
-    "width": ("width", {"50": "mnist_width50", "100": "mnist_width100", "200": "mnist"}),
+    "decay": ("weight decay", {"0": "mnist_decay0", "0.001": "mnist_decay0.001", "0.01": "mnist",
+                               "0.1": "mnist_decay0.1", "1": "mnist_decay1"}),
+    "images": ("training images", {"300": "mnist_train300", "1,000": "mnist", "3,000": "mnist_train3000",
+                                   "10,000": "mnist_train10000"}),
+    "width": ("width", {"20": "mnist_width20", "50": "mnist_width50", "100": "mnist_width100", "200": "mnist",
+                        "1,000": "mnist_width1000"}),
     "depth": ("depth", {"2": "mnist_depth2", "3": "mnist_depth3", "4": "mnist", "5": "mnist_depth5",
                         "6": "mnist_depth6"}),
-    "activation": ("activation", {"relu": "mnist", "gelu": "mnist_gelu"}),
+    "activation": ("activation", {"relu": "mnist", "leaky_relu": "mnist_leaky_relu", "gelu": "mnist_gelu"}),
 }
 HEAD = ("loss", "99% at step", "ascent ends at step", "second descent begins", "half saturated at step",
         "first outbreak by step (how many)", "`robust_acc` at 99%", "lowest held", "at the end", "recovers at ε",
@@ -128,6 +131,8 @@ def figure(what: str, values: dict[str, str]) -> panels.Figure:
             ax.set_ylabel(label)
             ax.label_outer(remove_inner_ticks=False)
         row[0].set_ylim(0, 1.05 * top)
+        if lowest and what == "width":  # it grows with the number of units
+            row[0].set(yscale="log", ylim=(0.02, 40))
     panels.lay_out(fig)
     return fig
 

@@ -50,16 +50,26 @@ mnist_stablemax_from_image --dataset=mnist --n_steps=100000 --log_points=20 --pg
 mnist_random_labels     --dataset=mnist --n_steps=50000 --label_noise=1
 mnist_decay0            VARIED --weight_decay=0
 mnist_decay0_exact      VARIED --weight_decay=0 --loss=exact_ce
+mnist_decay0.001        VARIED --weight_decay=0.001
+mnist_decay0.001_exact  VARIED --weight_decay=0.001 --loss=exact_ce
 mnist_decay0.1          VARIED --weight_decay=0.1
 mnist_decay0.1_exact    VARIED --weight_decay=0.1 --loss=exact_ce
 mnist_decay1            VARIED --weight_decay=1
 mnist_decay1_exact      VARIED --weight_decay=1 --loss=exact_ce
 mnist_train300          VARIED --train_size=300
 mnist_train300_exact    VARIED --train_size=300 --loss=exact_ce
+mnist_train3000         VARIED --train_size=3000
+mnist_train3000_exact   VARIED --train_size=3000 --loss=exact_ce
 mnist_train10000        VARIED --train_size=10000
 mnist_train10000_exact  VARIED --train_size=10000 --loss=exact_ce
+mnist_width20           VARIED --width=20
+mnist_width20_exact     VARIED --width=20 --loss=exact_ce
+mnist_width1000         VARIED --width=1000 --products=onednn
+mnist_width1000_exact   VARIED --width=1000 --products=onednn --loss=exact_ce
 mnist_gelu              VARIED --activation=gelu
 mnist_gelu_exact        VARIED --activation=gelu --loss=exact_ce
+mnist_leaky_relu        VARIED --activation=leaky_relu
+mnist_leaky_relu_exact  VARIED --activation=leaky_relu --loss=exact_ce
 modular_ce                  MODULAR --weight_decay=0 --n_steps=100000
 modular_exact               MODULAR --weight_decay=0 --n_steps=100000 --loss=exact_ce
 modular_stablemax           MODULAR --weight_decay=0 --n_steps=100000 --loss=stablemax
@@ -101,10 +111,9 @@ experiments() {
     listed | while read -r name flags; do
         for word in CIFAR WHOLE MODULAR VARIED RUNS; do flags=${flags/$word/"${!word}"}; done
         echo "$name $flags"
-        case $name in  # further seeds; a third of the classic where the first two differ
-            modular_orthogonal) seeds="0 1" ;;
-            modular_*) seeds=0 ;;
-            mnist_decay* | mnist_train* | mnist_gelu*) seeds=1 ;;
+        case $name in  # further seeds
+            modular_*) seeds="0 1" ;;
+            mnist_decay* | mnist_train* | mnist_width20* | mnist_leaky* | mnist_gelu*) seeds=1 ;;
             *) seeds= ;;
         esac
         for seed in $seeds; do echo "${name}_seed$seed $flags --seed=$seed"; done
@@ -116,7 +125,7 @@ one() {
     folder=$DATA
     [[ $flags == *=imagefolder* ]] && folder=$DATA/cifar10-images
     # shellcheck disable=SC2086  # the flags are several words
-    "$PYTHON" train.py $flags --threads=1 --products=mkl --data_dir="$folder" \
+    "$PYTHON" train.py --threads=1 --products=mkl $flags --data_dir="$folder" \
         --log_dir="$RUNS/$name/logs" --save_dir="$RUNS/$name/checkpoints" --resume --quiet &&
         "$PYTHON" -c 'import sys; from runtime.history import *; write_history(sys.argv[2], read_history(sys.argv[1]))' \
             "$RUNS/$name/logs/training_history.json" "results/$name.json" && echo "$name is complete"

@@ -77,20 +77,22 @@ def test_smoothing_removes_what_is_shorter_than_three_points_and_nothing_else(va
 
 
 FALLS_RISES = ["first descent", "ascent"]
-PHASES = {**dict.fromkeys(["digits_large_init", "mnist_large_init", "modular_ce", "modular_ce_seed0"],
-                          ["ascent", "descent"]),
+PHASES = {**dict.fromkeys(["digits_large_init", "mnist_large_init", "modular_ce", "modular_ce_seed0",
+                           "modular_ce_seed1"], ["ascent", "descent"]),
           **dict.fromkeys(["digits_exact", "mnist_exact", "mnist_exact_seed1", "mnist_exact_seed2", "mnist_exact_seed3",
                            "mnist_exact_eps", "mnist_depth2_exact", "mnist_batch_norm_exact", "mnist_float64",
                            "mnist_float64_seed1", "mnist_long_exact", "cnn", "cnn_exact", "cnn_decay",
                            "mnist_stablemax_from_image", "modular_decay_orthogonal_seed0",
+                           "modular_decay_orthogonal_seed1", "mnist_width1000_exact",
                            *(f"mnist_{name}_exact{seed}" for seed in ("", "_seed1") for name in (
-                               "decay0", "decay0.1", "train300")), "mnist_train10000_exact"], FALLS_RISES),
+                               "decay0", "decay0.001", "decay0.1", "train300", "train3000", "width20", "leaky_relu")),
+                           "mnist_train10000_exact"], FALLS_RISES),
           **dict.fromkeys(["cnn_batch_norm", "resnet18_batch_norm", "resnet18_whole", "resnet18_whole_exact"],
                           ["ascent"]),
-          **dict.fromkeys([f"modular_{name}{seed}" for seed in ("", "_seed0") for name in (
+          **dict.fromkeys([f"modular_{name}{seed}" for seed in ("", "_seed0", "_seed1") for name in (
               "exact", "exact_eps", "float64", "stablemax", "decay_ce", "decay_exact", "decay_exact_eps",
               "decay_float64", "decay_stablemax")], ["ascent"]),
-          **dict.fromkeys(["resnet18", "modular_orthogonal_seed1", *(
+          **dict.fromkeys(["resnet18", "modular_orthogonal_seed1", "mnist_width1000", "mnist_width1000_seed1", *(
               f"mnist_{name}{loss}{seed}" for name in ("decay1", "gelu") for loss in ("", "_exact")
               for seed in ("", "_seed1"))], ["first descent"])}
 
