@@ -82,7 +82,7 @@ def batch_order(seed: int, block: int, epochs: int, n_images: int, batch_size: i
 
 def learning_rate(config: Config, step: torch.Tensor) -> torch.Tensor:
     """Return the learning rate of the step that follows `step` steps: the warm-up's line, then the schedule's."""
-    warmup, n_steps = config.warmup_steps, config.n_steps
+    warmup, n_steps, step = config.warmup_steps, config.n_steps, step.to(getattr(torch, config.dtype))
     left = ((n_steps - step) / (n_steps - warmup)).clamp(max=1)  # from 1 at the end of the warm-up to 0
     factor = {"constant": torch.ones_like(left), "triangle": left, "cosine": (1 - (math.pi * left).cos()) / 2}
     rise = ((step + 1) / warmup).clamp(max=1) if warmup else 1
@@ -106,7 +106,7 @@ class Trainer:
         # Several processes exchange gradients in a step, which a graph does not capture here.
         captured = where.type == "cuda" and config.cuda_graph and distributed.size() == 1
         self.scheduled = config.lr_schedule != "constant" or config.warmup_steps > 0
-        lr = torch.tensor(config.lr, device=where) if self.scheduled else config.lr
+        lr = torch.tensor(config.lr, dtype=self.dtype, device=where) if self.scheduled else config.lr
         self.optimizer = OPTIMIZERS[config.optimizer](self.parameters, config, lr, captured)
         self.epochs_in_block = max(1, 65_536 // config.train_size)
         self.block_steps = self.epochs_in_block * (config.train_size // config.batch_size)
@@ -168,7 +168,7 @@ class Trainer:
         if config.orthogonal_gradient:
             losses.orthogonalise(self.parameters)
         self.optimizer.step()
-        loss = loss.detach()
+        loss = distributed.all_reduce_sum(loss.detach() / distributed.size())  # of the whole batch
         self.finite_steps.add_(self.all_finite.logical_and_(loss < math.inf))  # false for NaN, too
         torch.maximum(self.largest_loss, loss, out=self.largest_loss)
 
@@ -185,7 +185,7 @@ def log_step(run: Run, dataset: data.Dataset, probes: measure.Probes, stop: sign
     torch.set_num_threads(derived["threads"])
     if not math.isfinite(row["train_loss"]):
         run.refuse_nan(f"the training loss at step {run.step}", before=run.step)
-    largest_loss = distributed.all_reduce_max(run.trainer.largest_loss.item(), run.device)
+    largest_loss = run.trainer.largest_loss.item()
     row = {"epoch": run.epoch, "step": run.step, **row,
            "max_batch_loss": largest_loss if run.step > 0 else math.nan, "seconds": run.seconds}
     run.trainer.largest_loss.fill_(-math.inf)
@@ -282,8 +282,9 @@ def complete(args: Config, dataset: data.Dataset, device: torch.device) -> Confi
          f"--lc_directions={args.lc_directions} is more than the values of an image: give {features} or fewer"),
         (args.compile == "on" and device.type == "cpu" and not any(map(shutil.which, ["g++", "clang++", "c++"])),
          "--compile needs a C++ compiler, such as g++, on a CPU"),
-        *((0 < getattr(config, flag) < size, f"--{flag}={getattr(config, flag)} is less than one for each of {size} "
-           "processes") for flag in ("adv_size", "lc_samples"))]
+        *((0 < images < size, f"--{flag}={images} is less than one for each of {size} processes") for flag, images in (
+            ("adv_size", measure.attacked(config, dataset)),
+            ("lc_samples", min(config.lc_samples, config.train_size, len(dataset.y_test)))))]
     images_of = {"lc_samples": args.lc_samples, "pgd_restarts": args.pgd_restarts * measure.attacked(config, dataset)}
     checks += [(8 * images * features > devices.total_memory(), f"--{flag}={getattr(args, flag)} needs "
                 f"{8e-9 * images * features:,.0f} GB, more than this machine's memory: lower it")

@@ -173,6 +173,8 @@ def test_two_processes_repeat_the_history_of_one(tmp_path, alone, dtype, toleran
         assert a[name] == b[name], name
     for name in ("train_loss", "test_loss", "weight_norm"):
         assert b[name] == pytest.approx(a[name], rel=tolerance), name
+    # None before the first step.
+    assert b["max_batch_loss"][1:] == pytest.approx(a["max_batch_loss"][1:], rel=tolerance)
     for name, n in (("train_acc", 1000), ("test_acc", 797)):
         assert b[name] == pytest.approx(a[name], abs=images / n + 1e-12), name
     for name in ("adv_acc", "robust_acc"):
