@@ -13,6 +13,7 @@ from typing import IO
 import filelock
 
 HISTORY_PATTERN = "training_history.*"  # the history, its rows and its figures
+TRACKED = ("tensorboard", "wandb_id")  # what trackers keep in the folder of the history
 CHECKPOINT_PATTERN = "checkpoint_epoch_*.pt"
 ROLLING_NAME = "rolling.pt"
 LOCK_NAME = ".lock"
@@ -134,7 +135,7 @@ def move_aside(log_dir: str | Path, save_dir: str | Path | None = None) -> list[
     stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
     made: list[Path] = []
     # The history goes last: without checkpoints there is nothing to resume, but checkpoints need their history.
-    for folder, patterns in ((save_dir, [CHECKPOINT_PATTERN, ROLLING_NAME]), (log_dir, [HISTORY_PATTERN])):
+    for folder, patterns in ((save_dir, [CHECKPOINT_PATTERN, ROLLING_NAME]), (log_dir, [*TRACKED, HISTORY_PATTERN])):
         files = [path for pattern in patterns for path in sorted(Path(folder).glob(pattern))] if folder else []
         if not folder or not files:
             continue

@@ -410,6 +410,10 @@ def test_tensorboard_reads_back_what_was_logged_and_a_resumed_run_writes_no_step
     for name, column in (("accuracy/test", history["test_acc"]), ("robust_acc/0.1", history["robust_acc"]["0.1"])):
         assert [event.step for event in events.Scalars(name)] == history["step"]
         assert [event.value for event in events.Scalars(name)] == pytest.approx(column)
+    run_here(tmp_path, *SMALL, "--n_steps=4", "--seed=7", "--tracker", "tensorboard")  # another run, its own track
+    fresh = accumulator.EventAccumulator(str(tmp_path / "logs" / "tensorboard")).Reload()
+    assert [event.step for event in fresh.Scalars("accuracy/test")] == history_of(tmp_path)["step"]
+    assert list((tmp_path / "logs").glob("earlier-*/tensorboard"))
     plugin = pytest.importorskip("tensorboard.plugins.hparams.plugin_data_pb2").HParamsPluginData
     start = plugin.FromString(events.SummaryMetadata("_hparams_/session_start_info").plugin_data.content)
     hparams = start.session_start_info.hparams
