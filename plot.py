@@ -50,6 +50,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         parser.error(f"--out {args.out}: the figure can be written as {', '.join(suffixes)}")
     if args.data_dir and not args.partition:
         parser.error("--data_dir is for --partition only")
+    if args.partition and (args.table or args.summary or args.markdown):
+        parser.error("--partition draws checkpoints; --table, --summary and --markdown are for histories")
     return args
 
 

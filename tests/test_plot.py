@@ -366,6 +366,9 @@ def test_bad_options_give_one_line(tmp_path, capsys, monkeypatch):
         with pytest.raises(SystemExit, match="2"):
             plot.main(["h.json", option])
         assert reason in assert_one_line(capsys)
+    with pytest.raises(SystemExit, match="2"):
+        plot.main(["--partition", "x.pt", "--table"])
+    assert "--table" in assert_one_line(capsys)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["h.json", "sub"]
 
 
