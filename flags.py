@@ -16,6 +16,7 @@ from typing import Any
 # EXPERIMENT: what is trained. LENGTH: for how long; a resumed run may be longer. MEASUREMENT: what a log step records.
 # EXECUTION: where and how it is computed; it may differ when a run is resumed, and runs are not compared by it.
 EXPERIMENT, LENGTH, MEASUREMENT, EXECUTION = "experiment", "length", "measurement", "execution"
+SCHEDULE = frozenset({"log_points", "log_from", "log_interval"})  # of MEASUREMENT: when a run measures, not what
 LONGEST_NAME = 150  # characters of a run's folder; file systems take 255
 # What these flags stand for when they are left out, by model and by data set: folder names leave them out, too.
 IMPLIED: dict[str, dict[str, Any]] = {

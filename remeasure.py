@@ -28,9 +28,8 @@ from pathlib import Path
 from typing import Any
 
 import flags
-from flags import EXPERIMENT, MEASUREMENT, Config, flags_of, history_key
+from flags import EXPERIMENT, MEASUREMENT, SCHEDULE, Config, flags_of, history_key
 
-SCHEDULE = frozenset({"log_points", "log_from", "log_interval"})  # when a run measures, not what
 DATA = frozenset({"dataset", "train_size", "label_noise", "image_size", "modulus", "train_fraction", "seed"})
 MACHINE = frozenset({"data_dir", "device", "threads", "eval_batch_size", "quiet"})
 ASKED_HERE = (flags_of(MEASUREMENT) - SCHEDULE) | DATA | MACHINE
@@ -152,7 +151,7 @@ class Remeasured:
         devices.check_dtype(device, wanted.dtype)
         dataset = data.from_config(dataclasses.asdict(wanted))
         print_ = data.fingerprint(dataset)
-        if first.get("derived", {}).get("data", print_) != print_:
+        if not checkpoints.is_of_data(first, print_):
             raise ValueError(f"the images or labels in {wanted.data_dir} are not those that the run was trained on: "
                              "give their folder with --data_dir")
         self.config = train.complete(wanted, dataset, device)

@@ -168,7 +168,9 @@ class Trainer:
         if config.orthogonal_gradient:
             losses.orthogonalise(self.parameters)
         self.optimizer.step()
-        loss = distributed.all_reduce_sum(loss.detach() / distributed.size())  # of the whole batch
+        loss = loss.detach()
+        if distributed.size() > 1:  # it is that of this process's slice of the batch
+            loss = distributed.all_reduce_sum(loss) / distributed.size()
         self.finite_steps.add_(self.all_finite.logical_and_(loss < math.inf))  # false for NaN, too
         torch.maximum(self.largest_loss, loss, out=self.largest_loss)
 

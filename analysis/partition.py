@@ -67,7 +67,7 @@ def load_all(paths: Sequence[str | Path], data_dir: str | None = None) -> tuple[
     if not (data_dir or data.source_of(config["dataset"]).package or Path(folder).expanduser().exists()):
         raise ValueError(f"{paths[0]}: its data were in {folder}, which is not here: name their folder with --data_dir")
     dataset = data.from_config(config, folder)
-    if data.fingerprint(dataset) != found[0].get("derived", {}).get("data", data.fingerprint(dataset)):
+    if not checkpoints.is_of_data(found[0], data.fingerprint(dataset)):
         raise ValueError(f"the images or labels in {folder} are not those that {paths[0]} was trained on")
     for path, checkpoint in zip(paths, found, strict=True):
         if tuple(checkpoint["sizes"]["in_shape"]) != tuple(dataset.x_test.shape[1:]):

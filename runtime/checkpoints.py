@@ -164,16 +164,20 @@ def differences(before: dict, config: Config, names: Iterable[str]) -> list[str]
     return [f"--{name} was {was}, is {now}" for name, was, now in values if was != now]
 
 
+def is_of_data(source: dict, fingerprint: str) -> bool:
+    """Return whether a checkpoint or history is of the data with this fingerprint; an old one does not say."""
+    return source.get("derived", {}).get("data", fingerprint) == fingerprint
+
+
 def check_experiment(path: Path, source: dict, config: Config, fingerprint: str) -> None:
     """Raise ValueError if source, the checkpoint or history in `path`, is not of this experiment and these data."""
     own = "give this run its own --log_dir and --save_dir"
     found = differences(source["config"], config, flags_of(EXPERIMENT, MEASUREMENT))
     if found:
         raise ValueError(f"{path} belongs to another experiment: {'; '.join(found)}; {own}")
-    before = source.get("derived", {}).get("data", fingerprint)
-    if before != fingerprint:
-        raise ValueError(f"{path} belongs to other data: the images or labels have changed (fingerprint {before}, now "
-                         f"{fingerprint}); restore them, or {own}")
+    if not is_of_data(source, fingerprint):
+        raise ValueError(f"{path} belongs to other data: the images or labels have changed (fingerprint "
+                         f"{source['derived']['data']}, now {fingerprint}); restore them, or {own}")
 
 
 def check_history(history_path: Path, history: dict, path: Path, checkpoint: dict) -> None:

@@ -136,8 +136,10 @@ def move_aside(log_dir: str | Path, save_dir: str | Path | None = None) -> list[
     made: list[Path] = []
     # The history goes last: without checkpoints there is nothing to resume, but checkpoints need their history.
     for folder, patterns in ((save_dir, [CHECKPOINT_PATTERN, ROLLING_NAME]), (log_dir, [*TRACKED, HISTORY_PATTERN])):
-        files = [path for pattern in patterns for path in sorted(Path(folder).glob(pattern))] if folder else []
-        if not folder or not files:
+        if folder is None:
+            continue
+        files = [path for pattern in patterns for path in sorted(Path(folder).glob(pattern))]
+        if not files:
             continue
         aside, again = Path(folder) / f"earlier-{stamp}", 1
         while aside.exists():

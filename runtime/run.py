@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from flags import MEASUREMENT, Config, flags_of
+from flags import MEASUREMENT, SCHEDULE, Config, flags_of
 from runtime import checkpoints, distributed, files, history
 from runtime.console import Console, attempt
 from runtime.trackers import Trackers
@@ -54,15 +54,15 @@ def parent_of(config: Config, fingerprint: str) -> dict:
                          f"{before.get('log_dir', 'logs')}")
     network = {"model", "depth", "width", "activation", "batch_norm", "train_size"}
     differing = checkpoints.differences(before, config, network)
-    if differing or checkpoint.get("derived", {}).get("data", fingerprint) != fingerprint:
+    if differing or not checkpoints.is_of_data(checkpoint, fingerprint):
         raise ValueError(f"--branch_from={path} is of another network or other data "
                          f"({', '.join(differing) or 'the images differ'}): give its flags")
     if config.n_steps <= checkpoint["step"]:
         raise ValueError(f"--branch_from={path} is at step {checkpoint['step']}: raise --n_steps={config.n_steps}")
     record = history.read_history(found)
     checkpoints.check_history(found, record, path, checkpoint)
-    attack = {name for name in flags_of(MEASUREMENT) if name.startswith("pgd_")} | {"epsilons", "robust_budget"}
-    if checkpoints.differences(before, config, attack | {"seed", "adv_size"}):
+    attack = {name for name in flags_of(MEASUREMENT) - SCHEDULE if not name.startswith("lc_")}
+    if checkpoints.differences(before, config, attack | {"seed"}):
         # The attacks were others, or on other images.
         record["outcomes"] = {name: kept for name, kept in record.get("outcomes", {}).items() if name == "test"}
     return {**checkpoint, "path": path, "history": record}
@@ -121,8 +121,8 @@ class Run:
                     raise ValueError(f"{source['path']}: its state does not fit the optimizer of its config")
                 self.console.note(f"the optimizer starts anew: the state in {source['path']} is not one of its kind")
             self.step = self.saved_step = source["step"]
-            ruler = {name for name in flags_of(MEASUREMENT) if not name.startswith("log_")} | {"label_smoothing"}
-            other = checkpoints.differences(source["config"], self.config, ruler - {"epsilons"})
+            ruler = flags_of(MEASUREMENT) - SCHEDULE - {"epsilons"} | {"label_smoothing"}
+            other = checkpoints.differences(source["config"], self.config, ruler)
             if other:  # only a branch may differ from what it starts from
                 self.console.note(f"{'; '.join(other)}: what is measured up to step {self.step} and after it is not "
                                   "the same")
@@ -198,7 +198,7 @@ class Run:
 
     def check_finite(self) -> None:
         """Raise RunFailed if a step's loss was not finite, unless --on_nan=continue."""
-        bad = int(distributed.all_reduce_max(self.step - self.trainer.finite_steps.item(), self.device))
+        bad = self.step - int(self.trainer.finite_steps.item())
         if bad:
             step = self.step - bad + 1
             # The loss of step n is that of the weights after n - 1 steps: they are already bad.
