@@ -82,7 +82,9 @@ def clean(model: nn.Module, dataset: data.Dataset, probes: Probes, config: Confi
     row: dict = {}
     loss_function = build_loss(config.loss, config.label_smoothing)
     for split in ("train", "test"):
-        images, labels = getattr(dataset, f"x_{split}"), getattr(dataset, f"y_{split}")
+        n = len(getattr(dataset, f"y_{split}"))
+        part = distributed.shard(n)
+        images, labels = getattr(dataset, f"x_{split}")[part], getattr(dataset, f"y_{split}")[part]
         loss, saturated, parts = 0.0, 0, []
         for i, (x, y) in enumerate(zip(images.split(batch_size), labels.split(batch_size), strict=True)):
             progress(f"{split} accuracy", i * batch_size / len(images))
@@ -90,10 +92,12 @@ def clean(model: nn.Module, dataset: data.Dataset, probes: Probes, config: Confi
             loss += loss_function(logits, y).item() * len(y)
             parts.append(attacks.correct(logits, y))
             saturated += int((logits.softmax(1).gather(1, y[:, None]) == 1).sum())
-        correct = torch.cat(parts)
-        row |= {f"{split}_loss": loss / len(images), f"{split}_acc": correct.sum().item() / len(images)}
+        sums = torch.tensor([loss, saturated], dtype=torch.float64, device=images.device)
+        loss, saturated = distributed.all_reduce_sum(sums).tolist()
+        correct = distributed.gather_shards(torch.cat(parts).int(), n)
+        row |= {f"{split}_loss": loss / n, f"{split}_acc": correct.sum().item() / n}
         if split == "train":
-            row["train_saturated"] = saturated / len(images)
+            row["train_saturated"] = saturated / n
     return {**row, "outcomes": {"test": hex_of(correct)}}
 
 

@@ -121,6 +121,7 @@ class Trainer:
         self.finite_steps = torch.zeros((), dtype=torch.int64, device=where)
         self.all_finite = torch.ones((), dtype=torch.bool, device=where)
         self.largest_loss = torch.full((), -math.inf, dtype=self.dtype, device=where)
+        self.shard_losses: list[torch.Tensor] = []  # of this process's slices of the batches, if there are several
         self.repeat = cuda_graph.repeater(self.step, report) if captured else self.repeat_step
 
     def advance(self, step: int, n: int) -> None:
@@ -134,6 +135,7 @@ class Trainer:
             length = min(n, self.block_steps - offset)
             self.repeat(length)
             step, n = step + length, n - length
+        self.observe_shards()
 
     def load_block(self, block: int) -> None:
         config, self.block = self.config, block
@@ -168,11 +170,22 @@ class Trainer:
         if config.orthogonal_gradient:
             losses.orthogonalise(self.parameters)
         self.optimizer.step()
-        loss = loss.detach()
-        if distributed.size() > 1:  # it is that of this process's slice of the batch
-            loss = distributed.all_reduce_sum(loss) / distributed.size()
+        if distributed.size() == 1:
+            self.observe(loss.detach())
+        else:
+            self.shard_losses.append(loss.detach())
+
+    def observe(self, loss: torch.Tensor) -> None:
+        """Note the loss of a whole batch, a scalar."""
         self.finite_steps.add_(self.all_finite.logical_and_(loss < math.inf))  # false for NaN, too
         torch.maximum(self.largest_loss, loss, out=self.largest_loss)
+
+    def observe_shards(self) -> None:
+        """With several processes, note the losses of the batches since the last call: one exchange for all of them."""
+        if self.shard_losses:
+            for loss in distributed.all_reduce_sum(torch.stack(self.shard_losses)) / distributed.size():
+                self.observe(loss)
+            self.shard_losses.clear()
 
 
 # ---- the log step ---------------------------------------------------------------------------------------------------
@@ -220,20 +233,25 @@ def schedule_for(config: Config) -> Sequence[int]:
 
 def train(run: Run, dataset: data.Dataset, probes: measure.Probes, stop: signals.Stop, figure: Figure | None) -> int:
     """Train to n_steps with a log step at each step of the schedule; return the number of the signal that stopped the
-    run, or 0 if it is complete."""
+    run, or 0 if it is complete. figure: on rank 0 only."""
     config, schedule = run.config, schedule_for(run.config)
     stretch = STRETCH * 10 if run.device.type == "cuda" and distributed.size() == 1 else STRETCH
     run.console.start(run.step, config.n_steps, len(schedule) + 1 - bisect_left(schedule, run.step))
-    stopped_by = 0
-    while not stopped_by:
+    while True:
         following = bisect_right(schedule, run.step)  # the first log step after this one
         due = run.step == config.n_steps or (following > 0 and schedule[following - 1] == run.step)
-        if due and run.history["step"][-1:] != [run.step]:
+        logging = due and run.history["step"][-1:] != [run.step]
+        if logging:
             with suppress(signals.Interrupted):
                 log_step(run, dataset, probes, stop)
-                if figure and figure.due():
-                    distributed.run_on_rank0(figure.redraw)
-        stopped_by = int(distributed.all_reduce_max(stop.signal or distributed.orphaned(), run.device))
+        # The processes agree on what only some of them know: each of the following steps is made by all or by none.
+        saving, drawing, stopped_by = distributed.all_reduce_max(
+            [run.save_due(), logging and figure is not None and figure.due(), stop.signal or distributed.orphaned()],
+            run.device)
+        if drawing:
+            distributed.run_on_rank0(figure.redraw if figure else lambda: None)
+        if saving or stopped_by:
+            run.save_rolling()
         if stopped_by or run.step == config.n_steps:
             break
         target = schedule[following] if following < len(schedule) else config.n_steps
@@ -245,10 +263,6 @@ def train(run: Run, dataset: data.Dataset, probes: measure.Probes, stop: signals
         elif run.device.type == "cuda":  # looking at the loss would wait for the device: only the log steps do
             run.stay_close()
         run.console.progress(run.step)
-        if run.save_due():
-            run.save_rolling()
-    if stopped_by:
-        run.save_rolling()
     run.console.end()
     return stopped_by
 
@@ -415,7 +429,8 @@ def main(argv: list[str] | None = None) -> int:
         return fail_together(error, 1 if full_disk else 2)
     except KeyboardInterrupt:
         return fail("interrupted before the first step", 128 + signal.SIGINT)
-    figure = Figure(lambda: draw(run), run.console.note) if run.config.plot else None
+    plot = run.config.plot and distributed.rank() == 0
+    figure = Figure(lambda: draw(run), run.console.note) if plot else None
     try:
         run.console.header()
         # A distributed run drops a measurement on all processes or on none.

@@ -130,13 +130,13 @@ def all_reduce_sum(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
-def all_reduce_max(number: float, device: torch.device) -> float:
-    """Return the largest of the processes' numbers; of bools, whether any is True."""
+def all_reduce_max(numbers: list[int], device: torch.device) -> list[int]:
+    """Return the largest of the processes' numbers, place by place; of bools, whether any is True."""
     if size() == 1:
-        return number
-    box = torch.tensor(number, dtype=torch.float64 if isinstance(number, float) else torch.int64, device=device)
+        return numbers
+    box = torch.tensor(numbers, dtype=torch.int64, device=device)
     dist.all_reduce(box, op=dist.ReduceOp.MAX)
-    return box.item()
+    return box.tolist()
 
 
 def gather_shards(part: torch.Tensor, n: int) -> torch.Tensor:

@@ -14,6 +14,8 @@ from runtime import checkpoints, distributed, files, history
 from runtime.console import Console, attempt
 from runtime.trackers import Trackers
 
+SECONDS_BETWEEN_DRAWINGS, DRAWING_SHARE = 30, 0.01  # a figure is redrawn no more often, and in this share of the time
+
 
 class RunFailed(Exception):
     """The run cannot go on; the message is the one line to print."""
@@ -182,9 +184,8 @@ class Run:
         checkpoints.save_state(Path(self.config.save_dir) / files.ROLLING_NAME, self.state())
 
     def save_due(self) -> bool:
-        """Whether the last save is --checkpoint_minutes ago; the same on every process, since all of them save."""
-        due = time.perf_counter() - self.saved_at > 60 * self.config.checkpoint_minutes
-        return bool(distributed.all_reduce_max(due, self.device))
+        """Whether this process made its last save --checkpoint_minutes ago."""
+        return time.perf_counter() - self.saved_at > 60 * self.config.checkpoint_minutes
 
     # ---- on the way
 
@@ -215,15 +216,16 @@ class Run:
 
 
 class Figure:
-    """The figure of a run, redrawn now and then. A figure that cannot be drawn is one note, and the run goes on."""
+    """The figure of a run, redrawn by rank 0 now and then. One that cannot be drawn is one note, and the run goes on."""
 
     def __init__(self, draw: Callable[[], object], note: Callable[[str], None]):
         self.draw, self.note, self.failed = draw, note, False
         self.drawn_at, self.took = time.perf_counter(), 0.0
 
     def due(self) -> bool:
-        """Whether to redraw: drawing takes at most a hundredth of the run's time."""
-        return not self.failed and time.perf_counter() - self.drawn_at > max(30, 100 * self.took)
+        """Whether to redraw; `took` is how long the last drawing took."""
+        pause = max(SECONDS_BETWEEN_DRAWINGS, self.took / DRAWING_SHARE)
+        return not self.failed and time.perf_counter() - self.drawn_at > pause
 
     def redraw(self) -> None:
         began = time.perf_counter()

@@ -1,5 +1,6 @@
 """Data-parallel runs of two gloo processes: they train the network that one process trains, and they end together."""
 
+import contextlib
 import functools
 import itertools
 import json
@@ -17,7 +18,7 @@ from conftest import ENVIRONMENT, FORKS, PATIENCE, ROOT, SMALL, run_here, wait_f
 from torch.distributed.launcher.api import LaunchConfig
 
 import train
-from runtime import checkpoints, distributed, files
+from runtime import checkpoints, distributed, files, run
 from runtime.history import read_history
 from runtime.run import Run
 
@@ -27,9 +28,12 @@ FLAGS = [*SMALL, "--adv_size=21", "--lc_samples=9"]
 FOR_EVER = ["--n_steps=100000000", "--log_points=30"]
 
 
-def rank_main(rank, folder, environment, flags):
-    """What one process of the run does: all that it prints and writes goes to folder/rankN, as on N machines."""
+def rank_main(rank, folder, environment, flags, settings):
+    """What one process of the run does: all that it prints and writes goes to folder/rankN, as on N machines.
+    settings: values of constants of the module `run`."""
     import measure
+
+    vars(run).update(settings)
 
     os.chdir(folder / f"rank{rank}")
     output = os.open("output", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
@@ -75,13 +79,13 @@ def free_port():
         return probe.getsockname()[1]
 
 
-def start_two(folder, *flags, launcher=by_torchrun):
+def start_two(folder, *flags, launcher=by_torchrun, **settings):
     """Start a run of two processes in folder/rank0 and folder/rank1; returns them."""
     port = free_port()
     for rank in (0, 1):
         (folder / f"rank{rank}").mkdir(parents=True, exist_ok=True)
-    processes = [FORKS.Process(target=rank_main, args=(rank, folder, launcher(rank, port), [*map(str, flags)]),
-                               daemon=True) for rank in (0, 1)]
+    processes = [FORKS.Process(target=rank_main, args=(rank, folder, launcher(rank, port), [*map(str, flags)],
+                                                            settings), daemon=True) for rank in (0, 1)]
     STARTED.extend(processes)
     for process in processes:
         process.start()
@@ -289,6 +293,26 @@ def test_a_signal_to_one_process_stops_both(tmp_path):
     state = newest(tmp_path / "rank0")
     assert f"stopped by SIGUSR2 at step {state['step']};" in printed(tmp_path)[0]
     assert printed(tmp_path)[1] == ""
+
+
+def test_two_processes_draw_track_save_and_log_until_a_signal_stops_both(tmp_path):
+    shown = [flag for flag in FLAGS if flag != "--no_plot"]
+    processes = start_two(tmp_path, *shown, "--n_steps=100000000", "--log_interval=4", "--tracker=tensorboard",
+                          "--checkpoint_minutes=0", SECONDS_BETWEEN_DRAWINGS=0.1, DRAWING_SHARE=10)
+    folder, drawn, saved = tmp_path / "rank0", set(), set()
+
+    def redrawn():
+        for found, path in ((drawn, folder / "logs" / "training_history.png"),
+                            (saved, folder / "checkpoints" / "rolling.pt")):
+            with contextlib.suppress(FileNotFoundError):
+                found.add(path.stat().st_mtime_ns)
+        return len(drawn) > 3 and len(saved) > 3
+
+    wait_for(redrawn)
+    os.kill(processes[1].pid, signal.SIGUSR1)
+    assert statuses(processes) == [128 + signal.SIGUSR1] * 2, printed(tmp_path)
+    assert len(recorded(folder)["step"]) > 3 and newest(folder)["step"] > 0
+    assert list(folder.glob("logs/tensorboard/events*")) and printed(tmp_path)[1] == ""
 
 
 # SIGKILL: torchrun can stop nobody, the processes have to see for themselves that it is gone.
