@@ -13,11 +13,11 @@ import attacks
 import data
 import local_complexity
 import models
+from compute import device as devices
+from compute import distributed
+from compute.seeds import seed_for
 from flags import Config, epsilon_label, history_key
 from losses import build_loss
-from runtime import device as devices
-from runtime import distributed
-from runtime.seeds import seed_for
 
 Progress = Callable[[str, float], None]  # is told what is being measured, and which share of it is done
 POINTS_AT_ONCE = 128  # of local complexity, so that its progress shows

@@ -67,7 +67,7 @@ def run(args: argparse.Namespace) -> None:
             print("wrote", *panels.save(partition.figure(args.partition, args.data_dir), out))
         return
     from analysis import report, runs
-    from runtime.history import read_history
+    from records.history import read_history
 
     histories = [read_history(path) for path in args.histories]
     names = runs.short_names(args.histories)

@@ -82,10 +82,11 @@ import data
 import local_complexity
 import measure
 import train
-from runtime import checkpoints, distributed, files, history, pool, signals
-from runtime import device as devices
-from runtime.console import Console
-from runtime.run import fail, history_of
+from compute import device as devices
+from compute import distributed, pool, signals
+from records import checkpoints, files, history
+from records.console import Console
+from records.run import fail, history_of
 
 
 def flags_given(args: argparse.Namespace) -> dict[str, Any]:

@@ -22,8 +22,8 @@ import signal
 import sys
 from pathlib import Path
 
+from compute import signals
 from flags import FIELDS, Config, folder_name, parse_args, parse_folder
-from runtime import signals
 
 # A comma in the value of these flags does not make two runs.
 PASSED_ON = {name for name, field in FIELDS.items()
@@ -85,7 +85,7 @@ def share(folder: Path, config: Config) -> float:
 def is_complete(folder: Path, config: Config) -> bool:
     """Return whether folder holds the whole of the run that these flags describe, with these data."""
     import data
-    from runtime import checkpoints, history
+    from records import checkpoints, history
 
     try:
         found = history.read_history(folder / "logs" / history.HISTORY_NAME)
@@ -104,7 +104,7 @@ def is_complete(folder: Path, config: Config) -> bool:
 def train_all(runs: Runs) -> tuple[list[str], int]:
     """Train the runs that are not complete; return the folders of those that failed, and the signal that stopped the
     sweep or 0."""
-    from runtime import pool
+    from compute import pool
 
     fetch(runs)
     todo = {folder: run for folder, run in runs.items() if not is_complete(folder, run[1])}
@@ -134,7 +134,7 @@ def fetch(runs: Runs) -> None:
 def show(folders: list[Path], draw: bool) -> None:
     """Print the table of the runs in folders; draw them in one figure, runs/sweep.png and .svg."""
     from analysis import report
-    from runtime import history
+    from records import history
 
     histories = [history.read_history(folder / "logs" / history.HISTORY_NAME) for folder in folders]
     print(report.table(histories, [folder.name for folder in folders]))

@@ -43,10 +43,11 @@ import local_complexity
 import losses
 import measure
 import models
-from runtime import cuda_graph, distributed, history, signals, trackers
-from runtime import device as devices
-from runtime.run import Figure, Run, RunFailed, fail, fail_together, parent_of
-from runtime.seeds import seed_for
+from compute import cuda_graph, distributed, signals
+from compute import device as devices
+from compute.seeds import seed_for
+from records import history, trackers
+from records.run import Figure, Run, RunFailed, fail, fail_together, parent_of
 
 GREY_EPSILONS = [0.03, 0.06, 0.10, 0.13, 0.16, 0.20]
 STRETCH = 10  # steps between two looks at signals and the clock; ten times as many where they are replayed on a GPU
@@ -104,7 +105,7 @@ class Trainer:
         self.network = distributed.wrap(network, where)
         self.loss_function = losses.build_loss(config.loss, config.label_smoothing)
         # Several processes exchange gradients in a step, which a graph does not capture here.
-        captured = where.type == "cuda" and config.cuda_graph and distributed.size() == 1
+        captured = where.type == "cuda" and config.cuda_graph and distributed.world_size() == 1
         self.scheduled = config.lr_schedule != "constant" or config.warmup_steps > 0
         lr = torch.tensor(config.lr, dtype=self.dtype, device=where) if self.scheduled else config.lr
         self.optimizer = OPTIMIZERS[config.optimizer](self.parameters, config, lr, captured)
@@ -170,7 +171,7 @@ class Trainer:
         if config.orthogonal_gradient:
             losses.orthogonalise(self.parameters)
         self.optimizer.step()
-        if distributed.size() == 1:
+        if distributed.world_size() == 1:
             self.observe(loss.detach())
         else:
             self.shard_losses.append(loss.detach())
@@ -183,7 +184,7 @@ class Trainer:
     def observe_shards(self) -> None:
         """With several processes, note the losses of the batches since the last call: one exchange for all of them."""
         if self.shard_losses:
-            for loss in distributed.all_reduce_sum(torch.stack(self.shard_losses)) / distributed.size():
+            for loss in distributed.all_reduce_sum(torch.stack(self.shard_losses)) / distributed.world_size():
                 self.observe(loss)
             self.shard_losses.clear()
 
@@ -235,7 +236,7 @@ def train(run: Run, dataset: data.Dataset, probes: measure.Probes, stop: signals
     """Train to n_steps with a log step at each step of the schedule; return the number of the signal that stopped the
     run, or 0 if it is complete. figure: on rank 0 only."""
     config, schedule = run.config, schedule_for(run.config)
-    stretch = STRETCH * 10 if run.device.type == "cuda" and distributed.size() == 1 else STRETCH
+    stretch = STRETCH * 10 if run.device.type == "cuda" and distributed.world_size() == 1 else STRETCH
     run.console.start(run.step, config.n_steps, len(schedule) + 1 - bisect_left(schedule, run.step))
     while True:
         following = bisect_right(schedule, run.step)  # the first log step after this one
@@ -272,7 +273,7 @@ def train(run: Run, dataset: data.Dataset, probes: measure.Probes, stop: signals
 def complete(args: Config, dataset: data.Dataset, device: torch.device) -> Config:
     """Return every flag as it is used with this data set. ValueError for a flag that does not fit it."""
     n_train, n_test, features = len(dataset.x_train), len(dataset.x_test), dataset.x_test[0].numel()
-    grey, size, steps_in_epoch = dataset.x_test.shape[1] != 3, distributed.size(), n_train // args.batch_size
+    grey, size, steps_in_epoch = dataset.x_test.shape[1] != 3, distributed.world_size(), n_train // args.batch_size
     decided: dict[str, Any] = dict(
         device=str(device), train_size=n_train, adv_size=n_test if args.adv_size == "all" else args.adv_size,
         epsilons=sorted(args.epsilons or (GREY_EPSILONS if grey else COLOUR_EPSILONS)),
@@ -338,7 +339,7 @@ def empty_history(config: Config, args: Config, dataset: data.Dataset, model: to
         "version": history.HISTORY_VERSION, "step": [], "config": dataclasses.asdict(config), "asked": asked(args),
         "derived": {"attacked": n, "data": print_, "products": "oneDNN" if any(
             isinstance(module, models.OneDNNLinear) for module in model.modules()) else "MKL"},
-        "environment": {**devices.describe(dataset.x_train.device), "processes": distributed.size()},
+        "environment": {**devices.describe(dataset.x_train.device), "processes": distributed.world_size()},
         "sizes": {"train": config.train_size, "test": len(dataset.x_test), "attacked": n,
                   "parameters": sum(p.numel() for p in model.parameters()),
                   "num_classes": dataset.num_classes, "in_shape": list(in_shape)},
@@ -349,7 +350,7 @@ def choose_threads(config: Config, model: torch.nn.Module, dataset: data.Dataset
     """Return {"threads": in training, "eval_threads": in log steps}: as given, as before a resume, or as is fastest."""
     if config.threads is None and earlier:
         return {name: earlier["derived"][name] for name in ("threads", "eval_threads")}
-    if config.threads or distributed.size() > 1 or dataset.x_train.device.type != "cpu":
+    if config.threads or distributed.world_size() > 1 or dataset.x_train.device.type != "cpu":
         return dict.fromkeys(("threads", "eval_threads"), config.threads or torch.get_num_threads())
     twin = copy.deepcopy(model)
     trainer, steps = Trainer(twin, dataclasses.replace(config, compile="off"), dataset), itertools.count()
@@ -434,7 +435,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         run.console.header()
         # A distributed run drops a measurement on all processes or on none.
-        with signals.Stop(can_interrupt=distributed.size() == 1) as stop:
+        with signals.Stop(can_interrupt=distributed.world_size() == 1) as stop:
             stopped_by = train(run, dataset, probes, stop, figure)
             distributed.run_on_rank0(lambda: finish(run, stopped_by, figure))
     except RunFailed as error:

@@ -21,7 +21,7 @@ from matplotlib.transforms import ScaledTranslation
 from analysis.runs import together
 from analysis.statistics import column_of, interpolation_of
 from flags import epsilon_label
-from runtime import files
+from records import files
 
 TRAIN, TEST, RANDOM = "black", "#D55E00", "#0072B2"  # the palette of Okabe and Ito, safe for colour-blind readers
 SHARES: dict[str, tuple[str, dict[str, Any], str]] = {  # column: name at the curve's end, line, words in the legend

@@ -27,8 +27,8 @@ import local_complexity
 import models
 from analysis import panels, runs
 from analysis.panels import SMALL, Axes, Figure
-from runtime import checkpoints, files
-from runtime.history import append
+from records import checkpoints, files
+from records.history import append
 
 RASTER = 600  # pixels along each side of a panel
 MARGIN = 0.35  # how far the picture reaches beyond the three images, relative to their distance from its centre

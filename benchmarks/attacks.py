@@ -25,8 +25,8 @@ import data
 import flags
 import models
 from benchmarks.speed import print_markdown
-from runtime import checkpoints
-from runtime import device as devices
+from compute import device as devices
+from records import checkpoints
 
 
 def main(argv: list[str] | None = None) -> None:

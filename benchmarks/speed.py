@@ -36,8 +36,8 @@ import flags
 import local_complexity
 import models
 import train
-from runtime import cuda_graph
-from runtime import device as devices
+from compute import cuda_graph
+from compute import device as devices
 
 GREY, COLOUR = (1, 28, 28), (3, 32, 32)
 MNIST = ["--model=mlp", "--dataset=mnist", "--batch_size=200"]

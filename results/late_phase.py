@@ -20,7 +20,7 @@ sys.path.insert(0, str(HERE.parent))
 from analysis import panels, phases, statistics  # noqa: E402
 from analysis.report import of_measure, percent  # noqa: E402
 from analysis.statistics import column_of, interpolation_of, total_complexity  # noqa: E402
-from runtime.history import read_history  # noqa: E402
+from records.history import read_history  # noqa: E402
 
 LOSSES = {"ce": "", "exact_ce": "_exact"}
 SEEDS = ("", "_seed1")

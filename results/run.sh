@@ -127,7 +127,7 @@ one() {
     # shellcheck disable=SC2086  # the flags are several words
     "$PYTHON" train.py --threads=1 --products=mkl $flags --data_dir="$folder" \
         --log_dir="$RUNS/$name/logs" --save_dir="$RUNS/$name/checkpoints" --resume --quiet &&
-        "$PYTHON" -c 'import sys; from runtime.history import *; write_history(sys.argv[2], read_history(sys.argv[1]))' \
+        "$PYTHON" -c 'import sys; from records.history import *; write_history(sys.argv[2], read_history(sys.argv[1]))' \
             "$RUNS/$name/logs/training_history.json" "results/$name.json" && echo "$name is complete"
 }
 export -f one

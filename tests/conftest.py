@@ -76,7 +76,7 @@ def wait_for(condition):
 
 def history_of(folder):
     """Return the history in `folder`, with its rows' outcomes; its file has to be strict JSON."""
-    from runtime.history import read_history
+    from records.history import read_history
 
     def refuse(constant):
         raise ValueError(f"{constant} is not JSON")

@@ -21,7 +21,7 @@ from test_data import write_cifar10, write_idx, write_images, write_mnist
 import data
 import plot
 import train
-from runtime import checkpoints
+from records import checkpoints
 
 TINY = [*SMALL, "--train_size=60", "--batch_size=20", "--lc_samples=4"]
 HISTORY = "logs/training_history.json"

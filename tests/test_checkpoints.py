@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from flags import Config
-from runtime import checkpoints
-from runtime.history import HISTORY_NAME, append, write_history
+from records import checkpoints
+from records.history import HISTORY_NAME, append, write_history
 
 SIZES = {"train": 60, "test": 797, "attacked": 797, "num_classes": 10, "in_shape": [1, 8, 8]}
 

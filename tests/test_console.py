@@ -6,7 +6,7 @@ import time
 import pytest
 
 from flags import Config, history_key
-from runtime.console import Console, duration, thin
+from records.console import Console, duration, thin
 
 EPSILONS = [0.5 / 255, 0.03, 10 / 255]
 

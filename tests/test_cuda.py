@@ -9,7 +9,7 @@ from conftest import SMALL, columns, history_of, run_here
 import data
 import flags
 import train
-from runtime import device as devices
+from compute import device as devices
 
 pytestmark = pytest.mark.cuda
 CUDA = [flag for flag in SMALL if not flag.startswith("--device")] + ["--device=cuda", "--deterministic"]

@@ -11,8 +11,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import data
 import flags
 import train
-from runtime import cuda_graph
-from runtime.run import Run
+from compute import cuda_graph
+from records.run import Run
 
 
 class Waits(TorchDispatchMode):

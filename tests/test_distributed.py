@@ -18,9 +18,10 @@ from conftest import ENVIRONMENT, FORKS, PATIENCE, ROOT, SMALL, run_here, wait_f
 from torch.distributed.launcher.api import LaunchConfig
 
 import train
-from runtime import checkpoints, distributed, files, run
-from runtime.history import read_history
-from runtime.run import Run
+from compute import distributed
+from records import checkpoints, files, run
+from records.history import read_history
+from records.run import Run
 
 STARTED = []
 # Odd sizes, so that the processes' shares differ.
@@ -394,7 +395,7 @@ def test_an_unknown_network_interface_is_one_line(monkeypatch):
     with pytest.raises(ValueError, match="find address for: nosuch0.*GLOO_SOCKET_IFNAME") as caught:
         start_as(monkeypatch, {**os.environ, **by_torchrun(0, 7)})
     assert "\n" not in str(caught.value)
-    assert distributed.size() == 1
+    assert distributed.world_size() == 1
 
 
 @pytest.mark.slow

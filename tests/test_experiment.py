@@ -13,9 +13,9 @@ import attacks
 import data
 import local_complexity
 import models
+from compute.seeds import seed_for
 from data import augmented, draw_shifts
-from runtime import checkpoints
-from runtime.seeds import seed_for
+from records import checkpoints
 from train import Trainer, batch_order, build_model, complete, parse_args
 
 EPSILONS = [0.02, 0.07, 0.15]

@@ -8,7 +8,7 @@ import signal
 
 import pytest
 
-from runtime import files
+from records import files
 
 
 def one_line(error):

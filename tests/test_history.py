@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from flags import EXPERIMENT, LENGTH, MEASUREMENT, asked, flags_of, parse_args
-from runtime.history import HistoryFile, append, forget_after, read_history, write_history
+from records.history import HistoryFile, append, forget_after, read_history, write_history
 
 RESULTS = sorted(Path(__file__).parent.parent.joinpath("results").glob("*.json"))
 BESIDE = {"version": 1, "config": {"lr": 0.1, "width": None, "epsilons": [0.1, 0.2]}, "asked": ["lr"],
@@ -143,7 +143,7 @@ def clock(monkeypatch):
     class Clock:
         now = 100.0
 
-    monkeypatch.setattr("runtime.history.time.monotonic", lambda: Clock.now)
+    monkeypatch.setattr("records.history.time.monotonic", lambda: Clock.now)
     return Clock
 
 
@@ -187,7 +187,7 @@ def test_the_json_is_written_less_often_when_writing_takes_long(tmp_path, clock,
         written.append(len(history["step"]))
 
     written = []
-    monkeypatch.setattr("runtime.history.write_history", slow)
+    monkeypatch.setattr("records.history.write_history", slow)
     history = make_history()
     file = start(tmp_path, history)
     for step in range(100):
@@ -239,7 +239,7 @@ def test_a_continued_run_writes_its_rows_anew_and_a_kill_between_the_files_loses
     forget_after(cut, 2)
     expected = copy.deepcopy(cut)
     with monkeypatch.context() as patch:
-        patch.setattr("runtime.history.write_history", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr("records.history.write_history", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             start(tmp_path, cut)
     read = read_history(file.path)  # the old JSON and the new rows

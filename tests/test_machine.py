@@ -10,8 +10,8 @@ import pytest
 import torch
 from conftest import FORKS, PATIENCE, SMALL, history_of
 
-from runtime import device as devices
-from runtime import signals
+from compute import device as devices
+from compute import signals
 
 TOO_OLD = ("The NVIDIA driver on your system is too old (found version 11040). Please update your GPU driver by "
            "downloading and installing a new version from the URL: http://www.nvidia.com/Download/index.aspx")

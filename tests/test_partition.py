@@ -14,7 +14,7 @@ import data
 import models
 import plot
 from analysis import panels, partition
-from runtime import checkpoints
+from records import checkpoints
 
 # ---- the plane ------------------------------------------------------------------------------------------------------
 SIZES = {"train": 50, "test": 797, "attacked": 20, "in_shape": [1, 8, 8], "num_classes": 10}

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from analysis import phases, statistics
-from runtime.history import read_history
+from records.history import read_history
 
 
 def names(complexity):

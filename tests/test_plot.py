@@ -16,7 +16,7 @@ from matplotlib.text import Annotation, Text
 
 import plot
 from analysis import figure, panels, phases
-from runtime.history import HISTORY_VERSION, write_history
+from records.history import HISTORY_VERSION, write_history
 
 EPSILONS = ("0.03", "0.1", "0.0313725")
 TWELVE, SIXTEEN = (tuple(f"{k / 255:.6g}" for k in range(1, last + 1)) for last in (12, 16))

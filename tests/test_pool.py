@@ -1,4 +1,4 @@
-"""runtime/pool.py: several commands at a time, each on its device; signals are handed on. No command here uses
+"""compute/pool.py: several commands at a time, each on its device; signals are handed on. No command here uses
 PyTorch."""
 
 import functools
@@ -10,7 +10,7 @@ import threading
 import pytest
 from conftest import wait_for
 
-from runtime import pool
+from compute import pool
 
 # What a command does that is told to wait: it says so, and ends when it is told to.
 WAITS = ("import pathlib, signal, sys, time; "
@@ -75,7 +75,7 @@ def test_a_job_knows_its_pool_and_has_its_own_session(tmp_path):
 def test_a_job_has_a_core_or_a_gpu_of_its_own(monkeypatch, device, threads, gpus, devices):
     import torch
 
-    from runtime import device as machine
+    from compute import device as machine
 
     monkeypatch.setattr(machine, "cpu_count", lambda: 6, raising=False)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)

@@ -14,7 +14,7 @@ import attacks
 import data
 import models
 import remeasure
-from runtime.history import read_history
+from records.history import read_history
 
 OWN = ["--processes=1", "--threads=1", "--device=cpu"]
 NETWORK = """
@@ -178,7 +178,7 @@ def test_in_processes_as_in_one(run, monkeypatch, capsys):
     made = run.parent / "several"
     damaged = run / "checkpoints" / "checkpoint_epoch_0000009_step_000000200.pt"
     damaged.write_bytes(b"not a checkpoint")
-    monkeypatch.setattr("runtime.device.cpu_count", lambda: 2)
+    monkeypatch.setattr("compute.device.cpu_count", lambda: 2)
     assert remeasure.main([str(run), f"--log_dir={made}", "--threads=1", "--device=cpu"]) == 1
     several = read_history(made / "training_history.json")
     assert several["robust_acc"] == alone["robust_acc"] and several["step"] == alone["step"]

@@ -28,9 +28,9 @@ import attacks
 import losses
 import measure
 import train
-from runtime import checkpoints, files
-from runtime.history import HISTORY_NAME, read_history, write_history
-from runtime.run import Run
+from records import checkpoints, files
+from records.history import HISTORY_NAME, read_history, write_history
+from records.run import Run
 
 PATIENCE = 300  # seconds after which a process is taken to hang
 FSYNC = os.fsync

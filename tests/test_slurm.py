@@ -14,7 +14,7 @@ from conftest import ENVIRONMENT, PATIENCE, ROOT, SMALL, columns, run_here, wait
 
 import sweep
 from flags import parse_args
-from runtime import checkpoints
+from records import checkpoints
 
 SCRIPT = ROOT / "run_mnist_mlp.sh"
 FLAGS = [*SMALL, "--n_steps=3000"]

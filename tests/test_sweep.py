@@ -16,8 +16,9 @@ from PIL import Image
 
 import sweep
 import train
+from compute import pool
 from flags import folder_name, parse_args
-from runtime import checkpoints, pool
+from records import checkpoints
 
 LONG = "--n_steps=300000"  # and not for ever: where a test fails, nobody ends the runs
 FLAGS = [*(flag for flag in SMALL if flag not in ("--no_plot", "--threads=1", "--width=16")), "--width=8",
@@ -61,7 +62,7 @@ def test_a_wrong_command_ends_in_one_line_before_anything_is_made(tmp_path, monk
 
 
 def test_folders_help_and_errors_come_without_pytorch(tmp_path):
-    program = ("import sys; sys.modules |= {'torch': None, 'matplotlib': None, 'numpy': None}; import runtime.pool; "
+    program = ("import sys; sys.modules |= {'torch': None, 'matplotlib': None, 'numpy': None}; import compute.pool; "
                "import sweep; sweep.main(['--folder', '--seed=3', '--n_steps=5', '--width=7']); "
                "sweep.main(['--help']); sys.exit(sweep.main(['--seed=2-1']))")
     done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, env=ENVIRONMENT, capture_output=True,

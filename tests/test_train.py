@@ -24,12 +24,12 @@ import flags
 import losses
 import models
 import train
+from compute import device as devices
+from compute.seeds import seed_for
 from flags import parse_epsilon
 from measure import remarks
-from runtime import checkpoints, trackers
-from runtime import device as devices
-from runtime.history import read_history
-from runtime.seeds import seed_for
+from records import checkpoints, trackers
+from records.history import read_history
 from train import log_schedule, parse_args
 
 COLUMNS = ["epoch", "step", "train_loss", "train_acc", "train_saturated", "test_loss", "test_acc", "weight_norm",

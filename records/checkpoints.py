@@ -12,8 +12,8 @@ from typing import Any
 import torch
 
 from flags import EXPERIMENT, FIELDS, MEASUREMENT, Config, flags_of
-from runtime.files import CHECKPOINT_PATTERN, ROLLING_NAME, write_atomically
-from runtime.history import HISTORY_NAME, forget_after, read_history
+from records.files import CHECKPOINT_PATTERN, ROLLING_NAME, write_atomically
+from records.history import HISTORY_NAME, forget_after, read_history
 
 # Flags that do not change what is computed, but how, and with it the last bits of the results.
 ROUNDING = ("device", "threads", "products", "compile", "eval_batch_size")

@@ -9,10 +9,11 @@ from typing import Any
 
 import torch
 
+from compute import distributed
 from flags import MEASUREMENT, SCHEDULE, Config, flags_of
-from runtime import checkpoints, distributed, files, history
-from runtime.console import Console, attempt
-from runtime.trackers import Trackers
+from records import checkpoints, files, history
+from records.console import Console, attempt
+from records.trackers import Trackers
 
 SECONDS_BETWEEN_DRAWINGS, DRAWING_SHARE = 30, 0.01  # a figure is redrawn no more often, and in this share of the time
 
@@ -216,7 +217,7 @@ class Run:
 
 
 class Figure:
-    """The figure of a run, redrawn by rank 0 now and then. One that cannot be drawn is one note, and the run goes on."""
+    """The figure of a run, redrawn by rank 0 now and then. If that fails it is one note, and the run goes on."""
 
     def __init__(self, draw: Callable[[], object], note: Callable[[str], None]):
         self.draw, self.note, self.failed = draw, note, False

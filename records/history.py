@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from runtime.files import append_line, write_atomically
+from records.files import append_line, write_atomically
 
 HISTORY_NAME = "training_history.json"
 HISTORY_VERSION = 1

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from runtime import signals
+from compute import signals
 
 PARENT = "STOP_WITH_PARENT"  # environment variable with the pool's process id, for distributed.orphaned()
 SECONDS_BETWEEN_LOOKS = 0.1
@@ -36,7 +36,7 @@ def places(device: str, threads: int | None = None) -> list[str]:
     one command, because the memory of a second is not known. device: as --device names it."""
     import torch
 
-    from runtime.device import cpu_count
+    from compute.device import cpu_count
 
     if device in ("auto", "cuda") and torch.cuda.device_count():
         return [f"cuda:{i}" for i in range(torch.cuda.device_count())]

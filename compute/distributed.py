@@ -18,7 +18,7 @@ from torch import nn
 from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
-from runtime import device as devices
+from compute import device as devices
 
 PATIENCE = timedelta(minutes=10)  # a job's nodes may start minutes apart
 T = TypeVar("T")
@@ -97,7 +97,7 @@ def rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 
 
-def size() -> int:
+def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
@@ -106,7 +106,7 @@ def size() -> int:
 def wrap(model: nn.Module, device: torch.device) -> nn.Module:
     """Return the module to call in training; its backward pass averages the gradients over the processes. Batch norm
     then uses the statistics of the global batch; ValueError on CPUs, for which PyTorch has no such layer."""
-    if size() == 1:
+    if world_size() == 1:
         return model
     if any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules()):
         if device.type != "cuda":
@@ -120,19 +120,19 @@ def wrap(model: nn.Module, device: torch.device) -> nn.Module:
 
 def shard(n: int) -> slice:
     """Return this process's slice of n items; the slices are contiguous and their lengths differ by at most one."""
-    return slice(n * rank() // size(), n * (rank() + 1) // size())
+    return slice(n * rank() // world_size(), n * (rank() + 1) // world_size())
 
 
 def all_reduce_sum(tensor: torch.Tensor) -> torch.Tensor:
     """Return the sum of tensor over the processes, in place."""
-    if size() > 1:
+    if world_size() > 1:
         dist.all_reduce(tensor)
     return tensor
 
 
 def all_reduce_max(numbers: list[int], device: torch.device) -> list[int]:
     """Return the largest of the processes' numbers, place by place; of bools, whether any is True."""
-    if size() == 1:
+    if world_size() == 1:
         return numbers
     box = torch.tensor(numbers, dtype=torch.int64, device=device)
     dist.all_reduce(box, op=dist.ReduceOp.MAX)
@@ -141,7 +141,7 @@ def all_reduce_max(numbers: list[int], device: torch.device) -> list[int]:
 
 def gather_shards(part: torch.Tensor, n: int) -> torch.Tensor:
     """Return, on every process, the tensor of n numbers or rows of which each process holds part, its shard(n)."""
-    if size() == 1:
+    if world_size() == 1:
         return part
     whole = part.new_zeros(n, *part.shape[1:])
     whole[shard(n)] = part
@@ -154,7 +154,7 @@ def run_on_rank0(function: Callable[[], T]) -> T:
     """Call function() on the first process only; return its value (any picklable object) on every process. Its
     ValueError or OSError is raised on every process, so that none waits for one that has given up."""
     box = [run_where(rank() == 0, function)]
-    if size() > 1:
+    if world_size() > 1:
         dist.broadcast_object_list(box)
     return box[0]
 
@@ -173,8 +173,8 @@ def run_where(here: bool, function: Callable[[], Any]) -> Any:
         value = function() if here else None
     except (ValueError, OSError) as error:
         problem = error
-    problems = [problem] * size()
-    if size() > 1:
+    problems = [problem] * world_size()
+    if world_size() > 1:
         dist.all_gather_object(problems, problem)
     for found in filter(None, problems):
         raise found
@@ -183,11 +183,11 @@ def run_where(here: bool, function: Callable[[], Any]) -> Any:
 
 def barrier() -> None:
     """Wait until every process is here."""
-    if size() > 1:
+    if world_size() > 1:
         dist.barrier()
 
 
 def lost_another(error: BaseException) -> bool:
     """Return whether error, raised by an exchange between processes, means that another process has ended."""
     # gloo's errors have no type of their own
-    return size() > 1 and (isinstance(error, dist.DistError) or "gloo" in str(error))
+    return world_size() > 1 and (isinstance(error, dist.DistError) or "gloo" in str(error))

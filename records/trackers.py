@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from runtime.console import attempt
+from records.console import attempt
 
 GROUPS = {"train_acc": "accuracy/train", "test_acc": "accuracy/test", "train_loss": "loss/train",
           "test_loss": "loss/test", "max_batch_loss": "loss/max_batch", "saturated": "saturation/attacked_images",
