@@ -231,9 +231,6 @@ class Config:
     device: str = flag("auto", EXECUTION, "auto is a CUDA GPU if there is one, otherwise the CPU",
                        metavar="auto|cpu|cuda|cuda:N|mps|xpu")
     threads: int = flag(None, EXECUTION, "CPU threads (default: measured at the start)", **whole(1, high=1024))
-    products: str = flag("auto", EXECUTION, "which library multiplies the matrices of linear layers on a CPU; auto: "
-                         "oneDNN where the CPU has AVX-512 and the layer is at least 64 wide, otherwise MKL",
-                         choices=["auto", "mkl", "onednn"])
     compile: str = flag("off", EXECUTION, "compile the network of the training steps with torch.compile",
                         nargs="?", const="on", choices=["on", "off"])
     cuda_graph: bool = flag(True, EXECUTION, "launch the kernels of each step one by one: slower, for comparison",

@@ -13,54 +13,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from flags import IMPLIED
 
 ACTIVATIONS: dict[str, type[nn.Module]] = {
     "relu": nn.ReLU, "gelu": nn.GELU, "leaky_relu": nn.LeakyReLU, "tanh": nn.Tanh}
-
-
-class Products(torch.autograd.Function):
-    """x @ weight.T + bias by oneDNN, forward and backward. x: (N, in), weight: (out, in), bias: (out,), float32."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        return multiply(x, weight, bias)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight = ctx.saved_tensors
-        return (multiply(gradient, weight.t()) if ctx.needs_input_grad[0] else None,
-                multiply(gradient.t(), x.t()), gradient.sum(0))
-
-
-def multiply(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Return a @ b.T + bias by oneDNN, which also takes transposed operands without copying them."""
-    return torch.ops.mkldnn._linear_pointwise(a, b, bias, "none", [], "")
-
-
-class OneDNNLinear(nn.Linear):
-    """nn.Linear that uses oneDNN in training. oneDNN's AVX-512 code is twice as fast as MKL's on AMD.
-
-    In eval mode it is nn.Linear: oneDNN compiles code for each batch size, and a log step has many batch sizes.
-    """
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.training and x.dim() == 2 and len(x) > 0 and x.dtype == torch.float32 and x.device.type == "cpu":
-            return Products.apply(x, self.weight, self.bias)
-        return super().forward(x)
-
-
-def linear(in_features: int, out_features: int, products: str) -> nn.Linear:
-    """Return a linear layer whose matrix products are made as build_model describes."""
-    fast = torch.backends.cpu.get_cpu_capability().startswith("AVX512") and min(in_features, out_features) >= 64
-    # The operator is not part of PyTorch's public interface.
-    available = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-    by_onednn = available and (products == "onednn" or (products == "auto" and fast))
-    return (OneDNNLinear if by_onednn else nn.Linear)(in_features, out_features)
 
 
 class Normalize(nn.Module):
@@ -96,15 +53,15 @@ class MLP(Network):
     """`depth` linear layers; the hidden ones are `width` units wide (Section 4 of the paper: depth 4, width 200)."""
 
     def __init__(self, in_shape: Sequence[int], num_classes: int, depth: int, width: int, activation: type[nn.Module],
-                 batch_norm: bool, products: str, **statistics: Any):
+                 batch_norm: bool, **statistics: Any):
         super().__init__(in_shape, **statistics)
         features = math.prod(in_shape)
         layers: list[nn.Module] = []
         for _ in range(depth - 1):
             norm = [nn.BatchNorm1d(width)] if batch_norm else []
-            layers += [linear(features, width, products), *norm, activation()]
+            layers += [nn.Linear(features, width), *norm, activation()]
             features = width
-        self.layers = nn.Sequential(*layers, linear(features, num_classes, products))
+        self.layers = nn.Sequential(*layers, nn.Linear(features, num_classes))
 
     def encode(self, x: Tensor) -> Tensor:
         return self.layers[0](self.normalize(x).flatten(1))
@@ -119,7 +76,7 @@ class CNN(Network):
     """Five 3x3 convolutions (three of them halve the resolution), the spatial mean, two linear layers."""
 
     def __init__(self, in_shape: Sequence[int], num_classes: int, width: int, activation: type[nn.Module],
-                 batch_norm: bool, products: str, **statistics: Any):
+                 batch_norm: bool, **statistics: Any):
         super().__init__(in_shape, **statistics)
         channels = in_shape[0]
         layers: list[nn.Module] = []
@@ -129,7 +86,7 @@ class CNN(Network):
             channels = out_channels
         self.features = nn.Sequential(*layers)
         self.classifier = nn.Sequential(
-            linear(channels, 4 * width, products), activation(), linear(4 * width, num_classes, products))
+            nn.Linear(channels, 4 * width), activation(), nn.Linear(4 * width, num_classes))
 
     def encode(self, x: Tensor) -> Tensor:
         return self.features[0](self.normalize(x))
@@ -163,7 +120,7 @@ class ResNet18(Network):
     """Pre-activation ResNet-18 with a 3x3 stem; the four stages have width, 2, 4 and 8 times width channels."""
 
     def __init__(self, in_shape: Sequence[int], num_classes: int, width: int, activation: type[nn.Module],
-                 batch_norm: bool, products: str, **statistics: Any):
+                 batch_norm: bool, **statistics: Any):
         super().__init__(in_shape, **statistics)
         self.stem = nn.Conv2d(in_shape[0], width, 3, padding=1)
         blocks, channels = [], width
@@ -174,7 +131,7 @@ class ResNet18(Network):
         self.blocks = nn.Sequential(*blocks)
         self.norm = nn.BatchNorm2d(channels) if batch_norm else nn.Identity()
         self.act = activation()
-        self.classifier = linear(channels, num_classes, products)
+        self.classifier = nn.Linear(channels, num_classes)
 
     def encode(self, x: Tensor) -> Tensor:
         return self.stem(self.normalize(x))
@@ -189,21 +146,17 @@ MODELS: dict[str, Callable[..., Network]] = {"mlp": MLP, "cnn": CNN, "resnet18":
 
 def build_model(name: str, in_shape: Sequence[int], num_classes: int, *, depth: int | None = None,
                 width: int | None = None, activation: str = "relu", batch_norm: bool = False, init_scale: float = 1.0,
-                mean: Sequence[float] | None = None, std: Sequence[float] | None = None,
-                products: str = "mkl") -> Network:
+                mean: Sequence[float] | None = None, std: Sequence[float] | None = None) -> Network:
     """Return a freshly initialised network; the weights come from PyTorch's global random generator.
 
     name: a key of MODELS. in_shape: (C, H, W). depth: number of linear layers, MLP only (default 4). width: hidden
     units (mlp, 200), channels of the first convolution (cnn, 32; resnet18, 16). activation: a key of ACTIVATIONS.
     init_scale: factor on every initial weight and bias; above 1 it delays generalisation (Liu et al. 2023,
     "Omnigrok", arXiv:2210.01117). mean, std: one value for each channel, in pixel units of [0, 1] (default 0 and 1).
-    products: what multiplies the matrices of linear layers in training, in float32 on a CPU: "mkl"; "onednn"; "auto",
-    which is oneDNN where the CPU has AVX-512 and the layer has at least 64 inputs and outputs, and MKL otherwise.
 
-    Raises ValueError for an unknown name, activation or products, a size below 1, or a depth given to another model.
+    Raises ValueError for an unknown name or activation, a size below 1, or a depth given to another model.
     """
-    for what, value, known in (("model", name, MODELS), ("activation", activation, ACTIVATIONS),
-                               ("products", products, ("auto", "mkl", "onednn"))):
+    for what, value, known in (("model", name, MODELS), ("activation", activation, ACTIVATIONS)):
         if value not in known:
             raise ValueError(f"unknown {what} '{value}': choose from {', '.join(known)}")
     if depth is not None and name not in IMPLIED["depth"]:
@@ -215,7 +168,7 @@ def build_model(name: str, in_shape: Sequence[int], num_classes: int, *, depth: 
         raise ValueError(f"a network needs depth >= 2 and width >= 1, not depth {depth} and width {width}")
 
     model = MODELS[name](in_shape, num_classes, activation=ACTIVATIONS[activation], batch_norm=batch_norm, mean=mean,
-                         std=std, products=products, **size)
+                         std=std, **size)
     layers = [module for module in model.modules() if isinstance(module, (nn.Linear, nn.Conv2d))]
     with torch.no_grad():
         for parameter in nn.ModuleList(layers).parameters():
@@ -229,7 +182,7 @@ def from_config(config: Mapping[str, Any], in_shape: Sequence[int], num_classes:
 
     The other arguments and the errors are those of build_model.
     """
-    options = ("depth", "width", "activation", "batch_norm", "init_scale", "products")
+    options = ("depth", "width", "activation", "batch_norm", "init_scale")
     model = build_model(config["model"], in_shape, num_classes, mean=mean, std=std,
                         **{name: config[name] for name in options if name in config})
     return model.to(getattr(torch, config.get("dtype", "float32")))

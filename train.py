@@ -337,8 +337,7 @@ def empty_history(config: Config, args: Config, dataset: data.Dataset, model: to
     n = measure.attacked(config, dataset)
     return {
         "version": history.HISTORY_VERSION, "step": [], "config": dataclasses.asdict(config), "asked": asked(args),
-        "derived": {"attacked": n, "data": print_, "products": "oneDNN" if any(
-            isinstance(module, models.OneDNNLinear) for module in model.modules()) else "MKL"},
+        "derived": {"attacked": n, "data": print_},
         "environment": {**devices.describe(dataset.x_train.device), "processes": distributed.world_size()},
         "sizes": {"train": config.train_size, "test": len(dataset.x_test), "attacked": n,
                   "parameters": sum(p.numel() for p in model.parameters()),

@@ -81,7 +81,7 @@ def random_images(shape: tuple[int, int, int], n: int = 1000) -> data.Dataset:
 
 def plain_network(config: flags.Config, dataset: data.Dataset, device: torch.device) -> torch.nn.Module:
     """Return the network with PyTorch's own linear layers and memory format."""
-    options = {**dataclasses.asdict(config), "products": "mkl"}
+    options = dataclasses.asdict(config)
     return models.from_config(options, dataset.x_test.shape[1:], 10, dataset.mean, dataset.std).to(device)
 
 

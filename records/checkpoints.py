@@ -16,7 +16,7 @@ from records.files import CHECKPOINT_PATTERN, ROLLING_NAME, write_atomically
 from records.history import HISTORY_NAME, forget_after, read_history
 
 # Flags that do not change what is computed, but how, and with it the last bits of the results.
-ROUNDING = ("device", "threads", "products", "compile", "eval_batch_size")
+ROUNDING = ("device", "threads", "compile", "eval_batch_size")
 
 
 def save_checkpoint(folder: str | Path, state: dict, keep: str | int = "all") -> Path:

@@ -47,8 +47,8 @@ class Console:
         compiled = ", compiled by torch.compile" if config["compile"] == "on" else ""
         branch = self.history.get("branch")
         parent = f"branch   from step {branch['step']:,}, {branch['of']}\n" if branch else ""
-        threads = (f"\nthreads  {derived['threads']} in training, {derived['eval_threads']} in log steps; "
-                   f"matrix products by {derived['products']}") if config["device"] == "cpu" else ""
+        threads = f"\nthreads  {derived['threads']} in training, {derived['eval_threads']} in log steps" * (
+            config["device"] == "cpu")
         self.note(
             f"model    {config['model']}{depth} width {config['width']} {config['activation']}{norm}: "
             f"{sizes['parameters']:,} parameters\n"

@@ -64,8 +64,8 @@ mnist_train10000        VARIED --train_size=10000
 mnist_train10000_exact  VARIED --train_size=10000 --loss=exact_ce
 mnist_width20           VARIED --width=20
 mnist_width20_exact     VARIED --width=20 --loss=exact_ce
-mnist_width1000         VARIED --width=1000 --products=onednn
-mnist_width1000_exact   VARIED --width=1000 --products=onednn --loss=exact_ce
+mnist_width1000         VARIED --width=1000
+mnist_width1000_exact   VARIED --width=1000 --loss=exact_ce
 mnist_gelu              VARIED --activation=gelu
 mnist_gelu_exact        VARIED --activation=gelu --loss=exact_ce
 mnist_leaky_relu        VARIED --activation=leaky_relu
@@ -125,7 +125,7 @@ one() {
     folder=$DATA
     [[ $flags == *=imagefolder* ]] && folder=$DATA/cifar10-images
     # shellcheck disable=SC2086  # the flags are several words
-    "$PYTHON" train.py --threads=1 --products=mkl $flags --data_dir="$folder" \
+    "$PYTHON" train.py --threads=1 $flags --data_dir="$folder" \
         --log_dir="$RUNS/$name/logs" --save_dir="$RUNS/$name/checkpoints" --resume --quiet &&
         "$PYTHON" -c 'import sys; from records.history import *; write_history(sys.argv[2], read_history(sys.argv[1]))' \
             "$RUNS/$name/logs/training_history.json" "results/$name.json" && echo "$name is complete"

@@ -32,8 +32,7 @@ def pytest_collection_modifyitems(items):
 
 
 SMALL = ["--dataset=digits", "--width=16", "--adv_size=20", "--lc_samples=8", "--lc_directions=4", "--epsilons=0.1",
-         "--pgd_steps=2", "--robust_budget=low", "--log_points=6", "--threads=1", "--products=mkl", "--no_plot",
-         "--device=cpu"]
+         "--pgd_steps=2", "--robust_budget=low", "--log_points=6", "--threads=1", "--no_plot", "--device=cpu"]
 
 
 def command(*flags, script="train.py"):

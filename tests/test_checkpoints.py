@@ -224,8 +224,8 @@ def test_where_and_how_a_run_is_computed_may_change_and_a_flag_that_is_missing_h
 
 
 @pytest.mark.parametrize("flags, said", [
-    ({"threads": 2}, "--threads was 1, is 2: the last bits"), ({"compile": "on"}, "--compile was off, is on: the last"),
-    ({"products": "mkl", "device": "cpu"}, "--device was auto, is cpu; --products was auto, is mkl: the last bits"),
+    ({"threads": 2}, "--threads was 1, is 2: the last bits"),
+    ({"compile": "on", "device": "cpu"}, "--compile was off, is on; --device was auto, is cpu: the last bits"),
     ({"n_steps": 200}, "--n_steps was 100, is 200: later log points")])
 def test_what_changes_the_results_a_little_is_noted(tmp_path, flags, said):
     notes = []

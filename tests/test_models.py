@@ -4,9 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
-import models
 from models import ACTIVATIONS, MODELS, build_model, from_config, load_network
 
 SHAPES = {"digits": (1, 8, 8), "mnist": (1, 28, 28), "colour": (3, 40, 40)}
@@ -124,7 +122,6 @@ def test_init_scale_multiplies_the_initial_weights(name):
     ("mlp", {"depth": 1}, "depth 1"),
     ("mlp", {"width": 0}, "width 0"),
     ("cnn", {"depth": 3}, "depth can be chosen for the mlp only"),
-    ("mlp", {"products": "blas"}, "unknown products 'blas'"),
 ])
 def test_wrong_options_are_named(name, options, says):
     with pytest.raises(ValueError, match=says):
@@ -142,7 +139,7 @@ def checkpoint_of(**config):
 
 
 @pytest.mark.parametrize("config", [{}, {"batch_norm": True, "dtype": "float64"}, {"model": "cnn", "depth": None},
-                                    {"model": "resnet18", "depth": None, "batch_norm": True, "products": "auto"}])
+                                    {"model": "resnet18", "depth": None, "batch_norm": True}])
 def test_a_checkpoint_gives_its_network_back(config):
     model, checkpoint = checkpoint_of(**config)
     found = load_network(checkpoint)
@@ -193,71 +190,3 @@ def test_weights_that_are_not_plain_tensors_are_refused(damage):
     state["layers.0.weight"] = damage(state["layers.0.weight"])
     with pytest.raises(ValueError, match="do not fit"):
         load_network(checkpoint)
-
-
-# ---- matrix products by oneDNN
-
-class Counter(TorchDispatchMode):
-    """Counts the products by oneDNN in its block."""
-
-    def __enter__(self):
-        self.made = 0
-        return super().__enter__()
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.made += "_linear_pointwise" in str(function)
-        return function(*args, **(kwargs or {}))
-
-
-def mlp(products):
-    torch.manual_seed(0)
-    return build_model("mlp", (1, 8, 8), 10, width=64, depth=3, products=products)
-
-
-def gradients_of(model, x):
-    return torch.autograd.grad(model(x).square().sum(), list(model.parameters()))
-
-
-onednn = pytest.mark.skipif(not hasattr(torch.ops.mkldnn, "_linear_pointwise"), reason="this PyTorch has no operator")
-
-
-@onednn
-def test_products_by_onednn_are_as_exact_as_pytorchs():
-    ours, usual, exact = mlp("onednn"), mlp("mkl"), mlp("mkl").double()
-    assert ours.state_dict().keys() == usual.state_dict().keys()
-    assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), usual.parameters(), strict=True))
-    for n in (1, 50):
-        x = torch.rand(n, 1, 8, 8, generator=torch.Generator().manual_seed(1))
-        with Counter() as counter:
-            found = gradients_of(ours, x)
-        assert counter.made == 3 * 3 - 1  # the images need no gradient
-        for a, b, truth in zip(found, gradients_of(usual, x), gradients_of(exact, x.double()), strict=True):
-            assert (a - truth).norm() <= 3 * (b - truth).norm() + 1e-6 * truth.norm()
-
-
-@onednn
-def test_log_steps_and_what_is_not_float32_rows_go_to_pytorch():
-    model, x = mlp("onednn"), torch.rand(5, 1, 8, 8)
-    layer = model.layers[2]
-    with Counter() as counter:
-        assert torch.equal(model.eval()(x), mlp("mkl")(x))
-        model.train()
-        layer(torch.rand(2, 3, 64)), layer(torch.rand(0, 64)), model.double()(x.double())
-    assert counter.made == 0
-
-
-@pytest.mark.parametrize("capability, products, fast", [
-    ("AVX2", "auto", 0), ("AVX512", "auto", 2), ("AVX512_AMX", "auto", 2), ("AVX512", "mkl", 0), ("AVX2", "onednn", 3)])
-@onednn
-def test_onednn_is_taken_by_a_fixed_rule(monkeypatch, capability, products, fast):
-    """64 -> 64 -> 64 -> 10: with auto the last layer is too narrow."""
-    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
-    kinds = [type(layer) for layer in mlp(products).layers if isinstance(layer, nn.Linear)]
-    assert kinds == [models.OneDNNLinear] * fast + [nn.Linear] * (3 - fast)
-    assert type(build_model("mlp", (1, 8, 7), 10, depth=2, products="auto").layers[0]) is nn.Linear
-    assert type(from_config({"model": "mlp"}, (1, 8, 8), 10).layers[0]) is nn.Linear  # mkl is a library's default
-
-
-def test_a_pytorch_without_the_operator_multiplies_as_usual(monkeypatch):
-    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
-    assert all(type(layer) is not models.OneDNNLinear for layer in mlp("onednn").layers)
