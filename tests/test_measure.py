@@ -55,7 +55,7 @@ def test_the_losses_are_those_that_training_minimises(small):
         assert row["train_loss"] == pytest.approx(expected, rel=1e-5)
         assert row["train_acc"] == 39 / 40 and row["outcomes"]["test"] == "7ffff"
     assert list(row) == ["train_loss", "train_acc", "train_saturated", "test_loss", "test_acc", "outcomes", "adv_acc",
-                         "robust_acc", "saturated", "zero_gradient", "local_complexity", "weight_norm"]
+                         "rounding", "robust_acc", "saturated", "zero_gradient", "local_complexity", "weight_norm"]
 
 
 def test_an_attack_that_begins_at_the_image_and_the_images_that_it_cannot_leave(small):
@@ -74,6 +74,69 @@ def test_an_attack_that_begins_at_the_image_and_the_images_that_it_cannot_leave(
     assert 0 < zero[0] < zero[-1] < 20 and row["zero_gradient"] == zero[0] / 20
     right = model(point).argmax(1) == y
     assert row["adv_acc"]["0.2"] == right.sum().item() / 20 and row["outcomes"]["adv"]["0.2"] == measure.hex_of(right)
+
+
+class Scaled(torch.nn.Module):
+    """Some network with its logits times a factor: the same predictions, and a softmax that rounds."""
+
+    def __init__(self, network, factor):
+        super().__init__()
+        self.network, self.factor = network, factor
+
+    def forward(self, x):
+        return self.factor * self.network(x)
+
+
+@pytest.fixture(scope="module")
+def trained():
+    """digits and a network of plain PyTorch that has learned them."""
+    dataset = data.load_dataset("digits")
+    torch.manual_seed(0)
+    network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 64), torch.nn.ReLU(), torch.nn.Linear(64, 10))
+    optimizer = torch.optim.Adam(network.parameters(), lr=0.01)
+    for _ in range(150):
+        optimizer.zero_grad()
+        F.cross_entropy(network(dataset.x_train / 255), dataset.y_train).backward()
+        optimizer.step()
+    return network, dataset
+
+
+@pytest.mark.parametrize("factor, least, most", [(1, 0, 0.02), (100, 0.3, 1)])
+def test_rounding_is_what_the_same_attack_finds_on_the_exact_objective(trained, factor, least, most):
+    network, dataset = trained
+    model, wrong = Scaled(network, factor), 1 - torch.eye(10)
+    config, row = row_of((model, dataset), adv_size=200, pgd_steps=10, epsilons=[0.05, 0.15], eval_batch_size=64,
+                         robust_budget="default")
+    probes = measure.draw_probes(config, dataset)
+    x, y = probes.images, probes.labels
+
+    def withstands(epsilon, loss_of):
+        """Plain PGD: ten steps of a quarter of epsilon, the last iterate."""
+        point = (x + epsilon * probes.starts[0]).clamp(0, 1)
+        for _ in range(10):
+            point.requires_grad_()
+            gradient, = torch.autograd.grad(loss_of(model(point)), point)
+            point = (point.detach() + epsilon / 4 * gradient.sign()).clamp(x - epsilon, x + epsilon).clamp(0, 1)
+        return model(point).argmax(1) == y
+
+    def bits(text):
+        return torch.tensor([int(bit) for digit in text for bit in f"{int(digit, 16):04b}"]).bool()
+
+    for key, epsilon in (("0.05", 0.05), ("0.15", 0.15)):
+        adv = withstands(epsilon, lambda logits: F.cross_entropy(logits, y, reduction="sum"))
+        exact = withstands(epsilon, lambda logits: (
+            (logits + wrong[y].log()).logsumexp(1) - logits.gather(1, y[:, None])[:, 0]).sum())
+        assert row["adv_acc"][key] == pytest.approx(adv.float().mean().item(), abs=0.01)
+        assert row["rounding"][key] == pytest.approx((adv & ~exact).float().mean().item(), abs=0.01)
+        kept, rounded = (bits(row["outcomes"][name][key]) for name in ("adv", "rounding"))
+        assert row["rounding"][key] == rounded.sum().item() / 200 and not (rounded & ~kept).any()
+        # What is left withstands both attacks: robust_acc, and what only a stronger attack finds.
+        radii = torch.tensor([ord(text) - 48 for text in row["outcomes"]["robust"]])
+        robust = radii > 1 + config.epsilons.index(epsilon)
+        assert (robust & ~(kept & ~rounded)).sum() <= 2
+        found = (kept & ~rounded & ~robust).sum().item() / 200
+        assert row["adv_acc"][key] == pytest.approx(row["rounding"][key] + found + row["robust_acc"][key], abs=0.01)
+    assert least <= row["rounding"]["0.15"] <= most
 
 
 def test_a_layer_with_a_pre_activation_that_is_not_a_number_has_no_mean(small):

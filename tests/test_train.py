@@ -61,7 +61,7 @@ def test_history_has_equal_columns_and_says_how_it_was_made(digits_run):
     for name in COLUMNS:
         assert len(history[name]) == 8, name
     grid = ["0.03", "0.06", "0.1", "0.13", "0.16", "0.2"]
-    for name in ("adv_acc", "robust_acc"):
+    for name in ("adv_acc", "robust_acc", "rounding"):
         assert list(history[name]) == grid
         assert all(len(column) == 8 for column in history[name].values())
     for kind in ("train", "test", "random"):
@@ -213,18 +213,19 @@ def test_seeds_differ_by_purpose_and_number():
 def test_the_gap_between_the_measures_is_explained_beyond_five_points():
     config = argparse.Namespace(loss="ce")
     row = {"adv_acc": {"0.1": 0.55, "0.2": 0.50}, "robust_acc": {"0.1": 0.52, "0.2": 0.10}, "saturated": 0.3,
-           "zero_gradient": 0.0, "train_saturated": 0.5}
-    said = "40 points at epsilon 0.2: on 30% of the images the softmax rounds to exactly 1"
-    assert list(remarks(row, config)) == ["attack saturated"] and said in remarks(row, config)["attack saturated"]
-    assert list(remarks({**row, "saturated": 0.0}, config)) == ["stronger attack"]
+           "rounding": {"0.1": 0.01, "0.2": 0.38}, "zero_gradient": 0.0, "train_saturated": 0.5}
+    said = "at epsilon 0.2 adv_acc exceeds robust_acc by 40 points: 38 are rounding"
+    assert list(remarks(row, config)) == ["rounding"] and said in remarks(row, config)["rounding"]
+    row["rounding"]["0.2"] = 0.02  # most images saturated or not: what is measured decides
+    assert "38 are found by a stronger attack" in remarks({**row, "saturated": 1.0}, config)["stronger attack"]
     row["robust_acc"]["0.2"] = 0.46
     assert remarks(row, config) == {}
     assert list(remarks({**row, "zero_gradient": 0.02}, config)) == ["zero gradient"]
 
 
 def test_saturated_training_is_explained_for_the_loss_that_suffers_from_it():
-    row = {"adv_acc": {"0.1": 0.5}, "robust_acc": {"0.1": 0.5}, "saturated": 0.0, "zero_gradient": 0.0,
-           "train_saturated": 0.51}
+    row = {"adv_acc": {"0.1": 0.5}, "robust_acc": {"0.1": 0.5}, "rounding": {"0.1": 0.0},
+           "saturated": 0.0, "zero_gradient": 0.0, "train_saturated": 0.51}
     said = remarks(row, argparse.Namespace(loss="ce"))
     assert list(said) == ["training saturated"]
     assert "51% of the training images" in said["training saturated"]
@@ -256,9 +257,9 @@ def test_a_saturated_run_says_so_once_and_records_it(tmp_path, capsys):
     # Weights this large saturate the softmax from the start.
     run_here(tmp_path, *SMALL, "--n_steps=40", "--init_scale=30", "--adv_size=100", "--epsilons=0.02,0.05,0.1")
     history = history_of(tmp_path)
-    assert " ".join(capsys.readouterr().out.split()).count("the softmax rounds to exactly 1") == 1
-    assert sum("rounds to exactly 1" in warning["text"] for warning in history["warnings"]) == 1
-    assert history["saturated"][-1] > 0.5
+    assert " ".join(capsys.readouterr().out.split()).count("are rounding") == 1
+    assert [warning["kind"] for warning in history["warnings"]].count("rounding") == 1
+    assert history["saturated"][-1] > 0.5 and history["rounding"]["0.1"][-1] > 0.1
 
 
 @pytest.mark.parametrize("seconds, best", [({1: 8, 2: 4, 4: 1, 6: 3}, 4), ({1: 1, 2: 60, 4: 60, 6: 60}, 1),
