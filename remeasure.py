@@ -16,14 +16,11 @@ signal n.
 import argparse
 import contextlib
 import dataclasses
-import functools
-import itertools
 import math
 import runpy
-import shutil
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +30,7 @@ from flags import EXPERIMENT, MEASUREMENT, SCHEDULE, Config, flags_of, history_k
 DATA = frozenset({"dataset", "train_size", "label_noise", "image_size", "modulus", "train_fraction", "seed"})
 MACHINE = frozenset({"data_dir", "device", "threads", "eval_batch_size", "quiet"})
 ASKED_HERE = (flags_of(MEASUREMENT) - SCHEDULE) | DATA | MACHINE
-# What a checkpoint of a log step holds and measuring it again does not change.
-PART = ".remeasure-part-"  # folders of other processes; what a killed command left there, the same command takes over
+# Columns that a log step's checkpoint holds and that measuring it again does not change.
 KNOWN = ("train_loss", "train_acc", "train_saturated", "test_loss", "test_acc", "weight_norm", "max_batch_loss")
 Row = dict[str, Any]
 
@@ -44,7 +40,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = flags.OneLineParser(
         prog="remeasure.py", allow_abbrev=False, description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="What is not given is as in the run, or as --help of train.py says for --network.")
+        epilog="Omitted flags default to the run's; with --network, to train.py's.")
     parser.add_argument("paths", nargs="*", metavar="PATH",
                         help="checkpoints, folders of checkpoints, or folders of runs (with checkpoints/ in them)")
     parser.add_argument("--every", type=flags.number(int, low=1), default=1, metavar="N",
@@ -53,8 +49,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
                         help="measure the checkpoints of these steps")
     parser.add_argument("--log_dir", type=flags.parse_folder, default="remeasured", metavar="DIR",
                         help="folder of the history (default remeasured)")
-    parser.add_argument("--processes", type=flags.number(int, low=1), metavar="N",
-                        help="checkpoints at a time (default: one on each core or GPU)")
     parser.add_argument("--network", metavar="FILE.py:FUNCTION", help="measure the network that FUNCTION() of FILE.py "
                         "returns: a torch.nn.Module from images in [0, 1] to logits. The file is run")
     parser.add_argument("--weights", metavar="FILE", help="state dict for --network, a .pt or .safetensors file")
@@ -82,8 +76,9 @@ import data
 import local_complexity
 import measure
 import train
+from analysis.statistics import interpolation_of
 from compute import device as devices
-from compute import distributed, pool, signals
+from compute import signals
 from records import checkpoints, files, history
 from records.console import Console
 from records.run import fail, history_of
@@ -139,15 +134,16 @@ def chosen(found: list[Path], every: int, steps: list[int] | None) -> dict[int, 
 class Remeasured:
     """The checkpoints of one run, and the history that is made of them.
 
-    rows: {step: row} of what is measured; kept in order in self.file after each addition. Raises ValueError or OSError,
-    in one line, if the data cannot be had or are not those of the run.
+    first: the first checkpoint. own: the run's own history, {} if it is not at hand. rows: {step: row} of what is
+    measured; kept in order in self.file after each addition. Raises ValueError or OSError, in one line, if the data
+    cannot be had or are not those of the run.
     """
 
-    def __init__(self, args: argparse.Namespace, first: dict, threads: int):
-        given, self.first = flags_given(args), first
+    def __init__(self, args: argparse.Namespace, first: dict, own: dict):
+        given, self.first, self.own = flags_given(args), first, own
         was = {name: value for name, value in first["config"].items() if name in flags.FIELDS}
         device = devices.choose_device(given.get("device", "auto"))
-        here = {"device": "auto", "threads": threads, "quiet": False, "eval_batch_size": None, "compile": "off"}
+        here = {"device": "auto", "threads": None, "quiet": False, "eval_batch_size": None, "compile": "off"}
         wanted = Config(**{**was, **here, **given, "log_dir": args.log_dir})
         devices.check_dtype(device, wanted.dtype)
         dataset = data.from_config(dataclasses.asdict(wanted))
@@ -161,8 +157,11 @@ class Remeasured:
         self.probes = measure.draw_probes(self.config, self.dataset)
         self.empty = train.empty_history(self.config, wanted, dataset, self.model, print_)
         self.empty["asked"] = sorted({*first.get("asked", []), *given.keys() & flags_of(MEASUREMENT)})
-        self.empty["derived"] |= {"threads": threads, "eval_threads": threads}
-        torch.set_num_threads(threads)
+        if own:  # it may have begun before the first of these checkpoints
+            start = interpolation_of(own)
+            self.empty["interpolation"] = None if start is None else own["step"][start]
+        self.empty["derived"] |= train.choose_threads(self.config, self.model, self.dataset, None)
+        torch.set_num_threads(self.empty["derived"]["eval_threads"])
         self.file = history.HistoryFile(Path(args.log_dir) / history.HISTORY_NAME)
         self.rows: dict[int, Row] = {}
 
@@ -174,21 +173,16 @@ class Remeasured:
                 and rows_of(record).get(self.first["step"], self.first)["seconds"] == self.first["seconds"])
 
     def take_over(self, note: Callable) -> None:
-        """Take over what was measured before, here or in the folders of other processes, which are then removed; move
-        aside what was measured with other flags."""
-        folder = self.file.path.parent
-        for place in (folder, *folder.glob(f"{PART}*")):
-            record = None
-            with contextlib.suppress(FileNotFoundError):
-                record = history.read_history(place / history.HISTORY_NAME)
-            mine = record is None or self.is_mine(record)
-            if record and mine:
-                self.add(rows_of(record))
-            elif record and place == folder:
-                (moved,) = files.move_aside(folder)
-                note(f"measurements of another run or with other flags are now in {moved}")
-            if mine and place != folder:
-                shutil.rmtree(place, ignore_errors=True)
+        """Take over what was measured before, or move it aside if it is of another run or was made with other flags."""
+        try:
+            record = history.read_history(self.file.path)
+        except FileNotFoundError:
+            return
+        if self.is_mine(record):
+            self.add(rows_of(record))
+        else:
+            (moved,) = files.move_aside(self.file.path.parent)
+            note(f"measurements of another run or with other flags are now in {moved}")
 
     def measured(self, path: Path, progress: measure.Progress) -> Row:
         """Return the row of a checkpoint. ValueError, in one line, if it is damaged or of another run."""
@@ -198,8 +192,8 @@ class Remeasured:
             raise ValueError(f"{path} is of another run: {'; '.join(other)}")
         checkpoints.load_weights(self.model, state, path)
         row = {name: state[name] for name in KNOWN if name in state}
-        known_outcomes = test_outcomes(history_of(path, state["config"]))
-        outcomes = known_outcomes.get((state["step"], state["seconds"]))
+        k, right = index_of(state, self.own), self.own.get("outcomes", {}).get("test")
+        outcomes = right[k] if right and k is not None else None
         metrics = [metric for metric in measure.METRICS if metric not in (measure.clean, measure.weight_norm)]
         if len(row) < len(KNOWN) or outcomes is None:
             row, metrics = {"max_batch_loss": state.get("largest_loss", math.nan)} | row, list(measure.METRICS)
@@ -228,20 +222,27 @@ def rows_of(record: dict) -> dict[int, Row]:
     return {row["step"]: row for row in map(history.with_nan, history.rows_of(record))}
 
 
-@functools.cache
-def test_outcomes(path: Path | None) -> dict[tuple, str]:
-    """Return {(step, seconds): which test images the network had right} from a run's own history, if it is sound."""
-    with contextlib.suppress(ValueError, FileNotFoundError, LookupError):
-        return {(row["step"], row["seconds"]): row["outcomes"]["test"] for row in history.rows_of(
-            history.read_history(path or ""))}
+def own_history(paths: Iterable[Path], first: dict) -> dict:
+    """Return the history of the run of these checkpoints, {} if it is not found near them or is damaged."""
+    for path in filter(None, dict.fromkeys(history_of(path, first["config"]) for path in paths)):
+        with contextlib.suppress(ValueError, OSError):
+            own = history.read_history(path)
+            if index_of(first, own) is not None:
+                return own
     return {}
 
 
-def measure_here(run: Remeasured, todo: dict[int, Path], note: Callable) -> tuple[list[str], int]:
-    """Measure checkpoints in this process; return those that could not be, and the signal that stopped it or 0."""
+def index_of(state: dict, own: dict) -> int | None:
+    """Return the index of a checkpoint's log point in a history. Two runs never take the same time."""
+    known = zip(own.get("step", []), own.get("seconds", []), strict=True)
+    return next((k for k, pair in enumerate(known) if pair == (state["step"], state["seconds"])), None)
+
+
+def measure_all(run: Remeasured, todo: dict[int, Path], note: Callable) -> tuple[list[str], int]:
+    """Measure checkpoints; return those that could not be, and the signal that ended it or 0."""
     failed = []
     with (signals.Stop(can_interrupt=True) as stop,
-          tqdm(todo.items(), unit="checkpoint", disable=True if run.config.quiet else None) as bar):
+          tqdm(todo.items(), unit="checkpoint", disable=True if run.config.quiet or not todo else None) as bar):
         for step, path in bar:
             def progress(what: str, share: float, step: int = step) -> None:
                 bar.set_postfix_str(f"step {step}, {what} {100 * share:.0f}%")
@@ -256,59 +257,26 @@ def measure_here(run: Remeasured, todo: dict[int, Path], note: Callable) -> tupl
                 note(f"{error}; passed over")
                 continue
             run.add({step: row})
-            if stop.signal or distributed.orphaned():
+            if stop.signal:
                 break
     return failed, stop.signal
 
 
-def measure_in_processes(run: Remeasured, todo: dict[int, Path], argv: list[str], places: list[str],
-                         threads: int) -> int:
-    """Measure checkpoints in as many processes as there are places; return the signal that stopped them or 0. Each
-    process is this command for a part of the steps, with a folder of its own."""
-    parts = (run.file.path.parent / f"{PART}{k}" for k in itertools.count())
-    free = (part for part in parts if not part.exists())
-    jobs = []
-    for i, part in zip(range(len(places)), free, strict=False):
-        steps = list(todo)[i::len(places)]
-        command = [sys.executable, __file__, *argv, f"--log_dir={part}", f"--steps={','.join(map(str, steps))}",
-                   "--every=1", "--processes=1", f"--threads={threads}", "--quiet"]
-        jobs.append(pool.Job(f"part {i + 1} of {len(places)}", command, part / "output.txt",
-                             functools.partial(share, part, len(steps))))
-    return pool.run_jobs(jobs, places, threads)[1]
-
-
-def share(part: Path, n: int) -> float:
-    with contextlib.suppress(ValueError, OSError):
-        return len(history.read_history(part / history.HISTORY_NAME)["step"]) / n
-    return 0.0
-
-
-def measure_run(args: argparse.Namespace, argv: list[str]) -> int:
+def measure_run(args: argparse.Namespace) -> int:
     """Measure the checkpoints that the command line names; return the exit status."""
-    given = flags_given(args)
     found = chosen(find_checkpoints(args.paths), args.every, args.steps)
     first = first_sound(list(found.values()))
     for path in found.values():
         own = history_of(path, first["config"])
         if own and own.parent.resolve() == Path(args.log_dir).resolve():
             raise ValueError(f"--log_dir={args.log_dir} holds the run's own history: choose another folder")
-    places = pool.places(given.get("device", "auto"), given.get("threads"))
-    places = places[:min(len(found), args.processes or len(found))]
-    threads = given.get("threads") or max(1, devices.cpu_count() // len(places))
-    run = Remeasured(args, first, threads)
+    run = Remeasured(args, first, own_history(found.values(), first))
     console = Console(run.empty, quiet=run.config.quiet)
     locks = files.FolderLocks(args.log_dir, args.log_dir)
     run.take_over(console.note)
     todo = {step: path for step, path in found.items() if step not in run.rows}
     console.note(f"{len(found)} checkpoints, {len(found) - len(todo)} of them measured already")
-    failed: list[str] = []
-    stopped_by = 0
-    if len(places) > 1 and len(todo) > 1:
-        stopped_by = measure_in_processes(run, todo, argv, places[:len(todo)], threads)
-        run.take_over(console.note)
-        todo = {step: path for step, path in todo.items() if step not in run.rows}
-    if todo and not stopped_by:  # what a process passed over is named here
-        failed, stopped_by = measure_here(run, todo, console.note)
+    failed, stopped_by = measure_all(run, todo, console.note)
     locks.release()
     if stopped_by:
         console.note(f"stopped by {signal.Signals(stopped_by).name}; continue with the same command")
@@ -428,11 +396,10 @@ def measure_network(args: argparse.Namespace) -> int:
 def main(argv: list[str] | None = None) -> int:
     """Run a command line of remeasure.py; return the exit status."""
     signals.open_streams()
-    argv = sys.argv[1:] if argv is None else argv
     args = parse_args(argv)
     devices.set_precision()
     try:
-        return measure_network(args) if args.network else measure_run(args, argv)
+        return measure_network(args) if args.network else measure_run(args)
     except (ValueError, OSError) as error:
         return fail(error, 2, "remeasure.py")
     except (MemoryError, RuntimeError) as error:

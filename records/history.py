@@ -17,7 +17,8 @@ from records.files import append_line, write_atomically
 HISTORY_NAME = "training_history.json"
 HISTORY_VERSION = 1
 # What a history holds apart from its columns.
-BESIDE = {"version", "config", "asked", "derived", "environment", "sizes", "layers", "warnings", "branch"}
+BESIDE = {"version", "config", "asked", "derived", "environment", "sizes", "layers", "warnings", "branch",
+          "interpolation"}
 ALWAYS_KNOWN = {"step", "epoch", "train_acc", "test_acc", "seconds"}
 COLUMNS = {*ALWAYS_KNOWN, "train_loss", "test_loss", "adv_acc", "robust_acc", "local_complexity", "weight_norm"}
 

@@ -87,5 +87,5 @@ def history_of(folder):
 
 def columns(folder):
     """Return what a repeated or resumed run has to repeat of the history."""
-    beside = ("config", "asked", "derived", "environment", "seconds")
+    beside = ("config", "asked", "derived", "environment", "seconds", "interpolation")
     return {key: value for key, value in history_of(folder).items() if key not in beside}

@@ -14,9 +14,9 @@ import attacks
 import data
 import models
 import remeasure
-from records.history import read_history
+from records.history import read_history, write_history
 
-OWN = ["--processes=1", "--threads=1", "--device=cpu"]
+OWN = ["--threads=1", "--device=cpu"]
 NETWORK = """
 import torch
 from torch import nn
@@ -107,18 +107,25 @@ def test_chosen_checkpoints(run, flags, positions):
     assert measured(run, *flags, "--lc_samples=0")["step"] == [steps[k] for k in positions]
 
 
+def test_interpolation_is_the_runs_own(run):
+    path = run / "logs" / "training_history.json"
+    own = {**history_of(run), "train_acc": [0.1, 0.5, 0.98, 0.99, 1, 1]}
+    write_history(path, own)
+    assert measured(run, "--steps=0,300")["interpolation"] == own["step"][3]
+    write_history(path, {**own, "train_acc": [0.1] * 6})
+    assert measured(run, "--steps=300")["interpolation"] is None
+
+
 def test_continued_and_moved_aside(run, capsys):
     measured(run, "--steps=0,300")
     capsys.readouterr()
     every = measured(run)
     assert "6 checkpoints, 2 of them measured already" in capsys.readouterr().out
     assert every["step"] == history_of(run)["step"]
-    keep = run.parent / "remeasured" / "part-1-data"  # not ours
-    keep.mkdir()
     other = measured(run, "--steps=300", "--epsilons=0.3")
     assert list(other["adv_acc"]) == ["0.3"] and "are now in" in capsys.readouterr().out
     (aside,) = (run.parent / "remeasured").glob("earlier-*")
-    assert read_history(aside / "training_history.json") == every and keep.is_dir()
+    assert read_history(aside / "training_history.json") == every
 
 
 def test_checkpoints_next_to_the_measurements_stay(run):
@@ -127,18 +134,6 @@ def test_checkpoints_next_to_the_measurements_stay(run):
         assert remeasure.main([str(run), f"--log_dir={run / 'checkpoints'}", "--steps=300", f"--adv_size={size}",
                                *OWN]) == 0
     assert sorted(path.name for path in (run / "checkpoints").glob("*.pt")) == names
-
-
-def test_parts_of_a_killed_command_are_for_the_same_command_again(run):
-    made = run.parent / "remeasured"
-    for k, flags in enumerate((["--steps=0", "--epsilons=0.3"], ["--steps=1"])):
-        measured(run, *flags)
-        (made / f".remeasure-part-{k}").mkdir()
-        for path in made.glob("training_history.*"):
-            path.rename(made / f".remeasure-part-{k}" / path.name)
-    assert measured(run, "--steps=300")["step"] == [1, 300] and (made / ".remeasure-part-0").is_dir()
-    assert measured(run, "--steps=300", "--epsilons=0.3")["step"] == [0, 300]
-    assert not list(made.glob(".remeasure-part-*"))
 
 
 def test_log_steps_that_are_not_finite(tmp_path):
@@ -171,19 +166,6 @@ def test_ctrl_c_keeps_what_is_done(run, monkeypatch, capsys):
     assert len(partial["step"]) == 2 and "stopped by SIGINT; continue with the same command" in capsys.readouterr().out
     whole = measured(run)
     assert whole["step"] == history_of(run)["step"] and [len(new) for new in rows[2:]] == [2, 1, 1, 1, 1]
-
-
-def test_in_processes_as_in_one(run, monkeypatch, capsys):
-    alone = measured(run)
-    made = run.parent / "several"
-    damaged = run / "checkpoints" / "checkpoint_epoch_0000009_step_000000200.pt"
-    damaged.write_bytes(b"not a checkpoint")
-    monkeypatch.setattr("compute.device.cpu_count", lambda: 2)
-    assert remeasure.main([str(run), f"--log_dir={made}", "--threads=1", "--device=cpu"]) == 1
-    several = read_history(made / "training_history.json")
-    assert several["robust_acc"] == alone["robust_acc"] and several["step"] == alone["step"]
-    assert f"{damaged} is damaged or not a checkpoint; passed over" in capsys.readouterr().out
-    assert not list(made.glob(".remeasure-part-*"))
 
 
 def test_damaged_and_foreign_checkpoints_are_named(run, tmp_path, capsys):
