@@ -5,19 +5,23 @@ import datetime
 import errno
 import os
 import secrets
-import warnings
-from collections.abc import Iterator
+import sys
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO
 
-import filelock
+if sys.platform == "win32":
+    import msvcrt
+else:
+    import fcntl
 
 HISTORY_PATTERN = "training_history.*"  # the history, its rows and its figures
-TRACKED = ("tensorboard", "wandb_id")  # what trackers keep in the folder of the history
+TRACKED = ("tensorboard/events.out.*", "wandb_id")  # what trackers keep in the folder of the history
 CHECKPOINT_PATTERN = "checkpoint_epoch_*.pt"
 ROLLING_NAME = "rolling.pt"
 LOCK_NAME = ".lock"
-# How a file system says that it has no locks or does not sync folders.
+# How a file system says that it has no locks or does not sync files or folders.
 NOT_SUPPORTED = {errno.ENOSYS, errno.ENOLCK, errno.EINVAL, errno.EOPNOTSUPP, errno.ENOTSUP}
 FULL_DISK = {errno.ENOSPC, errno.EDQUOT}
 
@@ -47,7 +51,18 @@ def append_line(path: Path, line: bytes) -> None:
 def write_through(file: IO[bytes], content: bytes | memoryview) -> None:
     file.write(content)
     file.flush()
-    os.fsync(file.fileno())
+    supported(os.fsync, file.fileno())
+
+
+def supported(system_call: Callable, descriptor: int) -> bool:
+    """Make a system call on an open file or folder; return False if its file system does not have it."""
+    try:
+        system_call(descriptor)
+        return True
+    except OSError as error:
+        if error.errno not in NOT_SUPPORTED:
+            raise
+        return False
 
 
 def sync_folder(folder: Path) -> None:
@@ -56,10 +71,7 @@ def sync_folder(folder: Path) -> None:
         with naming(folder):
             descriptor = os.open(folder, os.O_DIRECTORY)
             try:
-                os.fsync(descriptor)
-            except OSError as error:  # some network file systems do not sync folders
-                if error.errno not in NOT_SUPPORTED:
-                    raise
+                supported(os.fsync, descriptor)
             finally:
                 os.close(descriptor)
 
@@ -74,24 +86,35 @@ def naming(path: str | Path) -> Iterator[None]:
 
 
 class FolderLocks:
-    """The locks that a run holds on its folders. The kernel releases them when the process ends, however it ends.
+    """The locks that a run holds on its folders; without folders, none. The kernel releases them when the process
+    ends, however it ends.
 
-    Making them makes the folders. Raises OSError if one cannot be written, ValueError if another run holds it or its
-    file system has no locks.
+    Making them makes the folders. note: called with one line if a file system has no locks or does not sync. Raises
+    OSError if a folder cannot be written, ValueError if another run holds it.
     """
 
-    def __init__(self, log_dir: str | Path, save_dir: str | Path):
-        self.locks = []
-        for folder in sorted({Path(os.path.realpath(folder)) for folder in (log_dir, save_dir)}):
+    def __init__(self, *folders: str | Path, note: Callable[[str], None] = print):
+        self.files: list[IO[bytes]] = []
+        unlocked, unsynced = [], []
+        for folder in sorted({Path(os.path.realpath(folder)) for folder in folders}):
             try:
                 folder.mkdir(parents=True, exist_ok=True)
-                self.locks.append(lock(folder / LOCK_NAME))
+                flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)
+                self.files.append(open(os.open(folder / LOCK_NAME, flags, 0o666), "rb+"))
+                descriptor = self.files[-1].fileno()
+                unlocked += [] if lock(descriptor, folder) else [str(folder)]
+                unsynced += [] if supported(os.fsync, descriptor) else [str(folder)]
             except OSError as error:
                 reason = f"cannot write to {folder}: {error.strerror or error}; choose another --log_dir or --save_dir"
                 raise OSError(error.errno, reason) if error.errno in FULL_DISK else OSError(reason) from None
             for part in folder.glob(f".*.{'?' * 16}.part"):  # a killed run was writing it
                 part.unlink(missing_ok=True)
-        paths = [Path(folder) / LOCK_NAME for folder in (log_dir, save_dir)]
+        if unlocked:
+            note(f"the file system of {' and '.join(unlocked)} has no locks: make sure that no second run writes there")
+        if unsynced:
+            note(f"the file system of {' and '.join(unsynced)} does not sync files: a power failure may damage those "
+                 "written last")
+        paths = [Path(folder) / LOCK_NAME for folder in folders]
         self.held = {path: os.lstat(path) for path in paths}  # under the names that the user gave
 
     def check(self) -> None:
@@ -103,50 +126,51 @@ class FolderLocks:
 
     def release(self) -> None:
         """Release the locks, so that another run may use the folders."""
-        for lock in self.locks:
-            lock.release()
+        for file in self.files:
+            file.close()
 
 
-def lock(path: Path) -> filelock.BaseFileLock:
-    """Return the lock on a file, acquired."""
-    path.touch()  # filelock would wait where a file cannot be made
-    acquired = filelock.FileLock(path)
+def lock(descriptor: int, folder: Path) -> bool:
+    """Lock an open file of the folder; return False if its file system has no locks. ValueError if another run holds
+    the lock."""
     # A file server may hold the lock of a dead node for a minute or two after SLURM has requeued its job.
-    timeout = 1 if os.environ.get("SLURM_RESTART_COUNT", "0") == "0" else 150
-    try:
-        with warnings.catch_warnings():
-            # Without kernel locks filelock warns and uses marker files, which a killed run would leave behind.
-            warnings.simplefilter("error", UserWarning)
-            acquired.acquire(timeout=timeout)
-    except filelock.Timeout:
-        raise ValueError(f"another run is writing to {path.parent}: wait for it, or give this one its own --log_dir "
-                         "and --save_dir") from None
-    except (NotImplementedError, UserWarning, OSError) as error:
-        if isinstance(error, OSError) and error.errno not in NOT_SUPPORTED:
-            raise
-        raise ValueError(f"the file system of {path.parent} has no locks, so a second run could write there unnoticed: "
-                         "choose a --log_dir and --save_dir on another file system") from None
-    return acquired
+    patience = 1 if os.environ.get("SLURM_RESTART_COUNT", "0") == "0" else 150
+    deadline = time.monotonic() + patience
+    while True:
+        try:
+            return supported(try_to_lock, descriptor)
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                raise ValueError(f"another run is writing to {folder}: wait for it, or give this one its own "
+                                 "--log_dir and --save_dir") from None
+        time.sleep(0.1)
+
+
+def try_to_lock(descriptor: int) -> None:
+    """Lock an open file until it is closed; BlockingIOError if another process holds the lock."""
+    if sys.platform == "win32":
+        try:
+            msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
+        except PermissionError as error:
+            raise BlockingIOError(*error.args) from None
+    else:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 def move_aside(log_dir: str | Path, save_dir: str | Path | None = None) -> list[Path]:
     """Move an earlier run's history in log_dir, and its checkpoints in save_dir if that is given, into new folders
     earlier-TIME there; return these folders."""
-    stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
-    made: list[Path] = []
     # The history goes last: without checkpoints there is nothing to resume, but checkpoints need their history.
-    for folder, patterns in ((save_dir, [CHECKPOINT_PATTERN, ROLLING_NAME]), (log_dir, [*TRACKED, HISTORY_PATTERN])):
-        if folder is None:
-            continue
-        files = [path for pattern in patterns for path in sorted(Path(folder).glob(pattern))]
-        if not files:
-            continue
-        aside, again = Path(folder) / f"earlier-{stamp}", 1
-        while aside.exists():
-            again += 1
-            aside = Path(folder) / f"earlier-{stamp}-{again}"
-        aside.mkdir()
-        for path in files:
-            path.rename(aside / path.name)
-        made.append(aside)
-    return made
+    patterns = [*((save_dir, name) for name in (CHECKPOINT_PATTERN, ROLLING_NAME) if save_dir),
+                *((log_dir, name) for name in (*TRACKED, HISTORY_PATTERN))]
+    found = [(Path(folder), path) for folder, name in patterns for path in sorted(Path(folder).glob(name))]
+    stamp, again = f"earlier-{datetime.datetime.now():%Y%m%d-%H%M%S}", 1
+    name = stamp
+    while any((folder / name).exists() for folder, _ in found):
+        again += 1
+        name = f"{stamp}-{again}"
+    for folder, path in found:
+        aside = folder / name / path.relative_to(folder)
+        aside.parent.mkdir(parents=True, exist_ok=True)
+        path.rename(aside)
+    return [*dict.fromkeys(folder / name for folder, _ in found)]

@@ -105,7 +105,7 @@ class Run:
 
     def lock_folders(self) -> None:
         # Kept by rank 0 alone: a lock ends with what holds it.
-        self.held = files.FolderLocks(self.config.log_dir, self.config.save_dir)
+        self.held = files.FolderLocks(self.config.log_dir, self.config.save_dir, note=self.console.note)
 
     def release(self) -> None:
         """Give up the folders, so that another run in this process may use them."""

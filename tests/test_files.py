@@ -1,5 +1,6 @@
 """Files are whole at any moment, nothing is written through a link, and a folder belongs to one run at a time."""
 
+import contextlib
 import errno
 import fcntl
 import os
@@ -53,20 +54,22 @@ def test_a_write_that_fails_leaves_the_earlier_file_and_no_part(tmp_path, monkey
     assert path.read_bytes() == b"earlier" and names_in(tmp_path) == {"file"}
 
 
-@pytest.mark.parametrize("code, raised", [(errno.EINVAL, False), (errno.EIO, True)])
-def test_a_file_system_that_does_not_sync_folders(tmp_path, monkeypatch, code, raised):
+@pytest.mark.parametrize("kind", [os.path.isdir, os.path.isfile])
+@pytest.mark.parametrize("code, raised", [(errno.EINVAL, False), (errno.ENOSYS, False), (errno.EIO, True)])
+def test_a_file_system_that_does_not_sync(tmp_path, monkeypatch, kind, code, raised):
     def fsync(descriptor, fsync=os.fsync):
-        if os.path.isdir(f"/proc/self/fd/{descriptor}"):
+        if kind(f"/proc/self/fd/{descriptor}"):
             raise OSError(code, os.strerror(code))
         fsync(descriptor)
 
+    notes = []
     monkeypatch.setattr(os, "fsync", fsync)
-    if raised:
-        with pytest.raises(OSError, match=re.escape(str(tmp_path))):
-            files.write_atomically(tmp_path / "file", b"new")
-    else:
-        files.write_atomically(tmp_path / "file", b"new")
-    assert (tmp_path / "file").read_bytes() == b"new"
+    with pytest.raises(OSError, match=re.escape(str(tmp_path))) if raised else contextlib.nullcontext():
+        files.FolderLocks(tmp_path / "a", tmp_path / "b", note=notes.append)
+        files.write_atomically(tmp_path / "a" / "file", b"new")
+        assert not raised and (tmp_path / "a" / "file").read_bytes() == b"new"
+    said = f"the file system of {tmp_path}/a and {tmp_path}/b does not sync files: "
+    assert [note.startswith(said) for note in notes] == [True] * (kind == os.path.isfile and not raised)
 
 
 def test_no_file_is_written_through_a_link(tmp_path, monkeypatch):
@@ -104,7 +107,7 @@ def test_one_folder_under_two_names_is_locked_once(tmp_path):
     (tmp_path / "a").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "a")
     locks = files.FolderLocks(tmp_path / "a", tmp_path / "link")
-    assert len(locks.locks) == 1
+    assert len(locks.files) == 1
     locks.check()
     (tmp_path / "link").unlink()
     (tmp_path / "elsewhere").mkdir()
@@ -123,34 +126,45 @@ def test_the_lock_ends_with_a_process_that_is_killed(tmp_path):
     files.FolderLocks(tmp_path, tmp_path).release()
 
 
-@pytest.mark.parametrize("code, kind, said", [
-    (errno.ENOSYS, ValueError, "has no locks"), (errno.ENOLCK, ValueError, "has no locks"),
-    (errno.EIO, OSError, "Input/output error; choose another")])
-def test_a_folder_without_locks_is_refused(tmp_path, monkeypatch, recwarn, code, kind, said):
+def failing_flock(monkeypatch, code):
     def flock(_descriptor, _operation):
         raise OSError(code, os.strerror(code))
 
     monkeypatch.setattr(fcntl, "flock", flock)
-    for _ in range(2):  # the second run finds what the first left there
-        with pytest.raises(kind, match=said) as error:
-            files.FolderLocks(tmp_path, tmp_path)
-        assert str(tmp_path) in one_line(error)
+
+
+@pytest.mark.parametrize("code", [errno.ENOSYS, errno.ENOLCK])
+def test_a_file_system_without_locks_is_one_note(tmp_path, monkeypatch, recwarn, code):
+    failing_flock(monkeypatch, code)
+    notes = []
+    locks = files.FolderLocks(tmp_path / "a", tmp_path / "b", note=notes.append)
+    locks.check()
+    assert notes == [f"the file system of {tmp_path}/a and {tmp_path}/b has no locks: make sure that no second run "
+                     "writes there"]
     assert not recwarn.list
 
 
+@pytest.mark.parametrize("code", [errno.EIO, errno.EACCES])
+def test_a_lock_that_fails_is_not_taken_for_another_run(tmp_path, monkeypatch, code):
+    failing_flock(monkeypatch, code)
+    with pytest.raises(OSError, match=f"^cannot write to {re.escape(str(tmp_path))}: {os.strerror(code)}; choose"):
+        files.FolderLocks(tmp_path)
+
+
 def test_a_requeued_job_waits_for_the_lock_of_its_dead_node(tmp_path, monkeypatch):
-    waited = []
-
-    def acquire(_lock, timeout):
-        waited.append(timeout)
-
-    monkeypatch.setattr(files.filelock.FileLock, "acquire", acquire)
+    now, failed = [0.0], []
+    monkeypatch.setattr(files.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(files.time, "sleep", lambda seconds: now.append(now.pop() + seconds))
+    failing_flock(monkeypatch, errno.EAGAIN)
     for count in (None, "0", "1"):
         monkeypatch.delenv("SLURM_RESTART_COUNT", raising=False)
         if count:
             monkeypatch.setenv("SLURM_RESTART_COUNT", count)
-        files.FolderLocks(tmp_path, tmp_path)
-    assert waited[0] == waited[1] < 10 and waited[2] > 90  # an NFS server's lease lasts 90 seconds
+        began = now[0]
+        with pytest.raises(ValueError, match="another run is writing"):
+            files.FolderLocks(tmp_path)
+        failed.append(now[0] - began)
+    assert max(failed[:2]) < 10 and failed[2] > 90  # an NFS server's lease lasts 90 seconds
 
 
 def test_a_run_whose_folder_vanished_or_was_replaced_notices_it(tmp_path):
@@ -224,3 +238,23 @@ def test_an_earlier_run_is_moved_aside_whole_and_nothing_else(tmp_path):
     assert files.move_aside(*folders) == []
     earlier_run(tmp_path)
     assert {*files.move_aside(*folders)}.isdisjoint({aside, its_logs})  # in the same second
+
+
+def test_a_run_in_one_folder_is_moved_into_one_folder(tmp_path):
+    logs, _ = earlier_run(tmp_path)
+    for name in CHECKPOINTS:
+        (logs / name).touch()
+    (aside,) = files.move_aside(logs, logs)
+    assert names_in(aside) == {*CHECKPOINTS, *LOGS} and names_in(logs) == {aside.name}
+
+
+def test_checkpoints_in_the_folder_of_a_tracker_are_not_moved_with_its_files(tmp_path):
+    logs, _ = earlier_run(tmp_path)
+    saves = logs / "tensorboard"
+    saves.mkdir()
+    for name in (*CHECKPOINTS, "events.out.tfevents.1"):
+        (saves / name).touch()
+    aside, its_logs = files.move_aside(logs, saves)
+    assert names_in(aside) == {*CHECKPOINTS} and aside.parent == saves
+    assert names_in(its_logs) == {*LOGS, "tensorboard"} and names_in(its_logs / "tensorboard") == {
+        "events.out.tfevents.1"}

@@ -394,6 +394,7 @@ class Faults:
 
     def __init__(self, patch, n, strike):
         self.count, self.n, self.strike, self.log = 0, n, strike, []
+        patch.setattr(train, "STRETCH", 1)  # so that there is time for a rolling checkpoint
         patch.setattr(files, "write_through", self.write_through)
         for name in ("fsync", "replace", "unlink"):
             patch.setattr(os, name, self.before(name, getattr(os, name)))
@@ -591,7 +592,7 @@ def test_another_experiment_is_not_resumed(tmp_path, finished, capsys, flag):
     before = files_in(tmp_path)
     run_here(tmp_path, *RUN, "--resume", flag, status=2)
     for lock in tmp_path.glob("*/.lock"):
-        lock.unlink()  # some releases of filelock leave it
+        lock.unlink()
     line = one_line(capsys.readouterr().err)
     name = flag.partition("=")[0]
     assert f"{name} was" in line and str(tmp_path) in line
