@@ -22,6 +22,12 @@ def log_odds(logits: Tensor, y: Tensor) -> Tensor:
     return odds(logits, y[:, None])[0].squeeze(1)
 
 
+def one_hot(logits: Tensor, y: Tensor) -> Tensor:
+    """Return whether each class is the true one, bool like logits. A GPU selects by it in one kernel; to scatter a
+    tensor, or to go back through a gather, it sorts under --deterministic. y: (N, 1)."""
+    return torch.arange(logits.shape[1], device=logits.device) == y
+
+
 def odds(logits: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return the log-odds (N, 1); exp(z_j - the largest wrong z), 0 for the true class; its sum (N, 1). y: (N, 1)."""
     wrong = logits.scatter(1, y, -torch.inf)
@@ -38,14 +44,16 @@ class ExactCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, y: Tensor) -> Tensor:
         u, share, total = odds(logits, y[:, None])
-        ctx.save_for_backward(u, share, total, y[:, None])
+        ctx.save_for_backward(logits, y[:, None], u, share, total)
         return F.softplus(u, threshold=50).mean()  # u itself above the threshold; the default, 20, costs float64 digits
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        u, share, total, y = ctx.saved_tensors
+        logits, y, u, share, total = ctx.saved_tensors
+        if torch.is_grad_enabled():  # the gradient is to be differentiated: as a function of the logits
+            u, share, total = odds(logits, y)
         wrong = u.sigmoid() * (gradient / len(u))
-        return (share * (wrong / total)).scatter_(1, y, -wrong), None
+        return torch.where(one_hot(share, y), -wrong, share * (wrong / total)), None
 
 
 def exact_cross_entropy(logits: Tensor, y: Tensor, label_smoothing: float = 0.0) -> Tensor:
@@ -55,7 +63,10 @@ def exact_cross_entropy(logits: Tensor, y: Tensor, label_smoothing: float = 0.0)
     label_smoothing: the target is 1 - label_smoothing at the true class plus label_smoothing / classes at every class.
     """
     loss = ExactCrossEntropy.apply(logits, y)
-    return loss + label_smoothing * (logits.gather(1, y[:, None]) - logits).mean() if label_smoothing else loss
+    if label_smoothing:
+        true = torch.where(one_hot(logits, y[:, None]), logits, 0).sum(1, keepdim=True)
+        loss = loss + label_smoothing * (true - logits).mean()
+    return loss
 
 
 def squared_error(logits: Tensor, y: Tensor) -> Tensor:

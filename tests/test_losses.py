@@ -70,6 +70,12 @@ def test_gradients_are_finite_differences(function, classes):
     assert torch.autograd.gradcheck(lambda z: function(z, y), logits.requires_grad_())
 
 
+@pytest.mark.parametrize("name", ["exact_ce", "stablemax"])
+def test_second_derivatives_are_finite_differences(name):
+    logits, y = draw(4, 3, 5, torch.float64, n=6)
+    assert torch.autograd.gradgradcheck(lambda z: LOSSES[name](z, y), logits.requires_grad_())
+
+
 @pytest.mark.parametrize("dtype", BOTH)
 @pytest.mark.parametrize("classes, scale, seed", CASES)
 def test_exact_ce_keeps_every_digit(classes, scale, seed, dtype):
