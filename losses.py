@@ -98,19 +98,3 @@ def build_loss(name: str, label_smoothing: float = 0.0) -> Callable[[Tensor, Ten
     if name not in ("ce", "exact_ce"):
         raise ValueError(f"label_smoothing needs the loss ce or exact_ce, not {name}")
     return partial(LOSSES[name], label_smoothing=label_smoothing)
-
-
-@torch.no_grad()
-def orthogonalise(parameters: list[torch.nn.Parameter]) -> None:
-    """Remove from each tensor's gradient its component along the weights and scale it back to its norm, in place.
-
-    Prieto et al. 2025, "Grokking at the edge of numerical stability" (arXiv:2501.04697). Otherwise cross-entropy can
-    always fall by scaling the logits up, which ends in a saturated softmax.
-    """
-    tiny = torch.finfo(parameters[0].dtype).tiny
-    for weight in parameters:
-        if (gradient := weight.grad) is not None:
-            along = (weight * gradient).sum() / (weight.square().sum() + tiny)
-            before = torch.linalg.vector_norm(gradient)
-            gradient.sub_(along * weight)
-            gradient.mul_(before / (torch.linalg.vector_norm(gradient) + tiny))

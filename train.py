@@ -28,7 +28,7 @@ import sys
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
-from typing import Any
+from typing import Any, cast
 
 from flags import IMPLIED, Config, asked, parse_args
 
@@ -56,17 +56,22 @@ COLOUR_EPSILONS = [1 / 255, 2 / 255, 4 / 255, 8 / 255]
 
 # ---- the training step ----------------------------------------------------------------------------------------------
 
-def adam(kind: type) -> Callable:
+# (parameters, config, learning rate, whether the steps are going to be captured in a CUDA graph) -> optimizer
+OptimizerMaker = Callable[[list[torch.nn.Parameter], Config, float | torch.Tensor, bool], torch.optim.Optimizer]
+
+
+def adam(kind: Callable[..., torch.optim.Optimizer]) -> OptimizerMaker:
     return lambda parameters, config, lr, captured: kind(
         parameters, lr=lr, weight_decay=config.weight_decay, eps=config.adam_eps, fused=True, capturable=captured)
 
 
-def sgd(parameters, config: Config, lr, captured: bool) -> torch.optim.Optimizer:
+def sgd(parameters: list[torch.nn.Parameter], config: Config, lr: float | torch.Tensor, captured: bool
+        ) -> torch.optim.Optimizer:
     return torch.optim.SGD(parameters, lr=lr, weight_decay=config.weight_decay, momentum=config.momentum, fused=True)
 
 
-# name: optimizer(parameters, config, learning rate, whether its steps are going to be captured in a CUDA graph)
-OPTIMIZERS = {"adamw": adam(torch.optim.AdamW), "adam": adam(torch.optim.Adam), "sgd": sgd}
+OPTIMIZERS: dict[str, OptimizerMaker] = {
+    "adamw": adam(torch.optim.AdamW), "adam": adam(torch.optim.Adam), "sgd": sgd}
 
 
 def batch_order(seed: int, block: int, epochs: int, n_images: int, batch_size: int) -> torch.Tensor:
@@ -81,13 +86,30 @@ def batch_order(seed: int, block: int, epochs: int, n_images: int, batch_size: i
     return torch.cat([torch.randperm(n_images, generator=generator)[:used] for _ in range(epochs)])
 
 
-def learning_rate(config: Config, step: torch.Tensor) -> torch.Tensor:
-    """Return the learning rate of the step that follows `step` steps: the warm-up's line, then the schedule's."""
-    warmup, n_steps, step = config.warmup_steps, config.n_steps, step.to(getattr(torch, config.dtype))
-    left = ((n_steps - step) / (n_steps - warmup)).clamp(max=1)  # from 1 at the end of the warm-up to 0
+def learning_rates(config: Config, steps: torch.Tensor) -> torch.Tensor:
+    """Return the learning rate of the step that follows so many steps, for each of them: along the line of the warm-up,
+    then by the schedule."""
+    warmup, n_steps, steps = config.warmup_steps, config.n_steps, steps.to(getattr(torch, config.dtype))
+    left = ((n_steps - steps) / (n_steps - warmup)).clamp(max=1)  # from 1 at the end of the warm-up to 0
     factor = {"constant": torch.ones_like(left), "triangle": left, "cosine": (1 - (math.pi * left).cos()) / 2}
-    rise = ((step + 1) / warmup).clamp(max=1) if warmup else 1
+    rise = ((steps + 1) / warmup).clamp(max=1) if warmup else 1
     return config.lr * rise * factor[config.lr_schedule]
+
+
+@torch.no_grad()
+def orthogonalise(parameters: list[torch.nn.Parameter]) -> None:
+    """Remove from each tensor's gradient its component along the weights and scale it back to its norm, in place.
+
+    Prieto et al. 2025, "Grokking at the edge of numerical stability" (arXiv:2501.04697). Otherwise cross-entropy can
+    always fall by scaling the logits up, which ends in a saturated softmax.
+    """
+    tiny = torch.finfo(parameters[0].dtype).tiny
+    for weight in parameters:
+        if (gradient := weight.grad) is not None:
+            along = (weight * gradient).sum() / (weight.square().sum() + tiny)
+            before = torch.linalg.vector_norm(gradient)
+            gradient.sub_(along * weight)
+            gradient.mul_(before / (torch.linalg.vector_norm(gradient) + tiny))
 
 
 class Trainer:
@@ -101,24 +123,26 @@ class Trainer:
     def __init__(self, model: torch.nn.Module, config: Config, dataset: data.Dataset, report: Callable = print):
         where, self.dtype = dataset.x_train.device, getattr(torch, config.dtype)
         self.config, self.dataset, self.parameters = config, dataset, list(model.parameters())
-        network: Any = torch.compile(model) if config.compile == "on" else model
-        self.network = distributed.wrap(network, where)
+        compiled = torch.compile(model) if config.compile == "on" else model
+        self.network = distributed.wrap(cast(torch.nn.Module, compiled), where)
         self.loss_function = losses.build_loss(config.loss, config.label_smoothing)
         # Several processes exchange gradients in a step, which a graph does not capture here.
         captured = where.type == "cuda" and config.cuda_graph and distributed.world_size() == 1
-        self.scheduled = config.lr_schedule != "constant" or config.warmup_steps > 0
-        lr = torch.tensor(config.lr, dtype=self.dtype, device=where) if self.scheduled else config.lr
+        # PyTorch's fused kernels for CUDA read the learning rate as float32, whatever the weights are.
+        rate_dtype = torch.float32 if where.type == "cuda" else self.dtype
+        varying = config.lr_schedule != "constant" or config.warmup_steps > 0
+        lr = torch.tensor(config.lr, dtype=rate_dtype, device=where) if varying else config.lr
         self.optimizer = OPTIMIZERS[config.optimizer](self.parameters, config, lr, captured)
         self.epochs_in_block = max(1, 65_536 // config.train_size)
         self.block_steps = self.epochs_in_block * (config.train_size // config.batch_size)
         self.block: int | None = None
-        # Tensors that keep their place, so that a captured step finds them.
-        n = self.block_steps * config.batch_size
-        self.order = torch.empty(n, dtype=torch.int64, device=where)
-        self.shifts = torch.empty(n if config.augment else 0, 3, dtype=torch.int64, device=where)
-        self.first_batch = torch.arange(config.batch_size, device=where)[distributed.shard(config.batch_size)]
-        self.positions = self.first_batch.clone()
-        self.step_number = torch.zeros((), dtype=torch.int64, device=where)
+        # Tensors that keep their place, so that a captured step finds them: tables with a row for each step of the
+        # block, of this process's share of the batch, and which row is next.
+        size = self.block_steps, config.batch_size // distributed.world_size()
+        self.order = torch.empty(size, dtype=torch.int64, device=where)
+        self.shifts = torch.empty(*size, 3, dtype=torch.int64, device=where) if config.augment else None
+        self.rates = torch.empty(self.block_steps, dtype=rate_dtype, device=where) if varying else None
+        self.next_row = torch.zeros(1, dtype=torch.int64, device=where)
         self.finite_steps = torch.zeros((), dtype=torch.int64, device=where)
         self.all_finite = torch.ones((), dtype=torch.bool, device=where)
         self.largest_loss = torch.full((), -math.inf, dtype=self.dtype, device=where)
@@ -131,8 +155,7 @@ class Trainer:
             block, offset = divmod(step, self.block_steps)
             if block != self.block:
                 self.load_block(block)
-            torch.add(self.first_batch, offset * self.config.batch_size, out=self.positions)
-            self.step_number.fill_(step)
+            self.next_row.fill_(offset)
             length = min(n, self.block_steps - offset)
             self.repeat(length)
             step, n = step + length, n - length
@@ -140,12 +163,17 @@ class Trainer:
 
     def load_block(self, block: int) -> None:
         config, self.block = self.config, block
-        drawn = [(self.order, batch_order(config.seed, block, self.epochs_in_block, config.train_size,
-                                          config.batch_size))]
-        if config.augment:
-            drawn.append((self.shifts, data.draw_shifts(
-                seed_for(config.seed, "augmentation", block), len(self.order), self.dataset.x_train.shape[1:])))
-        for place, values in drawn:
+        share = distributed.shard(config.batch_size)
+        order = batch_order(config.seed, block, self.epochs_in_block, config.train_size, config.batch_size)
+        tables = [(self.order, order.view(self.block_steps, -1)[:, share])]
+        if self.shifts is not None:
+            shifts = data.draw_shifts(seed_for(config.seed, "augmentation", block), len(order),
+                                      self.dataset.x_train.shape[1:])
+            tables.append((self.shifts, shifts.view(self.block_steps, -1, 3)[:, share]))
+        if self.rates is not None:
+            steps = torch.arange(block * self.block_steps, (block + 1) * self.block_steps)
+            tables.append((self.rates, learning_rates(config, steps)))
+        for place, values in tables:
             # From pinned memory the copy waits its turn on the GPU, and the host does not wait for it.
             place.copy_(values.pin_memory() if place.is_cuda else values, non_blocking=True)
 
@@ -154,22 +182,20 @@ class Trainer:
             self.step()
 
     def step(self) -> None:
-        """Make the step on the batch at self.positions; reads nothing back from the device."""
-        config = self.config
-        rows = self.order.index_select(0, self.positions)
+        """Make the step at self.next_row; reads nothing back from the device."""
+        rows = self.order.index_select(0, self.next_row)[0]
         images = self.dataset.x_train.index_select(0, rows)
-        if config.augment:
-            images = data.augmented(images, self.shifts.index_select(0, self.positions))
-        self.positions.add_(config.batch_size)
-        if self.scheduled:
-            self.optimizer.param_groups[0]["lr"].copy_(learning_rate(config, self.step_number))
-            self.step_number.add_(1)
+        if self.shifts is not None:
+            images = data.augmented(images, self.shifts.index_select(0, self.next_row)[0])
+        if self.rates is not None:
+            self.optimizer.param_groups[0]["lr"].copy_(self.rates.index_select(0, self.next_row)[0])
+        self.next_row.add_(1)
         self.optimizer.zero_grad(set_to_none=True)
         logits = self.network(data.pixels(images, self.dtype))
         loss = self.loss_function(logits, self.dataset.y_train.index_select(0, rows))
         loss.backward()
-        if config.orthogonal_gradient:
-            losses.orthogonalise(self.parameters)
+        if self.config.orthogonal_gradient:
+            orthogonalise(self.parameters)
         self.optimizer.step()
         if distributed.world_size() == 1:
             self.observe(loss.detach())

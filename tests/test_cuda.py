@@ -16,8 +16,9 @@ CUDA = [flag for flag in SMALL if not flag.startswith("--device")] + ["--device=
 VARIANTS = [["--optimizer=adamw"], ["--optimizer=adam"], ["--optimizer=sgd", "--lr=0.1"], ["--loss=mse"],
             ["--loss=exact_ce"], ["--loss=stablemax"], ["--orthogonal_gradient"],
             ["--batch_norm"], ["--dtype=float64"], ["--model=cnn", "--width=4"],
-            ["--lr_schedule=cosine", "--warmup_steps=5"], ["--lr_schedule=triangle", "--optimizer=sgd"],
-            ["--label_smoothing=0.1"],
+            ["--lr_schedule=cosine", "--warmup_steps=5"], ["--lr_schedule=cosine", "--dtype=float64"],
+            ["--lr_schedule=triangle", "--optimizer=sgd"], ["--label_smoothing=0.1"],
+            ["--loss=exact_ce", "--label_smoothing=0.1"],
             ["--model=resnet18", "--width=4", "--batch_norm"]]
 
 
