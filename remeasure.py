@@ -271,8 +271,8 @@ def measure_run(args: argparse.Namespace) -> int:
         if own and own.parent.resolve() == Path(args.log_dir).resolve():
             raise ValueError(f"--log_dir={args.log_dir} holds the run's own history: choose another folder")
     run = Remeasured(args, first, own_history(found.values(), first))
-    console = Console(run.empty, quiet=run.config.quiet)
-    locks = files.FolderLocks(args.log_dir, args.log_dir)
+    console = Console(quiet=run.config.quiet)
+    locks = files.FolderLocks(args.log_dir, note=console.note)
     run.take_over(console.note)
     todo = {step: path for step, path in found.items() if step not in run.rows}
     console.note(f"{len(found)} checkpoints, {len(found) - len(todo)} of them measured already")
@@ -297,7 +297,7 @@ def first_sound(paths: list[Path]) -> dict:
 def show(run: Remeasured, console: Console) -> None:
     """Print a table of the rows."""
     made = run.history()
-    console.start(0, len(run.rows), 0)
+    console.start(run.config.epsilons, 0, len(run.rows), 0)
     console.end()
     for step in made["step"]:
         console.row(run.rows[step], [warning["text"] for warning in made["warnings"] if warning["step"] == step])

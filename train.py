@@ -46,8 +46,9 @@ import models
 from compute import cuda_graph, distributed, signals
 from compute import device as devices
 from compute.seeds import seed_for
-from records import history, trackers
-from records.run import Figure, Run, RunFailed, fail, fail_together, parent_of
+from records import checkpoints, files, history, trackers
+from records.console import Console
+from records.run import Figure, Run, fail, fail_together, parent_of
 
 GREY_EPSILONS = [0.03, 0.06, 0.10, 0.13, 0.16, 0.20]
 STRETCH = 10  # steps between two looks at signals and the clock; ten times as many where they are replayed on a GPU
@@ -147,6 +148,7 @@ class Trainer:
         self.all_finite = torch.ones((), dtype=torch.bool, device=where)
         self.largest_loss = torch.full((), -math.inf, dtype=self.dtype, device=where)
         self.shard_losses: list[torch.Tensor] = []  # of this process's slices of the batches, if there are several
+        self.last_enqueued: torch.cuda.Event | None = None
         self.repeat = cuda_graph.repeater(self.step, report) if captured else self.repeat_step
 
     def advance(self, step: int, n: int) -> None:
@@ -202,6 +204,14 @@ class Trainer:
         else:
             self.shard_losses.append(loss.detach())
 
+    def stay_close(self) -> None:
+        """Let the host run ahead of the GPU by one stretch of steps: the GPU never idles, a signal is obeyed soon."""
+        enqueued = torch.cuda.Event()
+        enqueued.record()
+        if self.last_enqueued is not None:
+            self.last_enqueued.synchronize()
+        self.last_enqueued = enqueued
+
     def observe(self, loss: torch.Tensor) -> None:
         """Note the loss of a whole batch, a scalar."""
         self.finite_steps.add_(self.all_finite.logical_and_(loss < math.inf))  # false for NaN, too
@@ -220,13 +230,13 @@ class Trainer:
 def log_step(run: Run, dataset: data.Dataset, probes: measure.Probes, stop: signals.Stop) -> None:
     """Measure the network and record a row of the history and of the table, and a checkpoint."""
     config, derived = run.config, run.history["derived"]
-    run.check_finite()
+    check_finite(run)
     torch.set_num_threads(derived["eval_threads"])
     with stop.while_measuring():
         row = measure.measure(run.model, dataset, probes, config, run.console.measuring)
     torch.set_num_threads(derived["threads"])
     if not math.isfinite(row["train_loss"]):
-        run.refuse_nan(f"the training loss at step {run.step}", before=run.step)
+        refuse_nan(run, f"the training loss at step {run.step}", before=run.step)
     largest_loss = run.trainer.largest_loss.item()
     row = {"epoch": run.epoch, "step": run.step, **row,
            "max_batch_loss": largest_loss if run.step > 0 else math.nan, "seconds": run.seconds}
@@ -258,12 +268,35 @@ def schedule_for(config: Config) -> Sequence[int]:
 
 # ---- the loop -------------------------------------------------------------------------------------------------------
 
+class RunFailed(Exception):
+    """The run cannot go on; the message is the one line to print."""
+
+
+def check_finite(run: Run) -> None:
+    """Raise RunFailed if a step's loss was not finite, unless --on_nan=continue."""
+    bad = run.step - int(run.trainer.finite_steps.item())
+    if bad:
+        step = run.step - bad + 1
+        # The loss of step n is that of the weights after n - 1 steps: they are already bad.
+        refuse_nan(run, f"the loss of step {step}", before=step - 1)
+
+
+def refuse_nan(run: Run, what: str, before: int) -> None:
+    """Raise RunFailed, naming the last checkpoint with fewer than `before` steps, unless --on_nan=continue."""
+    if run.config.on_nan == "continue":
+        return
+    _, path = checkpoints.newest_checkpoint(run.config.save_dir, run.console.note, before=before)
+    good = f"the last good checkpoint is {path}" if path else "there is no good checkpoint"
+    raise RunFailed(f"{what} is not finite (learning rate {run.config.lr:g}); {good}; lower --lr, or go on with "
+                    "--resume --on_nan=continue")
+
+
 def train(run: Run, dataset: data.Dataset, probes: measure.Probes, stop: signals.Stop, figure: Figure | None) -> int:
     """Train to n_steps with a log step at each step of the schedule; return the number of the signal that stopped the
     run, or 0 if it is complete. figure: on rank 0 only."""
-    config, schedule = run.config, schedule_for(run.config)
-    stretch = STRETCH * 10 if run.device.type == "cuda" and distributed.world_size() == 1 else STRETCH
-    run.console.start(run.step, config.n_steps, len(schedule) + 1 - bisect_left(schedule, run.step))
+    config, schedule, device = run.config, schedule_for(run.config), dataset.x_train.device
+    stretch = STRETCH * 10 if device.type == "cuda" and distributed.world_size() == 1 else STRETCH
+    run.console.start(config.epsilons, run.step, config.n_steps, len(schedule) + 1 - bisect_left(schedule, run.step))
     while True:
         following = bisect_right(schedule, run.step)  # the first log step after this one
         due = run.step == config.n_steps or (following > 0 and schedule[following - 1] == run.step)
@@ -274,10 +307,11 @@ def train(run: Run, dataset: data.Dataset, probes: measure.Probes, stop: signals
         # The processes agree on what only some of them know: each of the following steps is made by all or by none.
         saving, drawing, stopped_by = distributed.all_reduce_max(
             [run.save_due(), logging and figure is not None and figure.due(), stop.signal or distributed.orphaned()],
-            run.device)
+            device)
         if drawing:
             distributed.run_on_rank0(figure.redraw if figure else lambda: None)
         if saving or stopped_by:
+            check_finite(run)
             run.save_rolling()
         if stopped_by or run.step == config.n_steps:
             break
@@ -285,10 +319,10 @@ def train(run: Run, dataset: data.Dataset, probes: measure.Probes, stop: signals
         n = min(stretch, target - run.step)
         run.trainer.advance(run.step, n)
         run.step += n
-        if run.device.type == "cpu":
-            run.check_finite()
-        elif run.device.type == "cuda":  # looking at the loss would wait for the device: only the log steps do
-            run.stay_close()
+        if device.type == "cpu":
+            check_finite(run)
+        elif device.type == "cuda":  # looking at the loss would wait for the device: only the log steps do
+            run.trainer.stay_close()
         run.console.progress(run.step)
     run.console.end()
     return stopped_by
@@ -373,8 +407,9 @@ def empty_history(config: Config, args: Config, dataset: data.Dataset, model: to
 
 def choose_threads(config: Config, model: torch.nn.Module, dataset: data.Dataset, earlier: dict | None) -> dict:
     """Return {"threads": in training, "eval_threads": in log steps}: as given, as before a resume, or as is fastest."""
-    if config.threads is None and earlier:
-        return {name: earlier["derived"][name] for name in ("threads", "eval_threads")}
+    before = (earlier or {}).get("derived", {})
+    if config.threads is None and "eval_threads" in before:
+        return {name: before[name] for name in ("threads", "eval_threads")}
     if config.threads or distributed.world_size() > 1 or dataset.x_train.device.type != "cpu":
         return dict.fromkeys(("threads", "eval_threads"), config.threads or torch.get_num_threads())
     twin = copy.deepcopy(model)
@@ -400,19 +435,23 @@ def start(args: Config) -> tuple[Run, data.Dataset, measure.Probes]:
     fingerprint = data.fingerprint(dataset)
     dataset = resident(dataset, device)
     model = build_model(config, dataset)
-    run = Run(config, empty_history(config, args, dataset, model, fingerprint), fingerprint, device)
+    console = Console(quiet=config.quiet or distributed.rank() > 0)
+    # Kept by rank 0 alone: a lock ends with what holds it.
+    locks = distributed.run_where(distributed.rank() == 0, lambda: files.FolderLocks(
+        config.log_dir, config.save_dir, note=console.note)) or files.FolderLocks()
     with ExitStack() as failed:
-        failed.callback(run.release)
-        if run.earlier and args.lr_schedule != "constant" and config.n_steps != run.earlier["config"]["n_steps"]:
-            raise ValueError(f"--lr_schedule={args.lr_schedule} spans the run: a resumed one keeps its --n_steps")
-        parent = parent_of(config, fingerprint) if config.branch_from and not run.earlier else None
+        failed.callback(locks.release)
+        earlier = distributed.run_on_rank0(
+            lambda: checkpoints.continue_from(config, fingerprint, console.note) if config.resume else None)
+        parent = parent_of(config, fingerprint) if config.branch_from and not earlier else None
+        record = empty_history(config, args, dataset, model, fingerprint)
         if parent:
-            run.history["branch"] = {"of": str(parent["path"]), "step": parent["step"]}
-        run.history["derived"] |= choose_threads(config, model, dataset, run.earlier)
-        trainer = Trainer(model, config, dataset, run.console.note)
+            record["branch"] = {"of": str(parent["path"]), "step": parent["step"]}
+        record["derived"] |= choose_threads(config, model, dataset, earlier)
+        trainer = Trainer(model, config, dataset, console.note)
         probes = measure.draw_probes(config, dataset)
-        run.begin(model, trainer, parent)
-        torch.set_num_threads(run.history["derived"]["threads"])
+        run = Run(config, record, model, trainer, console, locks, earlier, parent)
+        torch.set_num_threads(record["derived"]["threads"])
         failed.pop_all()
     return run, dataset, probes
 
@@ -426,7 +465,7 @@ def draw(run: Run) -> None:
 def finish(run: Run, stopped_by: int, figure: Figure | None) -> None:
     from analysis import report
 
-    run.held.check()
+    run.locks.check()
     run.history_file.flush(run.history)
     if stopped_by:
         run.console.note(f"stopped by {signal.Signals(stopped_by).name} at step {run.step}; continue with the same "
@@ -458,7 +497,7 @@ def main(argv: list[str] | None = None) -> int:
     plot = run.config.plot and distributed.rank() == 0
     figure = Figure(lambda: draw(run), run.console.note) if plot else None
     try:
-        run.console.header()
+        run.console.header(run.history)
         # A distributed run drops a measurement on all processes or on none.
         with signals.Stop(can_interrupt=distributed.world_size() == 1) as stop:
             stopped_by = train(run, dataset, probes, stop, figure)
@@ -475,7 +514,7 @@ def main(argv: list[str] | None = None) -> int:
             raise
         return fail("another process of this run has ended, so this one ends too: run again with --resume", 1)
     finally:
-        run.release()
+        run.locks.release()
     distributed.barrier()  # none leaves while another still listens to it
     return 128 + stopped_by if stopped_by else 0
 

@@ -16,7 +16,7 @@ from records.files import CHECKPOINT_PATTERN, ROLLING_NAME, write_atomically
 from records.history import HISTORY_NAME, forget_after, read_history
 
 # Flags that do not change what is computed, but how, and with it the last bits of the results.
-ROUNDING = ("device", "threads", "compile", "eval_batch_size")
+CHANGES_LAST_BITS = ("device", "threads", "compile", "eval_batch_size")
 
 
 def save_checkpoint(folder: str | Path, state: dict, keep: str | int = "all") -> Path:
@@ -146,13 +146,14 @@ def continue_from(config: Config, fingerprint: str, note: Callable[[str], None])
     if config.n_steps < planned:
         raise ValueError(f"--n_steps={config.n_steps} is less than the {planned} of {path}: a resumed run may only "
                          "become longer")
+    if config.n_steps > planned and config.lr_schedule != "constant":
+        raise ValueError(f"--lr_schedule={config.lr_schedule} spans the run: a resumed one keeps its --n_steps")
     check_history(history_path, history, path, checkpoint)
     note(f"continuing from {path} at step {checkpoint['step']}")
     if config.n_steps > planned:
-        note(f"--n_steps was {planned}, is {config.n_steps}: later log points, and a learning rate schedule, are those "
-             "of the longer run")
+        note(f"--n_steps was {planned}, is {config.n_steps}: later log points are those of the longer run")
     used = {**checkpoint["config"], "threads": checkpoint.get("derived", {}).get("threads")}
-    found = differences(used, config, [name for name in ROUNDING if name != "threads" or config.threads])
+    found = differences(used, config, [name for name in CHANGES_LAST_BITS if name != "threads" or config.threads])
     if found:
         note(f"{'; '.join(found)}: the last bits of the results may differ from those of an uninterrupted run")
     return {**checkpoint, "history": history, "path": path}
@@ -201,23 +202,29 @@ def load_weights(model: torch.nn.Module, checkpoint: dict, path: Path) -> None:
         raise ValueError(f"{path}: its weights do not fit the network that its config describes") from None
 
 
-def load_moments(optimizer: torch.optim.Optimizer, checkpoint: dict) -> bool:
+def load_optimizer_state(optimizer: torch.optim.Optimizer, checkpoint: dict) -> bool:
     """Load the optimizer's state from a checkpoint; return False, and change nothing, if it is of another optimizer,
     which PyTorch would only notice in the next step. The settings of the parameter group stay this run's: a GPU's
     optimizer needs others than a CPU's.
     """
-    state = checkpoint["optimizer_state_dict"]["state"]
     (group,) = optimizer.param_groups
-    names = {"exp_avg", "exp_avg_sq"} if "betas" in group else {"momentum_buffer"} if group["momentum"] else set()
-    fitting = {k: {name: (p.shape, p.dtype) for name in names} for k, p in enumerate(group["params"])}
-    found = {k: {name: (value.shape, value.dtype) for name, value in entries.items()
-                 if name != "step" and value is not None} for k, entries in state.items()}
-    if found != fitting and (found or names and checkpoint["step"] > 0):
-        return False
-    optimizer.load_state_dict({**optimizer.state_dict(), "state": {
-        k: {name: laid_out(value, group["params"][k]) for name, value in entries.items()}
-        for k, entries in state.items()}})
-    return True
+    parameters, state = group["params"], checkpoint["optimizer_state_dict"]["state"]
+    tensors = {"exp_avg", "exp_avg_sq"} if "betas" in group else {"momentum_buffer"} if group["momentum"] else set()
+
+    def fits(entries: dict, parameter: torch.Tensor) -> bool:
+        found = {name: value for name, value in entries.items() if name != "step" and value is not None}
+        return found.keys() == tensors and all(
+            (value.shape, value.dtype) == (parameter.shape, parameter.dtype) for value in found.values())
+
+    if state:
+        fitting = [*state] == [*range(len(parameters))] and all(fits(state[k], p) for k, p in enumerate(parameters))
+    else:  # there is none before the first step, nor of SGD without momentum
+        fitting = checkpoint["step"] == 0 or not tensors
+    if fitting:
+        optimizer.load_state_dict({**optimizer.state_dict(), "state": {
+            k: {name: laid_out(value, parameters[k]) for name, value in entries.items()}
+            for k, entries in state.items()}})
+    return fitting
 
 
 def laid_out(value: Any, parameter: torch.Tensor) -> Any:

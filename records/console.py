@@ -22,12 +22,11 @@ WIDTH = 100
 class Console:
     """Prints a run's progress: on a terminal a bar below the table, elsewhere a line each minute.
 
-    history: the run's, with its config, sizes and environment. quiet: print nothing (--quiet, and the other processes
-    of a distributed run).
+    quiet: print nothing (--quiet, and the other processes of a distributed run).
     """
 
-    def __init__(self, history: dict[str, Any], quiet: bool = False) -> None:
-        self.history, self.quiet = history, quiet
+    def __init__(self, quiet: bool = False) -> None:
+        self.quiet = quiet
         self.bar: tqdm | None = None
         self.latest = ""
 
@@ -37,15 +36,14 @@ class Console:
             tqdm.write(text, file=sys.stdout)
             sys.stdout.flush()
 
-    def header(self) -> None:
+    def header(self, history: dict) -> None:
         """Print what is trained, on which data, where, and into which files."""
-        config, sizes, derived = (self.history[key] for key in ("config", "sizes", "derived"))
-        environment = self.history["environment"]
+        config, sizes, derived, environment = (history[key] for key in ("config", "sizes", "derived", "environment"))
         depth = f" depth {config['depth']}" if config["depth"] else ""
         norm = ", batch norm" if config["batch_norm"] else ""
         processes = f", {environment['processes']} processes" if environment["processes"] > 1 else ""
         compiled = ", compiled by torch.compile" if config["compile"] == "on" else ""
-        branch = self.history.get("branch")
+        branch = history.get("branch")
         parent = f"branch   from step {branch['step']:,}, {branch['of']}\n" if branch else ""
         threads = f"\nthreads  {derived['threads']} in training, {derived['eval_threads']} in log steps" * (
             config["device"] == "cpu")
@@ -60,7 +58,7 @@ class Console:
             f"device   {environment['device']}{processes}{compiled}{threads}\n"
             f"files    {config['log_dir']}/training_history.json, {config['save_dir']}/checkpoint_epoch_*.pt\n")
 
-    def start(self, step: int, n_steps: int, log_steps_left: int) -> None:
+    def start(self, epsilons: list[float], step: int, n_steps: int, log_steps_left: int) -> None:
         """Print the table's head, and begin to measure the time. log_steps_left: the number of log steps to come,
         including one at this step."""
         self.n_steps, self.first_step, self.log_steps_left = n_steps, step, log_steps_left
@@ -68,7 +66,7 @@ class Console:
         self.next_line = self.began + SECONDS_BEFORE_ESTIMATE
         self.measured = self.measuring_took = 0.0  # seconds in log steps: in all of them, in the last
         self.measuring_since: float | None = None
-        keys = [*map(history_key, self.history["config"]["epsilons"])]
+        keys = [*map(history_key, epsilons)]
         column = max(5, *(len(epsilon_label(key)) for key in keys)) + 1
         adv = max(7, column - 1)
         room = min(WIDTH, shutil.get_terminal_size((WIDTH, 24)).columns) - 53 - adv  # beside them stand 53 characters

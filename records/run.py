@@ -18,10 +18,6 @@ from records.trackers import Trackers
 SECONDS_BETWEEN_DRAWINGS, DRAWING_SHARE = 30, 0.01  # a figure is redrawn no more often, and in this share of the time
 
 
-class RunFailed(Exception):
-    """The run cannot go on; the message is the one line to print."""
-
-
 def fail(error: object, status: int, program: str = "train.py") -> int:
     """Print error in one line; return status."""
     print(f"{program}: error: {' '.join(str(error).split())}", file=sys.stderr)
@@ -72,28 +68,52 @@ def parent_of(config: Config, fingerprint: str) -> dict:
 
 
 class Run:
-    """What a run has recorded, and where it keeps it.
+    """A run on its way: its network, its history and its files.
 
-    config: the complete flags. record: the history of a run before its first log step. fingerprint: of the data.
-
-    Making one locks the run's folders and looks for a checkpoint to continue from (self.earlier, None if the run
-    starts); begin() then touches the files. Raises ValueError or OSError, with one line for the user.
+    config: the complete flags. record: the history before the first log step. model, trainer: as before the first step.
+    locks: on its folders, on rank 0. earlier: the checkpoint from which the run continues; parent: that of another run
+    from which it starts; each with its "path" and "history". Raises ValueError or OSError, with one line for the user.
     """
 
-    model: torch.nn.Module
-    trainer: Any  # train.Trainer
-    trackers: Trackers
-
-    def __init__(self, config: Config, record: dict, fingerprint: str, device: torch.device):
-        self.config, self.history, self.device = config, record, device
-        self.console = Console(record, quiet=config.quiet or distributed.rank() > 0)
-        distributed.run_on_rank0(self.lock_folders)
+    def __init__(self, config: Config, record: dict, model: torch.nn.Module, trainer: Any, console: Console,
+                 locks: files.FolderLocks, earlier: dict | None = None, parent: dict | None = None):
+        self.config, self.history, self.model, self.trainer = config, record, model, trainer
+        self.console, self.locks = console, locks
         self.history_file = history.HistoryFile(Path(config.log_dir) / history.HISTORY_NAME)
-        self.earlier = distributed.run_on_rank0(
-            lambda: checkpoints.continue_from(config, fingerprint, self.console.note) if config.resume else None)
-        self.step, self.began = 0, time.perf_counter()
-        self.saved_step, self.saved_at = 0, self.began
-        self.last_enqueued: torch.cuda.Event | None = None
+        self.step = self.saved_step = 0
+        self.began = time.perf_counter()
+        if earlier or parent:
+            self.load(earlier or parent or {}, is_parent=earlier is None)
+        trainer.finite_steps.fill_(self.step)
+        distributed.run_on_rank0(lambda: self.begin_files(starts=earlier is None))
+        self.trackers = Trackers(config.tracker or [] if distributed.rank() == 0 else [], Path(config.log_dir),
+                                 record["config"], self.step, console.note)
+        self.saved_at = time.perf_counter()
+
+    def load(self, source: dict, is_parent: bool) -> None:
+        """Take over weights, optimizer state, step and history from a checkpoint, its own or its parent's."""
+        checkpoints.load_weights(self.model, source, source["path"])
+        loaded = checkpoints.load_optimizer_state(self.trainer.optimizer, source)
+        if not loaded and not is_parent:
+            raise ValueError(f"{source['path']}: its state does not fit the optimizer of its config")
+        if not loaded:
+            self.console.note(f"the optimizer starts anew: the state in {source['path']} is of another kind")
+        self.step = self.saved_step = source["step"]
+        self.began -= source["seconds"]
+        own = self.history.keys() - {"step", "warnings"}
+        self.history.update({key: value for key, value in source["history"].items() if key not in own})
+        if self.history["step"][-1:] != [self.step]:
+            self.trainer.largest_loss.fill_(source.get("largest_loss", -math.inf))
+        ruler = flags_of(MEASUREMENT) - SCHEDULE - {"epsilons"} | {"label_smoothing"}
+        other = checkpoints.differences(source["config"], self.config, ruler)
+        if other:  # only a branch may differ from what it starts from
+            self.console.note(f"{'; '.join(other)}: measurements before and after step {self.step} are not comparable")
+
+    def begin_files(self, starts: bool) -> None:
+        if starts:
+            for folder in files.move_aside(self.config.log_dir, self.config.save_dir):
+                self.console.note(f"an earlier run's files are now in {folder}")
+        self.history_file.begin(self.history)
 
     @property
     def epoch(self) -> float:
@@ -102,49 +122,6 @@ class Run:
     @property
     def seconds(self) -> float:
         return time.perf_counter() - self.began
-
-    def lock_folders(self) -> None:
-        # Kept by rank 0 alone: a lock ends with what holds it.
-        self.held = files.FolderLocks(self.config.log_dir, self.config.save_dir, note=self.console.note)
-
-    def release(self) -> None:
-        """Give up the folders, so that another run in this process may use them."""
-        if distributed.rank() == 0:
-            self.held.release()
-
-    def begin(self, model: torch.nn.Module, trainer: Any, parent: dict | None = None) -> None:
-        """Load the checkpoint to continue from, or that of the run to branch from; then prepare the files. parent: the
-        checkpoint (with its "history" and "path") of which this run is a branch."""
-        self.model, self.trainer = model, trainer
-        source = self.earlier or parent
-        if source:
-            checkpoints.load_weights(model, source, source["path"])
-            if not checkpoints.load_moments(trainer.optimizer, source):
-                if self.earlier:
-                    raise ValueError(f"{source['path']}: its state does not fit the optimizer of its config")
-                self.console.note(f"the optimizer starts anew: the state in {source['path']} is not one of its kind")
-            self.step = self.saved_step = source["step"]
-            ruler = flags_of(MEASUREMENT) - SCHEDULE - {"epsilons"} | {"label_smoothing"}
-            other = checkpoints.differences(source["config"], self.config, ruler)
-            if other:  # only a branch may differ from what it starts from
-                self.console.note(f"{'; '.join(other)}: what is measured up to step {self.step} and after it is not "
-                                  "the same")
-            self.began -= source["seconds"]
-            own = self.history.keys() - {"step", "warnings"}
-            self.history.update({key: value for key, value in source["history"].items() if key not in own})
-            if self.history["step"][-1:] != [self.step]:
-                trainer.largest_loss.fill_(source.get("largest_loss", -math.inf))
-        trainer.finite_steps.fill_(self.step)
-        distributed.run_on_rank0(self.begin_files)
-        self.saved_at = time.perf_counter()
-
-    def begin_files(self) -> None:
-        if not self.earlier:
-            for folder in files.move_aside(self.config.log_dir, self.config.save_dir):
-                self.console.note(f"an earlier run's files are now in {folder}")
-        self.history_file.begin(self.history)
-        self.trackers = Trackers(self.config.tracker or [], Path(self.config.log_dir), self.history["config"],
-                                 self.step, self.console.note)
 
     # ---- saving
 
@@ -164,7 +141,7 @@ class Run:
         self.saved_at, self.saved_step = time.perf_counter(), self.step
 
     def write_log_step(self, row: dict, remarks: dict[str, str]) -> None:
-        self.held.check()
+        self.locks.check()
         self.history_file.log(self.history, row)
         metrics = {name: value for name, value in row.items() if name != "outcomes"}
         checkpoints.save_checkpoint(self.config.save_dir, self.state(**metrics), self.config.keep_checkpoints)
@@ -173,47 +150,19 @@ class Run:
 
     def save_rolling(self) -> None:
         """Write the state between two log steps, if it is not saved yet."""
-        self.check_finite()
         if self.step > self.saved_step:
             distributed.run_on_rank0(self.write_rolling)
             self.saved_step = self.step
         self.saved_at = time.perf_counter()
 
     def write_rolling(self) -> None:
-        self.held.check()
+        self.locks.check()
         self.history_file.flush(self.history)
         checkpoints.save_state(Path(self.config.save_dir) / files.ROLLING_NAME, self.state())
 
     def save_due(self) -> bool:
         """Whether this process made its last save --checkpoint_minutes ago."""
         return time.perf_counter() - self.saved_at > 60 * self.config.checkpoint_minutes
-
-    # ---- on the way
-
-    def stay_close(self) -> None:
-        """Let the host run ahead of the GPU by one stretch of steps: the GPU never idles, a signal is obeyed soon."""
-        enqueued = torch.cuda.Event()
-        enqueued.record()
-        if self.last_enqueued is not None:
-            self.last_enqueued.synchronize()
-        self.last_enqueued = enqueued
-
-    def check_finite(self) -> None:
-        """Raise RunFailed if a step's loss was not finite, unless --on_nan=continue."""
-        bad = self.step - int(self.trainer.finite_steps.item())
-        if bad:
-            step = self.step - bad + 1
-            # The loss of step n is that of the weights after n - 1 steps: they are already bad.
-            self.refuse_nan(f"the loss of step {step}", before=step - 1)
-
-    def refuse_nan(self, what: str, before: int) -> None:
-        """Raise RunFailed, naming the last checkpoint with fewer than `before` steps, unless --on_nan=continue."""
-        if self.config.on_nan == "continue":
-            return
-        _, path = checkpoints.newest_checkpoint(self.config.save_dir, self.console.note, before=before)
-        good = f"the last good checkpoint is {path}" if path else "there is no good checkpoint"
-        raise RunFailed(f"{what} is not finite (learning rate {self.config.lr:g}); {good}; lower --lr, or go on with "
-                        "--resume --on_nan=continue")
 
 
 class Figure:

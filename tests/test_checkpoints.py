@@ -300,7 +300,7 @@ def checkpoint_of(model, optimizer, step=2):
 
 def load(model, optimizer, checkpoint):
     checkpoints.load_weights(model, checkpoint, "5.pt")
-    assert checkpoints.load_moments(optimizer, checkpoint)
+    assert checkpoints.load_optimizer_state(optimizer, checkpoint)
 
 
 def assert_same(model, other):
@@ -349,7 +349,7 @@ def test_the_state_of_another_optimizer_or_precision_is_not_loaded(before, now):
     for kind, dtype in ((now, torch.float32), (before, torch.float64)):
         optimizer = trained(kind, 0, dtype)[1]
         if (before, dtype) != ("sgd", torch.float64):  # which has no state
-            assert not checkpoints.load_moments(optimizer, checkpoint_of(*trained(before)))
+            assert not checkpoints.load_optimizer_state(optimizer, checkpoint_of(*trained(before)))
         assert not optimizer.state_dict()["state"]
 
 

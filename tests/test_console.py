@@ -32,9 +32,9 @@ def row(step, complexity):
 
 
 def test_each_value_is_below_its_label(history, capsys):
-    console = Console(history)
-    console.header()
-    console.start(0, 1000, 2)
+    console = Console()
+    console.header(history)
+    console.start(EPSILONS, 0, 1000, 2)
     console.row(row(0, {"train": {"0.05": [1.5, 2.0]}}), ["a remark"])
     console.row(row(1000, {}))
     console.end()
@@ -59,8 +59,8 @@ def test_a_notebook_has_rows_and_a_terminal_a_bar(history, monkeypatch, variable
     if variable:
         monkeypatch.setenv(variable, value)
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
-    console = Console(history)
-    console.start(0, 1000, 2)
+    console = Console()
+    console.start(EPSILONS, 0, 1000, 2)
     console.end()
     assert (console.bar is None) == (variable is not None)
 
@@ -68,8 +68,8 @@ def test_a_notebook_has_rows_and_a_terminal_a_bar(history, monkeypatch, variable
 def test_without_a_bar_a_line_a_minute_says_what_is_to_go(history, monkeypatch, capsys):
     clock = {"now": 100.0}
     monkeypatch.setattr(time, "monotonic", lambda: clock["now"])
-    console = Console(history)
-    console.start(0, 1000, 1)
+    console = Console()
+    console.start(EPSILONS, 0, 1000, 1)
     capsys.readouterr()
     for step in range(10, 1000, 10):
         clock["now"] += 2
@@ -80,9 +80,9 @@ def test_without_a_bar_a_line_a_minute_says_what_is_to_go(history, monkeypatch, 
 
 
 def test_quiet_prints_nothing(history, capsys):
-    console = Console(history, quiet=True)
-    console.header()
-    console.start(0, 1000, 2)
+    console = Console(quiet=True)
+    console.header(history)
+    console.start(EPSILONS, 0, 1000, 2)
     console.row(row(0, {}))
     assert capsys.readouterr() == ("", "")
 

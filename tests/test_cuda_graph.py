@@ -12,7 +12,6 @@ import data
 import flags
 import train
 from compute import cuda_graph
-from records.run import Run
 
 
 class Waits(TorchDispatchMode):
@@ -145,5 +144,5 @@ def test_the_host_waits_for_the_steps_before_the_last_ones(monkeypatch):
     monkeypatch.setattr(torch.cuda, "Event", Event)
     waiting = SimpleNamespace(last_enqueued=None)
     for _ in range(3):
-        Run.stay_close(waiting)
+        train.Trainer.stay_close(waiting)
     assert said == ["record 1", "record 2", "wait for 1", "record 3", "wait for 2"]

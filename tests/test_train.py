@@ -328,7 +328,7 @@ def test_a_branch_begins_with_its_parents_columns_and_goes_its_own_way(tmp_path,
         assert flag.partition("=")[0] in capsys.readouterr().err
     # which images were right is not known of a parent that attacked others
     run_here(tmp_path / "fewer", *SMALL, "--adv_size=10", f"--n_steps={step + 1}", f"--branch_from={source}")
-    assert f"--adv_size was 20, is 10: what is measured up to step {step}" in capsys.readouterr().out
+    assert f"--adv_size was 20, is 10: measurements before and after step {step} are not" in capsys.readouterr().out
     outcomes = columns(tmp_path / "fewer")["outcomes"]
     assert outcomes["robust"][:-1] == [None] * i and len(outcomes["robust"][-1]) == 10
     assert outcomes["test"][:-1] == before["outcomes"]["test"][:i]  # the test images are the same
