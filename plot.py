@@ -4,6 +4,7 @@
     python plot.py runs/*/logs/training_history.json        # a sweep in one figure; seeds become mean and range
     python plot.py --summary                                # where each curve rises after interpolation
     python plot.py --table runs/*/logs/training_history.json
+    python plot.py --csv > history.csv                      # one row for each log step, for pandas.read_csv
     python plot.py --partition checkpoints/checkpoint_epoch_0.pt checkpoints/checkpoint_epoch_1000.pt
     python plot.py --partition checkpoints/*.pt --out partition.gif     # one frame for each checkpoint
 """
@@ -38,7 +39,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
                         "checkpoint)")
     parser.add_argument("--summary", action="store_true", help="print where each curve rises after interpolation")
     parser.add_argument("--table", action="store_true", help="print one line for each run")
-    parser.add_argument("--markdown", action="store_true", help="print the table of results/README.md")
+    parser.add_argument("--csv", action="store_true", help="print the history as a flat table for pandas.read_csv")
     parser.add_argument("--partition", nargs="+", metavar="CHECKPOINT", help="draw the network's partition of a plane "
                         "through three test images, side by side for these checkpoints; with --out FILE.gif or "
                         "FILE.mp4 as a film, one frame for each checkpoint")
@@ -50,8 +51,10 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         parser.error(f"--out {args.out}: the figure can be written as {', '.join(suffixes)}")
     if args.data_dir and not args.partition:
         parser.error("--data_dir is for --partition only")
-    if args.partition and (args.table or args.summary or args.markdown):
-        parser.error("--partition draws checkpoints; --table, --summary and --markdown are for histories")
+    if args.partition and (args.table or args.summary or args.csv):
+        parser.error("--partition draws checkpoints; --table, --summary and --csv are for histories")
+    if args.csv and (args.table or args.summary):
+        parser.error("--csv prints a table for programs: ask for --table and --summary in commands of their own")
     return args
 
 
@@ -73,12 +76,12 @@ def run(args: argparse.Namespace) -> None:
     names = runs.short_names(args.histories)
     if args.table:
         print(report.table(histories, names))
-    if args.markdown:
-        print(report.markdown_table(histories, [name.removesuffix(".json") for name in names]))
+    if args.csv:
+        print(report.csv_table(histories, names), end="")
     if args.summary:
         heads = [f"{path}\n" if len(histories) > 1 else "" for path in args.histories]
         print("\n\n".join(head + report.summary(history) for head, history in zip(heads, histories, strict=True)))
-    if args.out or not (args.table or args.summary or args.markdown):
+    if args.out or not (args.table or args.summary or args.csv):
         from analysis import figure
 
         sweep = Path(os.path.commonpath([Path(path).resolve().parent for path in args.histories])) / "sweep"
@@ -92,7 +95,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.reconfigure(errors="replace")  # an output without "ε" shows "?"
     args = parse_args(argv)
     try:
-        if sys.stdout is None and (args.table or args.summary or args.markdown):
+        if sys.stdout is None and (args.table or args.summary or args.csv):
             raise OSError("the standard output is closed: there is nowhere to print to")
         run(args)
         print(end="", flush=True)

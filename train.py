@@ -446,7 +446,9 @@ def start(args: Config) -> tuple[Run, data.Dataset, measure.Probes]:
         parent = parent_of(config, fingerprint) if config.branch_from and not earlier else None
         record = empty_history(config, args, dataset, model, fingerprint)
         if parent:
-            record["branch"] = {"of": str(parent["path"]), "step": parent["step"]}
+            changed = checkpoints.differences(parent["config"], config, {"loss", "label_smoothing"})
+            record["branch"] = {"of": str(parent["path"]), "step": parent["step"], "loss_changed": [
+                *parent["history"].get("branch", {}).get("loss_changed", []), *[parent["step"]] * bool(changed)]}
         record["derived"] |= choose_threads(config, model, dataset, earlier)
         trainer = Trainer(model, config, dataset, console.note)
         probes = measure.draw_probes(config, dataset)

@@ -12,7 +12,7 @@ from analysis import panels, phases, runs
 from analysis.panels import RANDOM, SHARES, SMALL, TEST, TRAIN, Axes, Figure
 from analysis.statistics import complexity_of, total_complexity
 
-OUTBREAK, BRANCH = "#CC79A7", "#009E73"
+SPIKE, BRANCH = "#CC79A7", "#009E73"
 # Inches. Small multiples fill a page of A4 or letter when printed at four fifths; small text is 6 points there.
 PAGE_WIDTH, PAGE_HEIGHT = 9.4, 13.4
 LABELS = 0.85  # above and below the panels of a configuration: its title, the ticks
@@ -135,8 +135,8 @@ def draw_group(axes: Sequence[Axes], group: Sequence[dict], radii: list[str], st
                 ax.axvline(step, alpha=max(0.3, 1 / len(group)), zorder=1, **style)
 
 
-def outbreak_steps(group: Sequence[dict]) -> list[int]:
-    return [history["step"][index] for history in group for index in phases.outbreaks(history)]
+def spike_steps(group: Sequence[dict]) -> list[int]:
+    return [history["step"][index] for history in group for index in phases.spikes(history)]
 
 
 def branch_steps(group: Sequence[dict]) -> list[int]:
@@ -145,7 +145,7 @@ def branch_steps(group: Sequence[dict]) -> list[int]:
 
 # Vertical lines through all panels: the steps of a group's runs, the style, the words in the legend.
 MARKS: list[tuple[Callable, dict[str, Any], str]] = [
-    (outbreak_steps, {"color": OUTBREAK, "lw": 0.7}, "the training loss breaks out"),
+    (spike_steps, {"color": SPIKE, "lw": 0.7}, "a spike of the training loss"),
     (branch_steps, {"color": BRANCH, "lw": 0.9, "ls": "-."}, "a branch leaves its parent run")]
 
 

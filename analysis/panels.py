@@ -19,7 +19,7 @@ from matplotlib.text import Annotation
 from matplotlib.transforms import ScaledTranslation
 
 from analysis.runs import together
-from analysis.statistics import column_of, interpolation_of
+from analysis.statistics import column_of, interpolation_step
 from flags import epsilon_label
 from records import files
 
@@ -152,12 +152,13 @@ def accuracy_panel(ax: Axes, group: Sequence[dict]) -> None:
 
 
 def mark_interpolation(axes: Sequence[Axes], group: Sequence[dict]) -> None:
-    """A line through all panels where training accuracy reaches 99%, with the step above the first."""
-    steps, train, _, _ = together(group, lambda history: column_of(history, "train_acc"))
-    index = interpolation_of({"step": steps, "train_acc": list(train)})
-    if index is None:
+    """A line through all panels where training accuracy reaches 99%, with the step above the first: the median over a
+    group's runs, if it is known of all."""
+    steps = [step for history in group if (step := interpolation_step(history)) is not None]
+    if len(steps) < len(group):
         return
+    step = sorted(steps)[(len(steps) - 1) // 2]
     for ax in axes:
-        ax.axvline(steps[index], zorder=1, color="0.35", lw=0.8, ls=(0, (1, 1.5)))
-    axes[0].text(steps[index], 1.01, f"train 99% at step {steps[index]:,}", transform=axes[0].get_xaxis_transform(),
-                 ha="center", va="bottom", fontsize=SMALL, color="0.35")
+        ax.axvline(step, zorder=1, color="0.35", lw=0.8, ls=(0, (1, 1.5)))
+    axes[0].text(step, 1.01, f"train 99% at step {step:,}", transform=axes[0].get_xaxis_transform(), ha="center",
+                 va="bottom", fontsize=SMALL, color="0.35")

@@ -1,4 +1,4 @@
-"""The phases of local complexity, and the outbreaks of the training loss."""
+"""The phases of local complexity, and the spikes of the training loss."""
 
 from typing import Any
 
@@ -6,8 +6,8 @@ import numpy as np
 
 from analysis.statistics import HOLD, column_of, interpolation_of
 
-OUTBREAK = 100  # factor by which the training loss rises in an outbreak
-ROUNDING = 1e-9  # training losses below this are treated as equal
+SPIKE = 100  # factor by which the training loss rises in a spike
+NO_LOSS = 1e-9  # training losses below this are treated as equal
 TENTH = float(np.log(1.1))
 
 
@@ -51,9 +51,14 @@ def turning_points(log: np.ndarray, least: float, most: int = 4) -> list[int]:
 
 def without_plateaus(log: np.ndarray, first: int, last: int) -> tuple[int, int]:
     """Return the part of a descent or ascent from index first to last in which the curve moves."""
-    near = min(0.15 * abs(log[last] - log[first]), TENTH)
+    near = plateau(log, first, last)
     leaves = first + int(np.flatnonzero(abs(log[first:last + 1] - log[first]) <= near)[-1])
     return leaves, leaves + int(np.flatnonzero(abs(log[leaves:last + 1] - log[last]) <= near)[0])
+
+
+def plateau(log: np.ndarray, first: int, last: int) -> float:
+    """Return how far from its ends a descent or ascent still counts as a plateau."""
+    return min(0.15 * abs(log[last] - log[first]), TENTH)
 
 
 def phases(complexity: Any) -> list[tuple[str, int, int]]:
@@ -61,40 +66,51 @@ def phases(complexity: Any) -> list[tuple[str, int, int]]:
 
     complexity: one value for each log point, finite, >= 0. Each phase is a change by a tenth or more and by five times
     the curve's noise (estimated from the second differences of its logarithm) whose level is held for HOLD log points.
-    Plateaus between phases belong to none. The paper's phases are "first descent", "ascent" and "second descent"; a
+    Plateaus between phases belong to none. A last phase that still goes on reaches to the last log point, however short
+    a time its last level was held. The paper's phases are "first descent", "ascent" and "second descent"; a
     rise after them is a "second ascent". Where the curve rises first, they are "ascent", "descent", "second ascent",
     "second descent".
     """
     complexity = np.asarray(complexity, dtype=float)
     if len(complexity) <= HOLD or complexity.max() <= 0:
         return []
-    log = np.log(np.maximum(complexity, 0.02 * complexity.max()))
-    noise = 1.4826 * np.median(np.abs(np.diff(log, 2))) / np.sqrt(6)
-    log = smoothed(log)
+    measured = np.log(np.maximum(complexity, 0.02 * complexity.max()))
+    noise = 1.4826 * np.median(np.abs(np.diff(measured, 2))) / np.sqrt(6)
+    log = smoothed(measured)
     points = turning_points(log, max(TENTH, 5 * noise))
     names = ("first descent", "ascent", "second descent", "second ascent")
     if len(points) > 1 and log[points[1]] > log[points[0]]:
         names = ("ascent", "descent", "second ascent", "second descent")
-    return [(name, *without_plateaus(log, first, last))
-            for name, first, last in zip(names, points, points[1:], strict=False)]
+    found = [(name, *without_plateaus(log, first, last))
+             for name, first, last in zip(names, points, points[1:], strict=False)]
+    if len(found) == len(points) - 1 > 0 and points[-1] == len(log) - 1:
+        name, first, last = found[-1]
+        beyond = (measured[-1] - log[-1]) * np.sign(log[-1] - log[first])
+        if beyond > plateau(log, points[-2], points[-1]):
+            found[-1] = name, first, len(log) - 1
+    return found
 
 
-def outbreaks(history: dict) -> list[int]:
-    """Return the indices i such that the training loss breaks out between log points i - 1 and i, after interpolation.
+def spikes(history: dict) -> list[int]:
+    """Return the indices i such that the training loss has a spike between log points i - 1 and i, after interpolation.
 
-    That is, it rises to OUTBREAK times the lowest value that it had at a log point since the last outbreak. Its peak
-    between log points is known from max_batch_loss: if a batch is a share s of the training set, the loss of the whole
-    set was at least s times the batch's. Without that column only what is left at the next log point is seen.
+    That is, it rises to SPIKE times the lowest value that it had at a log point since the last spike. Its peak between
+    log points is known from max_batch_loss: if a batch is a share s of the training set, the loss of the whole set was
+    at least s times the batch's. Without that column only what is left at the next log point is seen. Losses before and
+    after a branch changed the loss function are not compared; older branches did not record whether they did.
     """
     start = interpolation_of(history)
     if start is None:
         return []
-    loss = column_of(history, "train_loss")
-    share = min(1.0, history["config"]["batch_size"] / history["sizes"]["train"])
-    peak = np.fmax(loss, share * column_of(history, "max_batch_loss"))
+    loss, branch = column_of(history, "train_loss"), history.get("branch", {"loss_changed": []})
+    changed = branch.get("loss_changed", [branch.get("step")])
+    part = min(1.0, history["config"]["batch_size"] / history["sizes"]["train"])
+    peak = np.fmax(loss, part * column_of(history, "max_batch_loss"))
     found, lowest = [], loss[start]
     for i in range(start + 1, len(loss)):
-        if peak[i] >= OUTBREAK * max(lowest, ROUNDING):
+        if any(history["step"][i - 1] <= step < history["step"][i] for step in changed):
+            lowest = np.inf
+        if peak[i] >= SPIKE * max(lowest, NO_LOSS):
             found.append(i)
             lowest = peak[i]
         lowest = np.fmin(lowest, loss[i])

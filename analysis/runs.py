@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from flags import EXECUTION, LENGTH, epsilon_label, flags_of, history_key
+from flags import EXECUTION, FIELDS, LENGTH, epsilon_label, flags_of, history_key
 
 NOT_COMPARED = flags_of(EXECUTION)
 # Flags that a figure shows without words, or that say how finely it was measured.
@@ -19,8 +19,9 @@ NOT_IN_TITLES = NOT_COMPARED | flags_of(LENGTH) | {
 
 
 def asked(history: dict) -> list[str]:
-    """Return the names of the flags that the user gave, of all flags if the history does not say."""
-    return history.get("asked", list(history["config"]))
+    """Return the names of the flags that the user gave, of all flags if the history does not say; not those that only
+    an older program had."""
+    return [name for name in history.get("asked", history["config"]) if name in FIELDS]
 
 
 def value_of(history: dict, name: str) -> str:
@@ -84,10 +85,10 @@ def together(group: Sequence[dict], column: Callable[[dict], np.ndarray]
     return steps, mean, low, high
 
 
-def flag_text(name: str, value: Any, between: str = " ") -> str:
+def shown_value(name: str, value: Any, between: str = " ") -> str:
     """Return a flag's value as one writes it: an epsilon of 0.0313725 as 8/255."""
     if isinstance(value, list):
-        return between.join(flag_text(name, entry) for entry in value)
+        return between.join(shown_value(name, entry) for entry in value)
     if name in ("epsilons", "pgd_step_size") and value is not None:
         return epsilon_label(history_key(value))
     return f"{value:g}" if isinstance(value, float) else str(value)
@@ -101,7 +102,7 @@ def in_title(name: str, value: Any) -> str:
         step = re.sub(r"^checkpoint_epoch_\d+_step_0*(\d+)$", r"step \1", path.stem)
         of = f" of {path.parent.parent.name}" if path.parent.parent.name else ""
         words, value = "branch", value is not None and f"from {step}{of}"
-    text = words if value is True else f"no {words}" if value is False else f"{words} {flag_text(name, value)}"
+    text = words if value is True else f"no {words}" if value is False else f"{words} {shown_value(name, value)}"
     return text.replace(" ", "\N{NBSP}")
 
 
@@ -124,8 +125,9 @@ def run_title(history: dict, flags: Collection[str] = ()) -> str:
     if not {"dataset", "train_size"} & set(flags):
         text += f", {history['sizes']['train']:,} training images"
     said = {"model", "depth", "width", "dataset", "train_size"} | NOT_IN_TITLES
-    chosen = [name for name in history.get("asked", []) if name in same and name not in said]
-    return ", ".join([text, *(in_title(name, same[name]) for name in chosen)])
+    again = ", measured again" if "interpolation" in history else ""
+    chosen = [name for name in history.get("asked", []) if name in {*FIELDS} & {*same} and name not in said]
+    return ", ".join([text + again, *(in_title(name, same[name]) for name in chosen)])
 
 
 def group_title(group: Sequence[dict], flags: Sequence[str]) -> str:

@@ -1,14 +1,18 @@
 """When a training set was fitted, and which accuracies rise after that beyond chance.
 
-The same images are attacked at every log step, so two log points are compared image by image: `gains` were wrong and
-are now right, `losses` the reverse. If the network is not better, the number of gains is at most binomial with
-probability 1/2: the exact one-sided sign test (McNemar's). A level counts only if it is held: each of HOLD consecutive
-log points must be better than the reference, so the p-value of such a stretch is the largest of its points'.
-Bonferroni's correction multiplies it by all that was searched: the stretches (for a recovery those before it, too), the
-curves, and QUESTIONS. So with a probability of CONFIDENCE no statement about a run is due to the choice of test images.
-The test says nothing about chance in training: HOLD is for that.
+One criterion for every curve: a level counts if each of HOLD consecutive log points is better than the reference beyond
+chance, and if it is higher by LEAST or more. The same images are attacked at every log step, so two log points are
+compared image by image: `gains` were wrong and are now right, `losses` the reverse. If the network is not better, the
+number of gains is at most binomial with probability 1/2: the exact one-sided sign test (McNemar's). The p-value of a
+stretch is the largest of its points'. Bonferroni's correction multiplies it by all that was searched in this run: the
+stretches (for a recovery those before it, too), the curves, and QUESTIONS. So with a probability of CONFIDENCE no
+statement about a run is due to the choice of test images.
+
+That is all the p-values cover. They say nothing of chance in training: LEAST is there because runs that differ only in
+the seed end that far apart, and permutation_test() compares groups of runs.
 """
 
+import itertools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -19,6 +23,9 @@ from flags import epsilon_label, history_key
 
 INTERPOLATION = 0.99  # training accuracy from which on the training set counts as fitted
 HOLD = 3  # consecutive log points for which a level must last
+# By how much a level must be higher. With 10,000 test images a rise by 0.9 points is beyond chance, while the test
+# accuracies of four seeds of the MNIST MLP are 1.1 points apart at interpolation and 1.4 at the end (results/mnist*).
+LEAST = 0.02
 CONFIDENCE = 0.95  # that no statement about a run is due to the choice of test images
 QUESTIONS = 3  # for each curve: does it rise, does it recover from a dip, does it rise at any log point at all
 
@@ -29,11 +36,23 @@ def column_of(history: dict, name: str) -> np.ndarray:
 
 
 def interpolation_of(history: dict) -> int | None:
-    """Return the index of the first log point with a training accuracy of at least 99%. None if there is none, or if it
-    is the first of a run measured again from a later step on: nobody knows when that was fitted."""
+    """Return the index of the log point of interpolation_step(), None if there is none there."""
+    step, steps = interpolation_step(history), list(history["step"])
+    return steps.index(step) if step in steps else None
+
+
+def interpolation_step(history: dict) -> int | None:
+    """Return the first log step with a training accuracy of at least 99%, None if there is none or it is not known.
+
+    Checkpoints that were measured again, perhaps only some of them, have the step from their run's own history, as
+    history["interpolation"], None if that was not at hand. Older programs did not write it: then the first step is not
+    it, unless it is step 0.
+    """
+    if "interpolation" in history:
+        return history["interpolation"]
     reached = np.flatnonzero(column_of(history, "train_acc") >= INTERPOLATION)
     known = len(reached) and (reached[0] > 0 or history["step"][0] == 0)
-    return int(reached[0]) if known else None
+    return int(history["step"][reached[0]]) if known else None
 
 
 def complexity_of(history: dict, points: str = "train", radius: str | None = None) -> np.ndarray:
@@ -59,6 +78,12 @@ class Curve(NamedTuple):
     outcomes: Sequence[Any]  # for each log point which images were right, bool (images,), None where unknown
 
 
+def own_epsilons(history: dict) -> list[str]:
+    """Return the keys of the epsilons of a run's own grid, which its outcomes are on; a branch also has columns for its
+    parent's."""
+    return [*map(history_key, history["config"].get("epsilons", ()))] or [*history["robust_acc"]]
+
+
 def accuracy_curves(history: dict) -> dict[str, Curve]:
     """Return {label: Curve} of test accuracy, and of robust_acc and adv_acc at each epsilon."""
     outcomes, unknown = history.get("outcomes", {}), [None] * len(history["step"])
@@ -67,8 +92,7 @@ def accuracy_curves(history: dict) -> dict[str, Curve]:
         return [text and from_hex(text, history["sizes"][images]) for text in texts or unknown]
 
     curves = {"test": Curve(column_of(history, "test_acc"), right(outcomes.get("test"), "test"))}
-    # The outcomes are on the run's own grid; a branch also has columns for its parent's epsilons.
-    own = {*map(history_key, history["config"].get("epsilons", ()))} or {*history["robust_acc"]}
+    own = own_epsilons(history)
     grid = sorted({0.0, *map(float, own)})
     ranks = [text and np.frombuffer(text.encode("utf-32-le"), np.uint32) for text in outcomes.get("robust") or unknown]
     for key in history["robust_acc"]:
@@ -91,12 +115,13 @@ class Rise(NamedTuple):
 
     start: float  # value at interpolation
     final: float  # value at the last log point
+    compared: int = 0  # how many later log points could be compared with interpolation, image by image
     largest: float = np.nan  # largest later value
     level: float = np.nan  # highest later level that is held for HOLD log points
     dip: float = np.nan  # lowest later level that is held, NaN unless it lies below start
-    half: int | None = None  # from here on the curve holds half of the rise to level, if that is beyond chance
-    recovery: int | None = None  # from here on it holds half of the way out of the dip, if that is beyond chance
-    brief: bool = False  # whether no rise is held, but a log point lies above start beyond chance
+    half: int | None = None  # from here on the curve holds half of the rise to level, if that rise counts
+    recovery: int | None = None  # from here on it holds half of the way out of the dip, if that recovery counts
+    brief: bool = False  # whether no rise counts, but a single log point is high enough and beyond chance
     p: float = 1.0  # of "no level is held above start"; with Bonferroni's correction these can exceed 1
     p_recovery: float = 1.0  # of "none is held above the lowest one"
     p_once: float = 1.0  # of "no log point lies above start"
@@ -109,36 +134,51 @@ def delayed_rise(curve: Curve, start: int | None, statements: int = 1) -> Rise:
     p-values are corrected as for the search within this curve.
     """
     rise = Rise(np.nan if start is None else curve.values[start], curve.values[-1])
-    known = {i: right for i, right in enumerate(curve.outcomes) if right is not None and np.isfinite(curve.values[i])}
-    later = np.array([i for i in known if start is not None and i > start])
-    if start not in known or not len(later):
+    known = [i for i, right in enumerate(curve.outcomes) if right is not None and np.isfinite(curve.values[i])]
+    later = [i for i in known if start is not None and i > start]
+    if start not in known or not later:
         return rise
-    values, right = curve.values[later], np.stack([known[i] for i in later])
-    p = p_values(known[start][None], right)
-    p_once = statements * len(later) * p.min()
-    rise = rise._replace(largest=values.max(), p_once=p_once, brief=bool(p_once <= 1 - CONFIDENCE))
+    values, right = curve.values[later], np.stack([curve.outcomes[i] for i in later])
+    p_points = p_values(curve.outcomes[start][None], right)
+    p_once = statements * len(later) * p_points
+    rise = rise._replace(compared=len(later), largest=values.max(), p_once=p_once.min(),
+                         brief=one_counts(p_once, values - rise.start))
     if len(later) < HOLD:
         return rise
-    windows = sliding_window_view(values, HOLD)
-    stretches = len(windows)
-    held_above, held_below = windows.min(axis=1), windows.max(axis=1)
 
-    def half_of(bottom: float, p: float, first: int = 0) -> int | None:
-        middle = (bottom + held_above[first:].max()) / 2 - 1e-9  # less than one image, more than rounding
-        return int(later[first + np.argmax(held_above[first:] >= middle)]) if p <= 1 - CONFIDENCE else None
-
-    p_rise = statements * stretches * sliding_window_view(p, HOLD).max(axis=1).min()
-    half = half_of(rise.start, p_rise)
-    rise = rise._replace(level=held_above.max(), half=half, p=p_rise, brief=half is None and rise.brief)
-    foot = int(np.argmin(held_below))
-    after = foot + HOLD
-    if held_below[foot] < rise.start:
-        rise = rise._replace(dip=held_below[foot])
-        if after < stretches:
-            p = sliding_window_view(p_values(right[foot:after], right[after:]), HOLD).max(axis=1)
-            p_recovery = statements * stretches * len(p) * p.min()
-            rise = rise._replace(recovery=half_of(rise.dip, p_recovery, after), p_recovery=p_recovery)
+    # A stretch is HOLD consecutive log points: its floor is the level that it holds from below, its ceiling from above.
+    floors, ceilings = stretches(values).min(axis=1), stretches(values).max(axis=1)
+    foot, p_rise = int(np.argmin(ceilings)), statements * len(floors) * stretches(p_points).max(axis=1)
+    rise = rise._replace(level=floors.max(), p=p_rise.min())
+    if one_counts(p_rise, floors - rise.start):
+        rise = rise._replace(half=later[first_half(floors, rise.start)], brief=False)
+    if ceilings[foot] < rise.start:
+        rise = rise._replace(dip=ceilings[foot])
+        after = foot + HOLD  # the first stretch that begins when the lowest one is over
+        floors = floors[after:]
+        if len(floors):
+            p_stretches = stretches(p_values(right[foot:after], right[after:])).max(axis=1)
+            p_recovery = statements * len(ceilings) * len(floors) * p_stretches
+            rise = rise._replace(p_recovery=p_recovery.min())
+            if one_counts(p_recovery, floors - rise.dip):
+                rise = rise._replace(recovery=later[after + first_half(floors, rise.dip)])
     return rise
+
+
+def stretches(values: np.ndarray) -> np.ndarray:
+    """Return every HOLD consecutive values, (len(values) - HOLD + 1, HOLD)."""
+    return sliding_window_view(values, HOLD)
+
+
+def one_counts(p: np.ndarray, heights: np.ndarray) -> bool:
+    """Return whether one of the rises with these corrected p-values and heights is beyond chance and high enough."""
+    return bool(np.any((p <= 1 - CONFIDENCE) & (heights >= LEAST - 1e-9)))
+
+
+def first_half(floors: np.ndarray, bottom: float) -> int:
+    """Return the index of the first of these levels in the upper half between bottom and the highest of them."""
+    middle = (bottom + floors.max()) / 2 - 1e-9  # less than one image, more than rounding
+    return int(np.argmax(floors >= middle))
 
 
 def p_values(before: np.ndarray, after: np.ndarray) -> np.ndarray:
@@ -156,34 +196,17 @@ def rises_of(history: dict) -> dict[str, Rise]:
     return {label: delayed_rise(curve, start, QUESTIONS * len(curves)) for label, curve in curves.items()}
 
 
-def poolable(histories: Sequence[dict]) -> list[dict]:
-    """Return the runs that fitted their training set and have come as far as the furthest of all."""
-    end = max(history["step"][-1] for history in histories)
-    return [history for history in histories if history["step"][-1] == end and interpolation_of(history) is not None]
+def permutation_test(one: Sequence[float], other: Sequence[float]) -> float:
+    """Return the exact two-sided p-value of "training chance alone separates two groups of runs".
 
-
-def pooled_rises(histories: Sequence[dict]) -> tuple[list[int], dict[str, Rise]]:
-    """Return (steps, {label: Rise}) of the poolable() runs among these, which differ only in the seed.
-
-    Each run is compared with its own interpolation, and gains and losses are summed over the runs. The indices of the
-    rises are those of `steps`: the median interpolation step, then the log steps that all runs have after theirs.
-    Curves that not all runs have are left out. Where runs share images (all do in test accuracy), this takes what two
-    networks learn of one image as independent.
+    one, other: a number for each run, such as robust_acc at the end. The p-value is the share of all divisions of the
+    runs into groups of these sizes whose means are at least as far apart: with 6 and 6 runs it can be as low as 0.002,
+    with 2 and 2 no lower than 0.33.
     """
-    runs = poolable(histories)
-    if not runs:
-        return [], {}
-    started = [(history["step"], interpolation_of(history) or 0) for history in runs]
-    common = sorted(set.intersection(*(set(steps[start + 1:]) for steps, start in started)))
-    first = int(np.median([steps[start] for steps, start in started]))
-    rows = [[start, *np.searchsorted(steps, common)] for steps, start in started]
-    curves = [accuracy_curves(history) for history in runs]
-    labels = [label for label in curves[0] if all(label in run for run in curves)]
-    rises = {}
-    for label in labels:
-        parts = ([run[label].outcomes[i] for i in row] for run, row in zip(curves, rows, strict=True))
-        right = [None if any(part is None for part in point) else np.concatenate(point)
-                 for point in zip(*parts, strict=True)]
-        values = np.array([np.nan if images is None else images.mean() for images in right])
-        rises[label] = delayed_rise(Curve(values, right), 0, QUESTIONS * len(labels))
-    return [first, *common], rises
+    values, n = np.array([*one, *other], dtype=float), len(one)
+
+    def distance(chosen: Sequence[int]) -> float:
+        return abs(values[chosen].mean() - np.delete(values, chosen).mean())
+
+    distances = np.array([distance(list(chosen)) for chosen in itertools.combinations(range(len(values)), n)])
+    return float(np.mean(distances >= distances[0] * (1 - 1e-9)))  # the first division is the one given

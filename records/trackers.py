@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from records.console import attempt
+from records.history import flat
 
 GROUPS = {"train_acc": "accuracy/train", "test_acc": "accuracy/test", "train_loss": "loss/train",
           "test_loss": "loss/test", "max_batch_loss": "loss/max_batch", "saturated": "saturation/attacked_images",
@@ -19,23 +20,9 @@ GROUPS = {"train_acc": "accuracy/train", "test_acc": "accuracy/test", "train_los
 
 
 def scalars(row: dict) -> dict[str, float]:
-    """Return {name: value} of a log step's numbers, such as robust_acc/0.1 and local_complexity/train/0.05/layer1."""
-    found: dict[str, float] = {}
-
-    def add(name: str, value: Any) -> None:
-        if isinstance(value, dict):
-            for key, entry in value.items():
-                add(f"{name}/{key}", entry)
-        elif isinstance(value, list):
-            for i, entry in enumerate(value, 1):
-                add(f"{name}/layer{i}", entry)
-        elif isinstance(value, (int, float)) and math.isfinite(value):
-            found[GROUPS.get(name, name)] = float(value)
-
-    for name, value in row.items():
-        if name not in ("step", "outcomes"):
-            add(name, value)
-    return found
+    """Return {name: value} of a log step's numbers, some of them in groups."""
+    return {GROUPS.get(name, name): float(value) for name, value in flat(row).items()
+            if name != "step" and isinstance(value, (int, float)) and math.isfinite(value)}
 
 
 class TensorBoard:

@@ -1,10 +1,17 @@
 """What moves the late phase on MNIST: a table and a figure for each of weight decay, training images, width, depth and
 activation.
 
-    python results/late_phase.py            # print the tables of results/README.md
     python results/late_phase.py decay      # draw late_phase_decay.png (results/figures.sh draws all)
 
-The histories are those next to this file: each setting with --loss=ce and --loss=exact_ce, two seeds of most of them.
+results/runs.py prints the tables.
+
+Each table changes one setting of `mnist` (weight decay 0.01, 1,000 images, width 200, depth 4, ReLU) and keeps the
+others, with `F.cross_entropy` and with the same loss computed exactly, for 100,000 steps. "a / b" are the values of the
+seeds 42 and 1, "-" stands for what was not seen. `robust_acc` and `adv_acc` are those at ε = 0.10, local complexity is
+that around training points. The ascent ends where the curve levels off, or at the last step if it still rises. "Half
+saturated" is the first log step at which the softmax has rounded to 1 on half of the training images. A spike is a
+hundredfold rise of the training loss. `mnist` and the runs of other depths and of widths 50 and 100 have 60 log points,
+the others 30, so three log steps span more training in those, and a short trough or peak may be missed.
 """
 
 import functools
@@ -17,14 +24,15 @@ import numpy as np
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
-from analysis import panels, phases, statistics  # noqa: E402
-from analysis.report import of_measure, percent  # noqa: E402
-from analysis.statistics import column_of, interpolation_of, total_complexity  # noqa: E402
+from analysis import panels, phases  # noqa: E402
+from analysis.report import of_measure, percentage  # noqa: E402
+from analysis.statistics import column_of, interpolation_of, rises_of, total_complexity  # noqa: E402
 from records.history import read_history  # noqa: E402
 
 LOSSES = {"ce": "", "exact_ce": "_exact"}
 SEEDS = ("", "_seed1")
 EPSILON = "0.1"
+KINDS = (panels.RANDOM, panels.TEST, "#009E73")  # colours without an order, for the activations
 FROM = 30  # the figures' axes are logarithmic from this step on
 # {the figure's name: (what is varied, {value: the histories' name without loss and seed})}
 SETTINGS = {
@@ -39,7 +47,7 @@ SETTINGS = {
     "activation": ("activation", {"relu": "mnist", "leaky_relu": "mnist_leaky_relu", "gelu": "mnist_gelu"}),
 }
 HEAD = ("loss", "99% at step", "ascent ends at step", "second descent begins", "half saturated at step",
-        "first outbreak by step (how many)", "`robust_acc` at 99%", "lowest held", "at the end", "recovers at ε",
+        "first spike by step (how many)", "`robust_acc` at 99%", "lowest held", "at the end", "recovers at ε",
         "rises at ε", "`adv_acc` at the end", "local complexity at the end", "weight norm at the end")
 
 
@@ -66,10 +74,9 @@ def half_saturated(history: dict) -> int | None:
 
 
 def cells(group: list[dict]) -> list[str]:
-    """Return a row of the table: the seeds' values next to each other, accuracies and verdicts of both together."""
-    breaks = [phases.outbreaks(history) for history in group]
-    _, rises = statistics.pooled_rises(group)
-    robust, adv = of_measure("robust", rises), of_measure("adv", rises)
+    """Return a row of the table: the seeds' values next to each other."""
+    spikes, rises = [phases.spikes(history) for history in group], [rises_of(history) for history in group]
+    robust, adv = ([of_measure(measure, run) for run in rises] for measure in ("robust", "adv"))
 
     def listed(values: list[str]) -> str:
         return " / ".join(values)
@@ -83,11 +90,13 @@ def cells(group: list[dict]) -> list[str]:
     return [at(interpolation_of), at(lambda history: phase_of(history, "ascent")[1]),
             at(lambda history: phase_of(history, "second descent")[0]), at(half_saturated),
             listed([f"{step_at(history, found[0])} ({len(found)})" if found else "-"
-                    for history, found in zip(group, breaks, strict=True)]),
-            *map(percent, (robust[EPSILON].start, robust[EPSILON].dip, robust[EPSILON].final)),
-            ", ".join(epsilon for epsilon, rise in robust.items() if rise.recovery is not None) or "-",
-            ", ".join(epsilon for epsilon, rise in robust.items() if rise.half is not None) or "-",
-            percent(adv[EPSILON].final), end(total_complexity), end(lambda history: column_of(history, "weight_norm"))]
+                    for history, found in zip(group, spikes, strict=True)]),
+            *(listed([percentage(getattr(run[EPSILON], field)) for run in robust])
+              for field in ("start", "dip", "final")),
+            *(listed([", ".join(epsilon for epsilon, rise in run.items() if getattr(rise, field) is not None) or "-"
+                      for run in robust]) for field in ("recovery", "half")),
+            listed([percentage(run[EPSILON].final) for run in adv]), end(total_complexity),
+            end(lambda history: column_of(history, "weight_norm"))]
 
 
 def table(what: str, values: dict[str, str]) -> str:
@@ -105,9 +114,10 @@ def figure(what: str, values: dict[str, str]) -> panels.Figure:
     local complexity goes only as high as it is later.
     """
     fig = panels.new_figure(8.4, 5.6, f"MNIST by {what}: mean and range of the seeds; for each seed "
-                            "a circle where 99% of the training images are right, a dot at each outbreak")
+                            "a circle where 99% of the training images are right, a tick on top at each loss spike")
     axes = fig.subplots(2, len(LOSSES), sharex=True, sharey="row")
-    shades = matplotlib.colormaps["viridis"](np.linspace(0, 0.85, len(values)))
+    ordered = what != "activation"
+    shades = matplotlib.colormaps["viridis"](np.linspace(0, 0.85, len(values))) if ordered else KINDS
     curves = (("robust_acc, ε = 0.10", lambda history: column_of(history["robust_acc"], EPSILON)),
               ("local complexity, train points", total_complexity))
     for (label, curve), row, lowest in zip(curves, axes, (False, True), strict=True):
@@ -115,15 +125,15 @@ def figure(what: str, values: dict[str, str]) -> panels.Figure:
         for ax, loss in zip(row, LOSSES, strict=True):
             groups = [group_of(name, loss) for name in values.values()]
             panels.step_axis(ax, FROM, panels.span(sum(groups, []))[1], 3.6, labelled=lowest)
-            for shade, value, group in zip(shades, values, groups, strict=True):
+            for k, (shade, value, group) in enumerate(zip(shades, values, groups, strict=True)):
                 if group:
                     panels.draw_curve(ax, group, curve, value, color=shade, lw=1.5)
                 for history in group:
                     steps, heights = np.array(history["step"]), curve(history)
                     top = max(top, *heights[steps >= FROM])
-                    breaks, fitted = phases.outbreaks(history), interpolation_of(history)
-                    if breaks:
-                        ax.plot(steps[breaks], heights[breaks], "o", ms=2.5, color=shade, clip_on=False)
+                    spikes, fitted = phases.spikes(history), interpolation_of(history)
+                    ax.plot(steps[spikes], [1 - 0.03 * k] * len(spikes), "|", ms=5, mew=1.2, color=shade,
+                            transform=ax.get_xaxis_transform())
                     if fitted is not None:
                         ax.plot(steps[fitted], heights[fitted], "o", ms=4, color=shade, mfc="white")
             if not lowest:
@@ -137,12 +147,6 @@ def figure(what: str, values: dict[str, str]) -> panels.Figure:
     return fig
 
 
-def main(names: list[str]) -> None:
-    for name in names:
-        figure(*SETTINGS[name]).savefig(HERE / f"late_phase_{name}.png", metadata={"Date": None})
-    if not names:
-        print("\n\n".join(table(*setting) for setting in SETTINGS.values()))
-
-
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    for name in sys.argv[1:]:
+        figure(*SETTINGS[name]).savefig(HERE / f"late_phase_{name}.png", metadata={"Date": None})

@@ -1,4 +1,4 @@
-"""The phases of local complexity and the outbreaks of the training loss."""
+"""The phases of local complexity and the spikes of the training loss."""
 
 import numpy as np
 import pytest
@@ -111,16 +111,24 @@ def training(losses, peaks=None):
             **({"max_batch_loss": peaks} if peaks else {}), "config": {"batch_size": 200}, "sizes": {"train": 1000}}
 
 
-def test_an_outbreak_between_two_log_points_is_seen_by_its_largest_batch():
+def test_an_spike_between_two_log_points_is_seen_by_its_largest_batch():
     losses = [2.0, 1e-2, 1e-4, 1e-6, 1e-6, 1e-7, 1e-7]
     peaks = [None, 2.0, 1e-2, 1e-4, 1e-3, 1e-6, 6e-5]
-    assert phases.outbreaks(training(losses, peaks)) == [4, 6]
-    assert phases.outbreaks(training(losses)) == []
+    assert phases.spikes(training(losses, peaks)) == [4, 6]
+    assert phases.spikes(training(losses)) == []
     # A batch is a fifth of the training set here: the loss of the whole set rose to a fifth of the batch's or more.
-    assert phases.outbreaks(training(losses, [*peaks[:4], 4.9e-4, *peaks[5:]])) == [6]
+    assert phases.spikes(training(losses, [*peaks[:4], 4.9e-4, *peaks[5:]])) == [6]
     small = training(losses, peaks)
     small["config"]["batch_size"] = 2
-    assert phases.outbreaks(small) == []
+    assert phases.spikes(small) == []
+
+
+def test_the_losses_of_different_loss_functions_are_not_compared():
+    history = training([2.0, 1e-2, 1e-4, 1e-4, 1e-1, 1e-1, 1e-3, 0.5])
+    assert phases.spikes(history) == [4, 7]
+    for branch, found in (({"step": 9, "loss_changed": [9]}, [7]), ({"step": 9, "loss_changed": []}, [4, 7]),
+                          ({"step": 9}, [7]), ({"step": 70, "loss_changed": [9, 70]}, [])):
+        assert phases.spikes(history | {"branch": {"of": "x.pt", **branch}}) == found
 
 
 @pytest.mark.parametrize("losses, found", [
@@ -130,14 +138,14 @@ def test_an_outbreak_between_two_log_points_is_seen_by_its_largest_batch():
     ([2.0, 1e-2, 1e-5, 1e-3, 1e-2, 5e-2], [3]),  # it goes on, it does not begin anew
     ([2.0, 1e-2, 1e-6, 1e-8, 1e-5, 1e-6, 1e-8, 2e-6], [4, 7]),
     ([2.0, 1e-2, 1e-6, 1e-8, 9e-7, 9.9e-7], [])])
-def test_outbreaks_in_the_loss_at_log_points(losses, found):
-    assert phases.outbreaks(training(losses)) == found
+def test_spikes_in_the_loss_at_log_points(losses, found):
+    assert phases.spikes(training(losses)) == found
     for train_acc in ([0.5] * len(losses), [0.5] * (len(losses) - 1) + [1.0]):  # never fitted; only at the end
-        assert phases.outbreaks(training(losses) | {"train_acc": train_acc}) == []
+        assert phases.spikes(training(losses) | {"train_acc": train_acc}) == []
 
 
 @pytest.mark.parametrize("name, steps", [("mnist", [18_900, 39_630, 47_689, 57_387, 83_101]), ("mnist_long_exact", []),
                                          ("mnist_float64", []), ("resnet18", [29_222, 50_000])])
-def test_outbreaks_of_the_recorded_runs(name, steps):
+def test_spikes_of_the_recorded_runs(name, steps):
     history = read_history(ROOT / "results" / f"{name}.json")
-    assert [history["step"][i] for i in phases.outbreaks(history)] == steps
+    assert [history["step"][i] for i in phases.spikes(history)] == steps

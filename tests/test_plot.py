@@ -1,5 +1,6 @@
 """The figures of histories, and the command line of plot.py."""
 
+import csv
 import json
 import subprocess
 import sys
@@ -16,7 +17,7 @@ from matplotlib.text import Annotation, Text
 
 import plot
 from analysis import figure, panels, phases
-from records.history import HISTORY_VERSION, write_history
+from records.history import HISTORY_VERSION, read_history, write_history
 
 EPSILONS = ("0.03", "0.1", "0.0313725")
 TWELVE, SIXTEEN = (tuple(f"{k / 255:.6g}" for k in range(1, last + 1)) for last in (12, 16))
@@ -60,7 +61,7 @@ def grokking(seed=1, cut=None, epsilons=EPSILONS, **options):
 
 
 def saturating(**options):
-    """Training saturates slowly, gradients vanish, and the loss breaks out at step 10,000 and 56,234."""
+    """Training saturates slowly, gradients vanish, and the loss has spikes at step 10,000 and 56,234."""
     history = grokking(**options)
     steps = np.array(history["step"])
     history["train_saturated"] = [None, *sigmoid(4 * (np.log10(steps[1:]) - 3)).tolist()]
@@ -132,12 +133,12 @@ def test_the_curves_are_the_columns(one_run):
         assert area.get_paths()[0].vertices[:, 1].max() == pytest.approx(top)
 
 
-def test_interpolation_outbreaks_shares_and_phases_are_named(one_run):
+def test_interpolation_spikes_shares_and_phases_are_named(one_run):
     history, fig = one_run
-    assert [history["step"][i] for i in phases.outbreaks(history)] == [10_000, 56_234]
+    assert [history["step"][i] for i in phases.spikes(history)] == [10_000, 56_234]
     for ax in fig.axes:
-        assert marks(ax, "0.35") == [100] and marks(ax, figure.OUTBREAK) == [10_000, 56_234]
-    assert {"train 99% at step 100", "the training loss breaks out", "saturated", "zero gradient",
+        assert marks(ax, "0.35") == [100] and marks(ax, figure.SPIKE) == [10_000, 56_234]
+    assert {"train 99% at step 100", "a spike of the training loss", "saturated", "zero gradient",
             "attacked images whose cross-entropy gradient is 0"} <= set(texts(fig))
     ax = fig.axes[1]
     total = np.sum(history["local_complexity"]["train"]["0.05"], axis=1)
@@ -168,7 +169,7 @@ def test_null_is_a_gap_and_a_point_between_two_gaps_is_seen():
             assert np.flatnonzero(found.get_markevery()).tolist() == [3, 5]
 
 
-def test_seeds_are_mean_and_range_and_each_marks_its_outbreaks():
+def test_seeds_are_mean_and_range_and_each_marks_its_spikes():
     histories = [saturating(seed=seed) for seed in range(3)]
     for history, test in zip(histories, (0.2, 0.5, 0.8), strict=True):
         history["test_acc"] = [test] * len(history["step"])
@@ -178,7 +179,7 @@ def test_seeds_are_mean_and_range_and_each_marks_its_outbreaks():
     (band,) = [band for band in fig.axes[0].collections if to_hex(band.get_facecolor()[0]) == to_hex(panels.TEST)]
     assert set(band.get_paths()[0].vertices[:, 1]) == {0.2, 0.8}
     assert "mean and range of 3 runs" in texts(fig)
-    assert sorted(set(marks(fig.axes[0], figure.OUTBREAK))) == [10_000, 31_623, 56_234]
+    assert sorted(set(marks(fig.axes[0], figure.SPIKE))) == [10_000, 31_623, 56_234]
 
 
 def test_configurations_stand_side_by_side_at_one_scale(two_losses):
@@ -188,7 +189,7 @@ def test_configurations_stand_side_by_side_at_one_scale(two_losses):
     assert left.get_position().y0 == right.get_position().y0 and left.get_position().x0 < right.get_position().x0
     assert below.get_ylim() == below_right.get_ylim()
     assert len(lines(left, "0.45")) == 1 and lines(right, "0.45") == []
-    assert marks(left, figure.OUTBREAK) and not marks(right, figure.OUTBREAK)
+    assert marks(left, figure.SPIKE) and not marks(right, figure.SPIKE)
     assert not {"saturated", "zero gradient"} & {text.get_text() for text in right.texts}
     assert not any("adv size" in text for text in texts(two_losses))
 
@@ -372,6 +373,21 @@ def test_bad_options_give_one_line(tmp_path, capsys, monkeypatch):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["h.json", "sub"]
 
 
+def test_csv_is_one_flat_table(tmp_path, capsys):
+    path = tmp_path / "h.json"
+    write_history(path, {**grokking(cut=3), "layers": {"names": ["layers.1", "layers.3"], "units": [8, 8]},
+                         "max_batch_loss": [None, 0.5, 0.5]})
+    assert plot.main(["--csv", str(path)]) == 0
+    first, second, _ = csv.DictReader(capsys.readouterr().out.splitlines())
+    history = read_history(path)
+    assert first["max_batch_loss"] == "" and float(second["robust_acc/0.1"]) == history["robust_acc"]["0.1"][1]
+    assert float(second["local_complexity/random/0.05/layers.3"]) == (
+        history["local_complexity"]["random"]["0.05"][1][1])
+    assert not {"run", "outcomes/test", "local_complexity"} & {*first}
+    assert plot.main(["--csv", str(path), str(path)]) == 0
+    assert capsys.readouterr().out.count(f"\n{path},") == 6
+
+
 @pytest.mark.parametrize("stdout", [lambda: None, lambda: open("/dev/full", "w")])
 def test_closed_output_gives_one_line(stdout, two_runs, capsys, monkeypatch):
     monkeypatch.setattr(sys, "stdout", stdout())
@@ -379,14 +395,5 @@ def test_closed_output_gives_one_line(stdout, two_runs, capsys, monkeypatch):
     assert_one_line(capsys)
 
 
-def test_the_table_of_the_results_is_that_of_the_histories(capsys):
-    paths = sorted(map(str, (ROOT / "results").glob("*.json")))
-    assert plot.main(["--markdown", *paths]) == 0
-    assert capsys.readouterr().out.strip() in (ROOT / "results" / "README.md").read_text()
-
-
-@pytest.mark.slow
-def test_the_tables_of_the_late_phase_are_those_of_the_histories():
-    tables = run_command(ROOT, script="results/late_phase.py").stdout.strip().split("\n\n")
-    readme = (ROOT / "results" / "README.md").read_text()
-    assert len(tables) == 5 and all(table in readme for table in tables)
+def test_the_tables_of_the_results_are_those_of_the_histories():
+    assert run_command(ROOT, script="results/runs.py").stdout == (ROOT / "results" / "runs.md").read_text()

@@ -308,7 +308,7 @@ def test_a_branch_begins_with_its_parents_columns_and_goes_its_own_way(tmp_path,
     assert f"\nbranch   from step {step}, {source}\n" in capsys.readouterr().out
     run_here(plain, *SMALL, "--n_steps=40", f"--branch_from={source}")
     before, after = columns(parent), columns(branch)
-    assert after["branch"] == {"of": str(source), "step": step}
+    assert after["branch"] == {"of": str(source), "step": step, "loss_changed": [step]}
     i = before["step"].index(step) + 1
     assert after["step"][:i] == before["step"][:i] and after["train_loss"][:i] == before["train_loss"][:i]
     assert after["step"][-1] == 40 and after["train_loss"][i] != before["train_loss"][i]
@@ -321,7 +321,8 @@ def test_a_branch_begins_with_its_parents_columns_and_goes_its_own_way(tmp_path,
     assert columns(branch)["step"][-1] == 60
     again = sorted((branch / "checkpoints").glob("*.pt"))[-1]
     run_here(tmp_path / "twig", *SMALL, "--n_steps=61", f"--branch_from={again}")
-    assert columns(tmp_path / "twig")["branch"] == {"of": str(again), "step": 60}
+    assert columns(tmp_path / "twig")["branch"] == {"of": str(again), "step": 60,
+                                                    "loss_changed": [step, 60]}
     for flag in ("--width=8", "--activation=tanh", f"--n_steps={step}"):
         capsys.readouterr()
         run_here(tmp_path / "other", *SMALL, "--n_steps=40", flag, f"--branch_from={source}", status=2)
