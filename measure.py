@@ -217,7 +217,7 @@ def default_eval_batch_size(model: nn.Module, in_shape: torch.Size) -> int:
                 hooks.enter_context(module.register_forward_hook(lambda *args: elements.append(args[2].numel())))
         model(parameter.new_zeros(1, *in_shape))
     on_gpu = parameter.device.type == "cuda"
-    memory = devices.free_memory(parameter.device) // 4 if on_gpu else 2**30
+    memory = devices.usable_memory(parameter.device) // 4 if on_gpu else 2**30
     # Twice: a backward pass holds the activations and their gradients.
     most = memory // (2 * sum(elements) * parameter.element_size())
     return max(1, min(most, 10_000 if on_gpu else 1000))

@@ -22,7 +22,6 @@ import errno
 import itertools
 import math
 import os
-import shutil
 import signal
 import sys
 from bisect import bisect_left, bisect_right
@@ -206,7 +205,7 @@ class Trainer:
 
     def stay_close(self) -> None:
         """Let the host run ahead of the GPU by one stretch of steps: the GPU never idles, a signal is obeyed soon."""
-        enqueued = torch.cuda.Event()
+        enqueued = torch.cuda.Event(blocking=True)  # which lets the core sleep
         enqueued.record()
         if self.last_enqueued is not None:
             self.last_enqueued.synchronize()
@@ -357,8 +356,6 @@ def complete(args: Config, dataset: data.Dataset, device: torch.device) -> Confi
          f"--augment shifts images by pixels: those of {args.dataset} are too small for it"),
         (args.lc_samples and args.lc_directions > features,
          f"--lc_directions={args.lc_directions} is more than the values of an image: give {features} or fewer"),
-        (args.compile == "on" and device.type == "cpu" and not any(map(shutil.which, ["g++", "clang++", "c++"])),
-         "--compile needs a C++ compiler, such as g++, on a CPU"),
         *((0 < images < size, f"--{flag}={images} is less than one for each of {size} processes") for flag, images in (
             ("adv_size", measure.attacked(config, dataset)),
             ("lc_samples", min(config.lc_samples, config.train_size, len(dataset.y_test)))))]
@@ -427,9 +424,9 @@ def start(args: Config) -> tuple[Run, data.Dataset, measure.Probes]:
     continued from, only when all else is in order.
     """
     trackers.check(args.tracker or [])
+    devices.set_precision(args.deterministic)
     device = distributed.start(devices.choose_device(args.device))
     devices.check_dtype(device, args.dtype)
-    devices.set_precision(args.deterministic)
     dataset = distributed.rank0_first(lambda: data.from_config(dataclasses.asdict(args)))
     config = complete(args, dataset, device)
     fingerprint = data.fingerprint(dataset)
@@ -512,6 +509,9 @@ def main(argv: list[str] | None = None) -> int:
     except (MemoryError, RuntimeError) as error:
         if devices.out_of_memory(error):
             return fail("the memory is full: lower --eval_batch_size or --batch_size and run again with --resume", 1)
+        if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+            reason, _, _ = str(error).partition("\n\n")
+            return fail(f"--compile: {reason}; install what is missing, or go on with --resume --compile=off", 1)
         if not distributed.lost_another(error):
             raise
         return fail("another process of this run has ended, so this one ends too: run again with --resume", 1)

@@ -3,6 +3,7 @@
 The log step is not captured: its attacks drop images once they are decided, which a graph of fixed shape cannot do.
 """
 
+import gc
 import warnings
 from collections.abc import Callable
 
@@ -51,7 +52,9 @@ def run_on_side_stream(step: Callable[[], None], n: int) -> None:
 
 def capture(step: Callable[[], None], report: Callable[[str], None]) -> dict[int, Callable[[], None]]:
     """Return {number of steps: function that makes them}, longest first; capturing itself makes none."""
+    gc.collect()  # a former run's graphs, whose memory is only freed with them
     graphs = {STEPS_IN_LONG_GRAPH: torch.cuda.CUDAGraph(), 1: torch.cuda.CUDAGraph()}
+    current = torch.cuda.current_stream()
     stream = torch.cuda.Stream()  # PyTorch's own for captures stays on the device of the process's first capture
     try:
         for length, graph in graphs.items():
@@ -59,6 +62,7 @@ def capture(step: Callable[[], None], report: Callable[[str], None]) -> dict[int
                 for _ in range(length):
                     step()
     except RuntimeError as error:
+        torch.cuda.set_stream(current)  # a capture that breaks leaves its own as the current one
         torch.cuda.synchronize()
         reason = error.__context__ or error  # ending a broken capture raises an error of its own
         report(f"CUDA graph capture failed, the steps run eagerly: {str(reason).splitlines()[0]}")

@@ -63,7 +63,8 @@ def check_dtype(device: torch.device, dtype: str) -> None:
 
 
 def set_precision(deterministic: bool = False) -> None:
-    """Let float32 mean float32 on GPUs, too, and count subnormal numbers, which slow a CPU tenfold, as zero."""
+    """Let float32 mean float32 on GPUs, too, and count subnormal numbers, which slow a CPU tenfold, as zero. To be
+    called before anything is computed."""
     for dtype in (np.float32, np.float64):
         np.finfo(dtype)  # cached: older versions of NumPy warn if they compute it while subnormals count as zero
     torch.set_flush_denormal(True)
@@ -73,7 +74,7 @@ def set_precision(deterministic: bool = False) -> None:
     else:  # before PyTorch 2.9
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     if deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read once, at the first matrix product
         torch.use_deterministic_algorithms(True)
 
 
@@ -93,18 +94,23 @@ def total_memory() -> float:
         return math.inf
 
 
-def free_memory(device: torch.device) -> int:
-    """Return the free bytes of a CUDA device, including those that PyTorch keeps in reserve."""
-    free, _ = torch.cuda.mem_get_info(device)
+def usable_memory(device: torch.device) -> int:
+    """Return the free bytes of a CUDA device, including those that PyTorch keeps in reserve; with --deterministic all
+    its bytes, so that a resumed run evaluates in the same batches."""
+    free, total = torch.cuda.mem_get_info(device)
+    if torch.are_deterministic_algorithms_enabled():
+        return total
     return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
 
 
 def out_of_memory(error: BaseException) -> bool:
     """Return whether an exception means that the memory of the GPU or the CPU is too small."""
-    # PyTorch has no exception of its own for the CPU, NumPy none for arrays beyond the address space.
-    said = ("can't allocate memory", "Storage size calculation overflowed", "array is too big",
-            "Maximum allowed dimension exceeded", "backend out of memory")
-    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(words in str(error) for words in said)
+    # PyTorch has no exception of its own for the CPU and for CUDA's libraries, NumPy none beyond the address space.
+    said = {RuntimeError: ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "can't allocate memory",
+                           "Storage size calculation overflowed"),
+            ValueError: ("array is too big", "Maximum allowed dimension exceeded")}
+    return isinstance(error, MemoryError) or any(
+        isinstance(error, kind) and words in str(error) for kind, texts in said.items() for words in texts)
 
 
 def cpu_count() -> int:

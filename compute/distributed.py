@@ -20,7 +20,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from compute import device as devices
 
-PATIENCE = timedelta(minutes=10)  # a job's nodes may start minutes apart
+TIME_TO_MEET = timedelta(minutes=10)  # a job's nodes may start minutes apart
+LONGEST_WAIT = timedelta(hours=1)  # in an exchange: the first process may be downloading the data
 T = TypeVar("T")
 
 
@@ -36,7 +37,7 @@ def start(device: torch.device) -> torch.device:
         os.environ["STOP_WITH_PARENT"] = str(os.getppid())
     if "WORLD_SIZE" not in os.environ and int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1:
         describe_srun_step()
-    processes = int(os.environ.get("WORLD_SIZE", 1))
+    processes = whole_number("WORLD_SIZE", 1)
     if processes == 1:
         return device
     if device.type not in ("cpu", "cuda"):
@@ -44,14 +45,16 @@ def start(device: torch.device) -> torch.device:
     address, port = os.environ.get("MASTER_ADDR", ""), os.environ.get("MASTER_PORT", "")
     try:
         socket.getaddrinfo(address, port)  # PyTorch would try an unknown name until its time is up
-        store, me, _ = next(rendezvous("env://", timeout=PATIENCE))
+        store, me, _ = next(rendezvous("env://", timeout=TIME_TO_MEET))
         if device.type == "cuda":
-            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+            device = torch.device("cuda", whole_number("LOCAL_RANK", 0))
             problem = devices.problem_with(device)
             if problem:
                 raise ValueError(f"process {me} cannot use {device}: {problem}; start one process for each GPU")
             torch.cuda.set_device(device)
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, rank=me, world_size=processes)
+        backend, gpu = ("nccl", device) if device.type == "cuda" else ("gloo", None)
+        dist.init_process_group(backend, store=store, rank=me, world_size=processes, timeout=LONGEST_WAIT,
+                                device_id=gpu)
         all_reduce_sum(torch.zeros(1, device=device))
     except (RuntimeError, OSError) as error:  # dist.DistError is narrower, but PyTorch 2.6 raises others, too
         reason = str(error).split("\n")[0]
@@ -60,6 +63,15 @@ def start(device: torch.device) -> torch.device:
                          "and, where there are several networks, GLOO_SOCKET_IFNAME or NCCL_SOCKET_IFNAME to one of "
                          "its interfaces; unset WORLD_SIZE for a run of one process") from None
     return device
+
+
+def whole_number(variable: str, default: int) -> int:
+    """Return the value of an environment variable; ValueError, naming it, if that is not a whole number."""
+    text = os.environ.get(variable, str(default))
+    if not text.isdecimal():
+        raise ValueError(f"the environment variable {variable} is '{text}', not a whole number: unset it, or start the "
+                         "run with torchrun or srun")
+    return int(text)
 
 
 def describe_srun_step() -> None:

@@ -13,6 +13,8 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+# Up to PyTorch 2.8 read once, at the first matrix product of the process.
+os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
 # One thread: the tests' results do not depend on the machine, and two would wait for each other on a busy one.
 torch.set_num_threads(1)
 PATIENCE = 90  # seconds after which what a test waits for is taken not to come

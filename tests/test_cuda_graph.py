@@ -117,11 +117,14 @@ def test_what_cannot_be_captured_is_reported_once_and_runs_eagerly(fake_cuda, mo
         yield
 
     monkeypatch.setattr(torch.cuda, "graph", refuse)
-    reports = []
+    reports, current = [], []
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: "the one before")
+    monkeypatch.setattr(torch.cuda, "set_stream", current.append)
+    monkeypatch.setattr(cuda_graph, "run_on_side_stream", lambda step, n: [step() for _ in range(n)])
     repeat = cuda_graph.repeater(step, reports.append)
     for n in (5, 20, 1):
         repeat(n)
-    assert made == ["eager"] * 26
+    assert made == ["eager"] * 26 and current == ["the one before"]
     assert len(reports) == 1 and reports[0].endswith("the steps run eagerly: operation not permitted")
 
 
@@ -131,7 +134,8 @@ def test_the_host_waits_for_the_steps_before_the_last_ones(monkeypatch):
     class Event:
         made = 0
 
-        def __init__(self):
+        def __init__(self, blocking):
+            assert blocking
             Event.made += 1
             self.number = Event.made
 

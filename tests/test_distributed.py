@@ -365,7 +365,8 @@ def test_both_processes_give_up_together_with_one_line(tmp_path, flags, status, 
 
 
 @pytest.mark.parametrize("change, message", [
-    ({"RANK": ""}, "RANK"), ({"MASTER_ADDR": ""}, "cannot meet at :7 .*: start them with torchrun or srun"),
+    ({"RANK": ""}, "RANK"), ({"WORLD_SIZE": ""}, "variable WORLD_SIZE is ''"),
+    ({"MASTER_ADDR": ""}, "cannot meet at :7 .*: start them with torchrun or srun"),
     ({"MASTER_ADDR": "no such machine"}, "cannot meet at no such machine:7 .* set MASTER_ADDR"),
 ], ids=str)
 def test_a_variable_that_does_not_fit_is_named_at_once(monkeypatch, change, message):

@@ -8,7 +8,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import FORKS, PATIENCE, SMALL, history_of
+from conftest import FORKS, PATIENCE, SMALL, history_of, run_here
 
 from compute import device as devices
 from compute import signals
@@ -88,7 +88,37 @@ def test_too_much_memory_is_recognised_whoever_says_so(allocate):
     with pytest.raises(Exception) as caught:
         allocate()
     assert devices.out_of_memory(caught.value)
+
+
+def test_too_little_memory_of_a_gpu_is_recognised_and_nothing_else():
+    for said in ("CUDA error: out of memory\nCUDA kernel errors might be", "MPS backend out of memory",
+                 "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"):
+        assert devices.out_of_memory(RuntimeError(said))
+    assert not devices.out_of_memory(ValueError("--device=auto: PyTorch cannot use this device: CUDA out of memory"))
     assert not devices.out_of_memory(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
+
+
+def test_a_deterministic_run_prepares_before_it_computes_and_counts_all_memory(monkeypatch, tmp_path):
+    found = []
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    monkeypatch.setattr(torch.cuda, "init", lambda: None)
+    monkeypatch.setattr(devices, "problem_with", lambda _: found.append(os.environ["CUBLAS_WORKSPACE_CONFIG"]) or "no")
+    for name, value in {"mem_get_info": (3, 10), "memory_reserved": 2, "memory_allocated": 1}.items():
+        monkeypatch.setattr(torch.cuda, name, lambda device, value=value: value)
+    try:
+        run_here(tmp_path, "--dataset=digits", "--device=cuda", "--deterministic", status=2)
+        assert found == [":4096:8"] and devices.usable_memory(torch.device("cuda")) == 10
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert devices.usable_memory(torch.device("cuda")) == 4
+
+
+def test_a_network_that_cannot_be_compiled_is_one_line(monkeypatch, tmp_path, capsys):
+    kind = type("InductorError", (RuntimeError,), {"__module__": "torch._inductor.exc"})
+    monkeypatch.setattr(torch, "compile", lambda model: raising(kind("no C compiler\n\nSet TORCH_LOGS for more")))
+    run_here(tmp_path, *SMALL, "--n_steps=2", "--compile", status=1)
+    assert capsys.readouterr().err == ("train.py: error: --compile: no C compiler; install what is missing, or go on "
+                                       "with --resume --compile=off\n")
 
 
 # ---- processors -----------------------------------------------------------------------------------------------------
