@@ -86,10 +86,11 @@ def batch_order(seed: int, block: int, epochs: int, n_images: int, batch_size: i
     return torch.cat([torch.randperm(n_images, generator=generator)[:used] for _ in range(epochs)])
 
 
-def learning_rates(config: Config, steps: torch.Tensor) -> torch.Tensor:
+def learning_rates(config: Config, steps: torch.Tensor, first: int = 0) -> torch.Tensor:
     """Return the learning rate of the step that follows so many steps, for each of them: along the line of the warm-up,
-    then by the schedule."""
-    warmup, n_steps, steps = config.warmup_steps, config.n_steps, steps.to(getattr(torch, config.dtype))
+    which begins at step `first`, then by the schedule."""
+    warmup, n_steps = config.warmup_steps, config.n_steps - first
+    steps = (steps - first).to(getattr(torch, config.dtype))
     left = ((n_steps - steps) / (n_steps - warmup)).clamp(max=1)  # from 1 at the end of the warm-up to 0
     factor = {"constant": torch.ones_like(left), "triangle": left, "cosine": (1 - (math.pi * left).cos()) / 2}
     rise = ((steps + 1) / warmup).clamp(max=1) if warmup else 1
@@ -116,13 +117,16 @@ class Trainer:
     """Makes the training steps of a run.
 
     model: trained in place. dataset: on the training device. report: called with one line if a CUDA graph cannot be
-    captured. optimizer: saved in a checkpoint. finite_steps: tensor, the number of steps before the first whose loss
-    was not finite. largest_loss: tensor, the largest batch loss since it was last set to -inf.
+    captured. schedule_from: the step at which warm-up and schedule begin. optimizer: saved in a checkpoint.
+    finite_steps: tensor, the number of steps before the first whose loss was not finite. largest_loss: tensor, the
+    largest batch loss since it was last set to -inf.
     """
 
-    def __init__(self, model: torch.nn.Module, config: Config, dataset: data.Dataset, report: Callable = print):
+    def __init__(self, model: torch.nn.Module, config: Config, dataset: data.Dataset, report: Callable = print,
+                 schedule_from: int = 0):
         where, self.dtype = dataset.x_train.device, getattr(torch, config.dtype)
         self.config, self.dataset, self.parameters = config, dataset, list(model.parameters())
+        self.schedule_from = schedule_from
         compiled = torch.compile(model) if config.compile == "on" else model
         self.network = distributed.wrap(cast(torch.nn.Module, compiled), where)
         self.loss_function = losses.build_loss(config.loss, config.label_smoothing)
@@ -173,7 +177,7 @@ class Trainer:
             tables.append((self.shifts, shifts.view(self.block_steps, -1, 3)[:, share]))
         if self.rates is not None:
             steps = torch.arange(block * self.block_steps, (block + 1) * self.block_steps)
-            tables.append((self.rates, learning_rates(config, steps)))
+            tables.append((self.rates, learning_rates(config, steps, self.schedule_from)))
         for place, values in tables:
             # From pinned memory the copy waits its turn on the GPU, and the host does not wait for it.
             place.copy_(values.pin_memory() if place.is_cuda else values, non_blocking=True)
@@ -202,6 +206,12 @@ class Trainer:
             self.observe(loss.detach())
         else:
             self.shard_losses.append(loss.detach())
+
+    def learning_rate(self, step: int) -> float:
+        """Return the learning rate of the step that follows `step` steps."""
+        if self.rates is None:
+            return self.config.lr
+        return learning_rates(self.config, torch.tensor([step]), self.schedule_from).item()
 
     def stay_close(self) -> None:
         """Let the host run ahead of the GPU by one stretch of steps: the GPU never idles, a signal is obeyed soon."""
@@ -238,7 +248,8 @@ def log_step(run: Run, dataset: data.Dataset, probes: measure.Probes, stop: sign
         refuse_nan(run, f"the training loss at step {run.step}", before=run.step)
     largest_loss = run.trainer.largest_loss.item()
     row = {"epoch": run.epoch, "step": run.step, **row,
-           "max_batch_loss": largest_loss if run.step > 0 else math.nan, "seconds": run.seconds}
+           "max_batch_loss": largest_loss if run.step > 0 else math.nan, "lr": run.trainer.learning_rate(run.step),
+           "seconds": run.seconds}
     run.trainer.largest_loss.fill_(-math.inf)
     said = {warning.get("kind") for warning in run.history["warnings"]}
     run.record(row, {kind: text for kind, text in measure.remarks(row, config).items() if kind not in said})
@@ -444,10 +455,14 @@ def start(args: Config) -> tuple[Run, data.Dataset, measure.Probes]:
         record = empty_history(config, args, dataset, model, fingerprint)
         if parent:
             changed = checkpoints.differences(parent["config"], config, {"loss", "label_smoothing"})
-            record["branch"] = {"of": str(parent["path"]), "step": parent["step"], "loss_changed": [
-                *parent["history"].get("branch", {}).get("loss_changed", []), *[parent["step"]] * bool(changed)]}
+            record["branch"] = {
+                "of": str(parent["path"]), "step": parent["step"], "schedule_from": parent["step"], "loss_changed": [
+                    *parent["history"].get("branch", {}).get("loss_changed", []), *[parent["step"]] * bool(changed)]}
+        elif earlier and "branch" in earlier["history"]:
+            record["branch"] = earlier["history"]["branch"]
         record["derived"] |= choose_threads(config, model, dataset, earlier)
-        trainer = Trainer(model, config, dataset, console.note)
+        # Branches of earlier versions lack schedule_from: theirs counts from the first step of all.
+        trainer = Trainer(model, config, dataset, console.note, record.get("branch", {}).get("schedule_from", 0))
         probes = measure.draw_probes(config, dataset)
         run = Run(config, record, model, trainer, console, locks, earlier, parent)
         torch.set_num_threads(record["derived"]["threads"])

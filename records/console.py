@@ -11,12 +11,15 @@ from typing import Any
 
 from tqdm import tqdm
 
-from flags import epsilon_label, history_key
+from flags import EXPERIMENT, MEASUREMENT, SCHEDULE, epsilon_label, flag_text, flags_of, history_key
 
 SECONDS_BETWEEN_LINES = 60
 SECONDS_BEFORE_ESTIMATE = 5
 MOST_EPSILONS = 6
 WIDTH = 100
+# Flags of an experiment that the header names in words of its own, or that the table shows.
+SHOWN = {"model", "depth", "width", "activation", "batch_norm", "dataset", "train_size", "adv_size", "optimizer", "lr",
+         "weight_decay", "loss", "batch_size", "dtype", "seed", "branch_from", "epsilons"}
 
 
 class Console:
@@ -45,6 +48,12 @@ class Console:
         compiled = ", compiled by torch.compile" if config["compile"] == "on" else ""
         branch = history.get("branch")
         parent = f"branch   from step {branch['step']:,}, {branch['of']}\n" if branch else ""
+        if branch and branch.get("schedule_from") and (config["warmup_steps"] or config["lr_schedule"] != "constant"):
+            parent += "         warm-up and learning rate schedule count from that step\n"
+        switches = [name if config[name] is True else f"{name} {flag_text(config[name])}" for name in history["asked"]
+                    if name in flags_of(EXPERIMENT, MEASUREMENT) - SCHEDULE - SHOWN]
+        also = textwrap.fill(f"with {', '.join(switches)}", WIDTH, initial_indent=" " * 9,
+                             subsequent_indent=" " * 9) + "\n" if switches else ""
         threads = f"\nthreads  {derived['threads']} in training, {derived['eval_threads']} in log steps" * (
             config["device"] == "cpu")
         self.note(
@@ -54,7 +63,7 @@ class Console:
             f"attacked), {' x '.join(map(str, sizes['in_shape']))}, {sizes['num_classes']} classes\n"
             f"training {config['n_steps']:,} steps of {config['batch_size']} images, {config['optimizer']} "
             f"lr {config['lr']:g} weight decay {config['weight_decay']:g},\n"
-            f"         loss {config['loss']}, {config['dtype']}, seed {config['seed']}\n{parent}"
+            f"         loss {config['loss']}, {config['dtype']}, seed {config['seed']}\n{also}{parent}"
             f"device   {environment['device']}{processes}{compiled}{threads}\n"
             f"files    {config['log_dir']}/training_history.json, {config['save_dir']}/checkpoint_epoch_*.pt\n")
 

@@ -45,19 +45,25 @@ def parent_of(config: Config, fingerprint: str) -> dict:
     """Return the checkpoint that --branch_from names, with its "path" and, as "history", its run's up to there. Raises
     ValueError or OSError, with one line, if it is of another network or other data, or has no history."""
     path = Path(config.branch_from)
+    own = {Path(folder).resolve() for folder in (config.log_dir, config.save_dir)}
     checkpoint = checkpoints.load_checkpoint(path)
     before = checkpoint["config"]
     found = history_of(path, before)
     if found is None:
         raise ValueError(f"--branch_from={path}: there is no {history.HISTORY_NAME} of its run near it or in "
                          f"{before.get('log_dir', 'logs')}")
+    if own & {path.parent.resolve(), found.parent.resolve()}:
+        raise ValueError(f"--branch_from={path} is of a run in these folders, whose files would be moved aside: give "
+                         "the branch its own --log_dir and --save_dir")
     network = {"model", "depth", "width", "activation", "batch_norm", "train_size"}
     differing = checkpoints.differences(before, config, network)
     if differing or not checkpoints.is_of_data(checkpoint, fingerprint):
         raise ValueError(f"--branch_from={path} is of another network or other data "
                          f"({', '.join(differing) or 'the images differ'}): give its flags")
-    if config.n_steps <= checkpoint["step"]:
-        raise ValueError(f"--branch_from={path} is at step {checkpoint['step']}: raise --n_steps={config.n_steps}")
+    if config.n_steps <= checkpoint["step"] + config.warmup_steps:
+        warmup = f" and --warmup_steps takes {config.warmup_steps} more" if config.warmup_steps else ""
+        raise ValueError(
+            f"--branch_from={path} is at step {checkpoint['step']}{warmup}: raise --n_steps={config.n_steps}")
     record = history.read_history(found)
     checkpoints.check_history(found, record, path, checkpoint)
     attack = {name for name in flags_of(MEASUREMENT) - SCHEDULE if not name.startswith("lc_")}

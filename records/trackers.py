@@ -6,6 +6,7 @@ A tracker that fails is one note, and the run goes on without it. Another tracke
 import functools
 import importlib.util
 import math
+import os
 import uuid
 from collections.abc import Callable
 from pathlib import Path
@@ -64,7 +65,9 @@ class WandB:
         if step == 0 or not id_file.is_file():
             id_file.write_text(uuid.uuid4().hex[:8])
         self.wandb = wandb
-        self.run = wandb.init(project="grok", dir=str(log_dir), id=id_file.read_text().strip(), resume="allow",
+        folder = log_dir.parent if log_dir.name == "logs" else log_dir  # a sweep keeps a run in FOLDER/logs
+        self.run = wandb.init(project=os.environ.get("WANDB_PROJECT", "grok"), dir=str(log_dir), resume="allow",
+                              id=id_file.read_text().strip(), name=os.environ.get("WANDB_NAME", folder.name) or None,
                               config=config, settings=wandb.Settings(console="off", silent=True))
 
     def log(self, values: dict[str, float], step: int) -> None:
@@ -82,7 +85,8 @@ TRACKERS: dict[str, Callable] = {"tensorboard": TensorBoard, "wandb": WandB}
 def check(names: list[str]) -> None:
     """Raise ValueError, with the command that installs it, for a tracker whose package is not there."""
     for name in names:
-        if importlib.util.find_spec(name) is None:
+        spec = importlib.util.find_spec(name)
+        if spec is None or spec.origin is None:  # a folder of this name, in which the tracker keeps its files
             raise ValueError(f"--tracker={name} needs the package {name}: pip install {name}")
 
 

@@ -18,11 +18,12 @@ def wide(monkeypatch):
 
 @pytest.fixture
 def history():
-    config = {**vars(Config()), "epsilons": EPSILONS, "n_steps": 1000, "device": "cpu"}
+    config = {**vars(Config()), "epsilons": EPSILONS, "n_steps": 1000, "device": "cpu", "augment": True,
+              "label_smoothing": 0.1}
     sizes = {"parameters": 95_410, "train": 1000, "test": 797, "attacked": 20, "in_shape": [1, 8, 8],
              "num_classes": 10}
-    return {"config": config, "sizes": sizes, "derived": {"threads": 2, "eval_threads": 1},
-            "environment": {"device": "cpu", "processes": 1}}
+    return {"config": config, "asked": ["augment", "epsilons", "label_smoothing"], "sizes": sizes,
+            "derived": {"threads": 2, "eval_threads": 1}, "environment": {"device": "cpu", "processes": 1}}
 
 
 def row(step, complexity):
@@ -39,6 +40,7 @@ def test_each_value_is_below_its_label(history, capsys):
     console.row(row(1000, {}))
     console.end()
     printed = capsys.readouterr().out
+    assert "\n         with augment, label_smoothing 0.1\n" in printed
     assert "95,410 parameters" in printed and "1 x 8 x 8" in printed
     assert "threads  2 in training, 1 in log steps\n" in printed
     head, first, remark, last = printed.splitlines()[-4:]

@@ -2,13 +2,15 @@
 
 import argparse
 import contextlib
-import importlib.util
 import io
 import math
 import os
 import shutil
 import subprocess
+import sys
 import time
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -308,7 +310,7 @@ def test_a_branch_begins_with_its_parents_columns_and_goes_its_own_way(tmp_path,
     assert f"\nbranch   from step {step}, {source}\n" in capsys.readouterr().out
     run_here(plain, *SMALL, "--n_steps=40", f"--branch_from={source}")
     before, after = columns(parent), columns(branch)
-    assert after["branch"] == {"of": str(source), "step": step, "loss_changed": [step]}
+    assert after["branch"] == {"of": str(source), "step": step, "schedule_from": step, "loss_changed": [step]}
     i = before["step"].index(step) + 1
     assert after["step"][:i] == before["step"][:i] and after["train_loss"][:i] == before["train_loss"][:i]
     assert after["step"][-1] == 40 and after["train_loss"][i] != before["train_loss"][i]
@@ -321,7 +323,7 @@ def test_a_branch_begins_with_its_parents_columns_and_goes_its_own_way(tmp_path,
     assert columns(branch)["step"][-1] == 60
     again = sorted((branch / "checkpoints").glob("*.pt"))[-1]
     run_here(tmp_path / "twig", *SMALL, "--n_steps=61", f"--branch_from={again}")
-    assert columns(tmp_path / "twig")["branch"] == {"of": str(again), "step": 60,
+    assert columns(tmp_path / "twig")["branch"] == {"of": str(again), "step": 60, "schedule_from": 60,
                                                     "loss_changed": [step, 60]}
     for flag in ("--width=8", "--activation=tanh", f"--n_steps={step}"):
         capsys.readouterr()
@@ -333,6 +335,30 @@ def test_a_branch_begins_with_its_parents_columns_and_goes_its_own_way(tmp_path,
     outcomes = columns(tmp_path / "fewer")["outcomes"]
     assert outcomes["robust"][:-1] == [None] * i and len(outcomes["robust"][-1]) == 10
     assert outcomes["test"][:-1] == before["outcomes"]["test"][:i]  # the test images are the same
+
+
+def test_warm_up_and_schedule_of_a_branch_count_from_its_first_step(tmp_path, capsys):
+    run_here(tmp_path / "parent", *SMALL, "--n_steps=20")
+    (source,) = (tmp_path / "parent" / "checkpoints").glob("*_step_000000020.pt")
+    flags = [*SMALL, "--warmup_steps=10", "--lr_schedule=triangle", "--log_interval=1", f"--branch_from={source}"]
+    run_here(tmp_path / "branch", *flags, "--n_steps=50")
+    said = capsys.readouterr().out
+    assert "count from that step" in said and "lr_schedule triangle" in said
+    history = history_of(tmp_path / "branch")
+    assert history["step"][-7:] == [20, 25, 30, 35, 40, 45, 50]
+    assert history["lr"][-6:] == pytest.approx([0.0006, 0.001, 0.00075, 0.0005, 0.00025, 0])  # of the following step
+    (tmp_path / "branch" / "checkpoints" / "checkpoint_epoch_0000010_step_000000050.pt").unlink()
+    run_here(tmp_path / "branch", *flags, "--n_steps=50", "--resume")
+    assert columns(tmp_path / "branch")["weight_norm"] == history["weight_norm"]
+    run_here(tmp_path / "other", *flags, "--n_steps=30", status=2)
+    assert "is at step 20 and --warmup_steps takes 10 more: raise --n_steps=30" in capsys.readouterr().err
+
+
+def test_a_branch_in_its_parents_folders_is_refused(tmp_path, capsys):
+    run_here(tmp_path, *SMALL, "--n_steps=2")
+    (source,) = (tmp_path / "checkpoints").glob("*_step_000000002.pt")
+    run_here(tmp_path, *SMALL, "--n_steps=9", f"--branch_from={source}", status=2)
+    assert "give the branch its own --log_dir and --save_dir" in capsys.readouterr().err and source.exists()
 
 
 def test_a_branch_takes_the_history_of_its_own_parent(tmp_path, capsys):
@@ -424,9 +450,22 @@ def test_tensorboard_reads_back_what_was_logged_and_a_resumed_run_writes_no_step
 
 
 def test_a_tracker_that_is_not_installed_is_named(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    run_here(tmp_path, *SMALL, "--n_steps=3", "--tracker", "tensorboard", status=2)
-    assert "pip install tensorboard" in capsys.readouterr().err
+    (tmp_path / "not_installed").mkdir()  # like the folder in which a tracker keeps its files
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ValueError, match="pip install not_installed"):
+        trackers.check(["not_installed"])
+
+
+def test_runs_of_wandb_have_the_users_project_and_the_name_of_their_folder(tmp_path, monkeypatch):
+    begun = []
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=lambda **given: begun.append(given), Settings=dict))
+    monkeypatch.setenv("WANDB_PROJECT", "mine")
+    monkeypatch.chdir(tmp_path)
+    for folder in ("runs/lr_0.1_seed_3/logs", "elsewhere", "logs"):
+        Path(folder).mkdir(parents=True)
+        trackers.WandB(Path(folder), {}, 0)
+    assert [given["name"] for given in begun] == ["lr_0.1_seed_3", "elsewhere", None]
+    assert {given["project"] for given in begun} == {"mine"}
 
 
 # ---- the flags ------------------------------------------------------------------------------------------------------
