@@ -24,6 +24,7 @@ import math
 import os
 import signal
 import sys
+import time
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
@@ -327,13 +328,14 @@ def train(run: Run, dataset: data.Dataset, probes: measure.Probes, stop: signals
             break
         target = schedule[following] if following < len(schedule) else config.n_steps
         n = min(stretch, target - run.step)
+        began = time.perf_counter()
         run.trainer.advance(run.step, n)
         run.step += n
         if device.type == "cpu":
             check_finite(run)
         elif device.type == "cuda":  # looking at the loss would wait for the device: only the log steps do
             run.trainer.stay_close()
-        run.console.progress(run.step)
+        run.console.progress(run.step, time.perf_counter() - began)
     run.console.end()
     return stopped_by
 
@@ -444,7 +446,7 @@ def start(args: Config) -> tuple[Run, data.Dataset, measure.Probes]:
     dataset = resident(dataset, device)
     model = build_model(config, dataset)
     console = Console(quiet=config.quiet or distributed.rank() > 0)
-    # Kept by rank 0 alone: a lock ends with what holds it.
+    # Rank 0 alone holds them: a lock ends with its process.
     locks = distributed.run_where(distributed.rank() == 0, lambda: files.FolderLocks(
         config.log_dir, config.save_dir, note=console.note)) or files.FolderLocks()
     with ExitStack() as failed:
@@ -520,7 +522,7 @@ def main(argv: list[str] | None = None) -> int:
         return fail_together(error, 1)
     except OSError as error:
         return fail_together(
-            f"{error}; the files written before are whole: run again with --resume once this is mended", 1)
+            f"{error}; the files written before are whole: run again with --resume once this is fixed", 1)
     except (MemoryError, RuntimeError) as error:
         if devices.out_of_memory(error):
             return fail("the memory is full: lower --eval_batch_size or --batch_size and run again with --resume", 1)

@@ -4,6 +4,7 @@ import contextlib
 import math
 import os
 import platform
+import subprocess
 import time
 import warnings
 from collections.abc import Callable
@@ -13,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
+ROOT, CPU_INFO = Path(__file__).parents[1], Path("/proc/cpuinfo")
 OWN_CGROUP, CGROUPS = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
 
 
@@ -78,12 +80,30 @@ def set_precision(deterministic: bool = False) -> None:
         torch.use_deterministic_algorithms(True)
 
 
-def describe(device: torch.device) -> dict[str, str]:
-    """Return what the history records about the machine and the libraries."""
+def describe(device: torch.device) -> dict[str, str | None]:
+    """Return what the history records about the machine, the libraries and this program."""
     named = device.type in ("cuda", "xpu")
     return {"python": platform.python_version(), "torch": str(torch.__version__), "numpy": np.__version__,
             "device": torch.get_device_module(device).get_device_name(device) if named else device.type,
-            "machine": platform.machine(), "system": platform.system()}
+            "machine": platform.machine(), "processor": processor(), "system": platform.system(), "commit": commit()}
+
+
+def processor() -> str:
+    """Return the name of the processor."""
+    with contextlib.suppress(OSError):
+        for line in CPU_INFO.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor()
+
+
+def commit() -> str | None:
+    """Return the commit of this program, with "-dirty" if files were changed; None if git does not know."""
+    command = ["git", f"--git-dir={ROOT}/.git", f"--work-tree={ROOT}", "describe", "--always", "--abbrev=40", "--dirty",
+               "--exclude=*"]  # of tags: the commit itself
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+    return None
 
 
 def total_memory() -> float:

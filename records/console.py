@@ -70,10 +70,11 @@ class Console:
     def start(self, epsilons: list[float], step: int, n_steps: int, log_steps_left: int) -> None:
         """Print the table's head, and begin to measure the time. log_steps_left: the number of log steps to come,
         including one at this step."""
-        self.n_steps, self.first_step, self.log_steps_left = n_steps, step, log_steps_left
-        self.began = time.monotonic()
-        self.next_line = self.began + SECONDS_BEFORE_ESTIMATE
-        self.measured = self.measuring_took = 0.0  # seconds in log steps: in all of them, in the last
+        self.n_steps, self.log_steps_left = n_steps, log_steps_left
+        self.next_line = time.monotonic()
+        self.paced_from: int | None = None  # the step from which the pace is measured
+        self.trained = 0.0  # seconds of training since then
+        self.log_step_took: float | None = None  # seconds of the last one
         self.measuring_since: float | None = None
         keys = [*map(history_key, epsilons)]
         column = max(5, *(len(epsilon_label(key)) for key in keys)) + 1
@@ -95,16 +96,14 @@ class Console:
 
     def row(self, row: dict[str, Any], remarks: Iterable[str] = ()) -> None:
         """Print the table row of a log step, accuracies in percent, and the remarks below it."""
-        now = time.monotonic()
-        self.measuring_took = now - (self.measuring_since or now)
-        self.measured, self.measuring_since = self.measured + self.measuring_took, None
-        self.next_line += self.measuring_took  # the first estimate comes after some seconds of training
+        if self.measuring_since is not None:
+            self.log_step_took, self.measuring_since = time.monotonic() - self.measuring_since, None
         self.log_steps_left -= 1
         layers = next(iter(row["local_complexity"].get("train", {}).values()), [math.nan])
         robust = {key: percent(row["robust_acc"][key]) for key in self.keys}
         self.print_row(str(row["step"]), f"{row['train_loss']:.2e}", percent(row["train_acc"]),
                        percent(row["test_acc"]), *robust.values(), percent(row["adv_acc"][self.middle]),
-                       number(sum(layers)), number(row["weight_norm"]), f"{row['seconds']:.0f}")
+                       decimals(sum(layers)), decimals(row["weight_norm"]), f"{row['seconds']:.0f}")
         for remark in remarks:
             self.note(textwrap.fill(f"note: {remark}", WIDTH, subsequent_indent="      "))
         self.latest = f"test {percent(row['test_acc'])} robust {robust[self.middle]}"
@@ -118,16 +117,22 @@ class Console:
         elif now > self.next_line and now > self.measuring_since + SECONDS_BETWEEN_LINES:
             self.line(f"measuring: {what}, {100 * share:.0f}% done")
 
-    def progress(self, step: int) -> None:
-        """Move the bar, or print a line if the last is a minute old: how long it takes and will take."""
+    def progress(self, step: int, seconds: float) -> None:
+        """Move the bar, or print a line if the last is a minute old: how long it takes and will take. seconds: what the
+        steps since the last call took."""
+        if self.paced_from is None:
+            self.paced_from = step  # the first steps, which may compile the network, say nothing of the pace
+        else:
+            self.trained += seconds
         if self.bar is not None:
             self.bar.set_postfix_str(self.latest, refresh=False)
             self.bar.update(step - self.bar.n)
-        elif time.monotonic() > self.next_line:
-            pace = (time.monotonic() - self.began - self.measured) / (step - self.first_step)
-            left = pace * (self.n_steps - step) + self.measuring_took * self.log_steps_left
-            self.line(f"step {step:,} of {self.n_steps:,}: {1 / pace:,.0f} steps/s, {self.measuring_took:.1f} s for a "
-                      f"log step, {duration(left)} to go")
+        elif self.trained > SECONDS_BEFORE_ESTIMATE and time.monotonic() > self.next_line:
+            pace, took = self.trained / (step - self.paced_from), self.log_step_took
+            left = duration(pace * (self.n_steps - step) + (took or 0) * self.log_steps_left)
+            to_go = f"{left} to go, log steps not counted" if took is None else (
+                f"{took:.1f} s for a log step, {left} to go")
+            self.line(f"step {step:,} of {self.n_steps:,}: {1 / pace:,.0f} steps/s, {to_go}")
 
     def line(self, text: str) -> None:
         self.next_line = time.monotonic() + SECONDS_BETWEEN_LINES
@@ -165,7 +170,7 @@ def percent(fraction: float) -> str:
     return f"{100 * fraction:.1f}"
 
 
-def number(value: float) -> str:
+def decimals(value: float) -> str:
     return f"{value:.2f}" if math.isfinite(value) else "-"
 
 

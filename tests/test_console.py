@@ -73,12 +73,20 @@ def test_without_a_bar_a_line_a_minute_says_what_is_to_go(history, monkeypatch, 
     console = Console()
     console.start(EPSILONS, 0, 1000, 1)
     capsys.readouterr()
-    for step in range(10, 1000, 10):
-        clock["now"] += 2
-        console.progress(step)
-    lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == "… step 30 of 1,000: 5 steps/s, 0.0 s for a log step, 3 min to go"
-    assert len(lines) == 4 and lines[-1].endswith("to go")
+    for step in range(10, 500, 10):
+        clock["now"] += 2 if step > 10 else 60  # the first steps compile the network
+        console.progress(step, 2 if step > 10 else 60)
+        clock["now"] += 3  # drawing a figure, say
+    console.measuring("train accuracy", 0)
+    clock["now"] += 4
+    console.row(row(500, {}))
+    console.log_steps_left = 30
+    for step in range(500, 700, 10):
+        clock["now"] += 5
+        console.progress(step, 2)
+    lines = [line for line in capsys.readouterr().out.splitlines() if line[0] == "…"]
+    assert lines[0] == "… step 40 of 1,000: 5 steps/s, 3 min to go, log steps not counted"
+    assert lines[-1] == "… step 670 of 1,000: 5 steps/s, 4.0 s for a log step, 3 min to go" and len(lines) == 6
 
 
 def test_quiet_prints_nothing(history, capsys):

@@ -3,7 +3,9 @@
 import io
 import os
 import signal
+import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -214,6 +216,30 @@ def test_a_run_needs_nothing_that_windows_lacks_and_leaves_no_handlers(former, t
         assert small_run(tmp_path) == 0
     assert {signal.getsignal(number) for number in NUMBERS} == {former}
     assert history_of(tmp_path)["step"] == [0, 1, 2]
+
+
+# ---- what the history says of it ------------------------------------------------------------------------------------
+
+def test_a_history_names_the_processor_and_the_commit_and_marks_changed_files(tmp_path, monkeypatch):
+    said = devices.describe(torch.device("cpu"))
+    assert said["processor"] and said["processor"] in Path("/proc/cpuinfo").read_text()
+
+    def git(*words):
+        return subprocess.run(["git", "-C", tmp_path, "-c", "user.name=a", "-c", "user.email=a", *words], check=True,
+                              capture_output=True, text=True).stdout.strip()
+
+    git("init")
+    (tmp_path / "file").touch()
+    git("add", "file")
+    git("commit", "-m", "first")
+    monkeypatch.setattr(devices, "ROOT", tmp_path)
+    assert devices.commit() == git("rev-parse", "HEAD")
+    (tmp_path / "file").write_text("changed")
+    assert devices.commit() == git("rev-parse", "HEAD") + "-dirty"
+    monkeypatch.setattr(devices, "ROOT", tmp_path / "none")
+    assert devices.commit() is None
+    monkeypatch.setenv("PATH", "")
+    assert devices.commit() is None
 
 
 # ---- the streams ----------------------------------------------------------------------------------------------------
