@@ -13,9 +13,9 @@ import numpy as np
 from flags import EXECUTION, FIELDS, LENGTH, epsilon_label, flags_of, history_key
 
 NOT_COMPARED = flags_of(EXECUTION)
-# Flags that a figure shows without words, or that say how finely it was measured.
-NOT_IN_TITLES = NOT_COMPARED | flags_of(LENGTH) | {
-    "epsilons", "lc_radius", "adv_size", "lc_samples", "log_points", "log_from", "log_interval", "seed"}
+FINENESS = {"adv_size", "lc_samples", "log_points", "log_from", "log_interval"}  # how finely a run was measured
+# Flags that need no words: a figure shows them, or they do not say what was trained.
+NOT_IN_TITLES = NOT_COMPARED | flags_of(LENGTH) | FINENESS | {"epsilons", "lc_radius", "seed"}
 
 
 def asked(history: dict) -> list[str]:
@@ -120,8 +120,10 @@ def run_title(history: dict, flags: Collection[str] = ()) -> str:
     """Return what was trained on what, and what else the user chose, without the flags in which the runs differ."""
     same = {name: value for name, value in history["config"].items() if name not in flags and value is not None}
     shape = ", ".join(f"{name} {same[name]}" for name in ("depth", "width") if name in same)
-    text = (same.get("model", "several models") + (f" ({shape})" if shape else "")
-            + f" on {same.get('dataset', 'several data sets')}")
+    dataset = same.get("dataset", "several data sets")
+    if dataset in ("imagefolder", "npz") and "data_dir" in same:
+        dataset = Path(same["data_dir"]).stem
+    text = same.get("model", "several models") + (f" ({shape})" if shape else "") + f" on {dataset}"
     if not {"dataset", "train_size"} & set(flags):
         text += f", {history['sizes']['train']:,} training images"
     said = {"model", "depth", "width", "dataset", "train_size"} | NOT_IN_TITLES
@@ -131,7 +133,9 @@ def run_title(history: dict, flags: Collection[str] = ()) -> str:
 
 
 def group_title(group: Sequence[dict], flags: Sequence[str]) -> str:
-    """Return the values of these flags in a group of runs, in lines that fit a small panel."""
+    """Return the values of these flags in a group of runs, in lines that fit a small panel; not how finely it was
+    measured, if more sets it apart."""
+    flags = [flag for flag in flags if flag not in FINENESS] or flags
     return textwrap.fill(", ".join(in_title(flag, group[0]["config"].get(flag)) for flag in flags), 42)
 
 

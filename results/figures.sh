@@ -3,13 +3,13 @@
 # are named, from the checkpoints that results/run.sh left in RUNS.
 #
 #   bash results/figures.sh                     all of the histories
-#   bash results/figures.sh depth variants      these two
-#   RUNS=/scratch/runs bash results/figures.sh partition mnist_partition cnn_partition
+#   bash results/figures.sh rounding variants   these two
+#   RUNS=/scratch/runs bash results/figures.sh partition mnist_partition
 set -euo pipefail
 cd "$(dirname "$0")/.."
 named=" $* "
 for name in "$@"; do
-    grep -qE "^(curves|late_phase|partition) $name(\.gif)?( |$)" results/figures.sh ||
+    grep -qE "^(curves|script|late_phase|partition) $name(\.gif)?( |$)" results/figures.sh ||
         { echo "results/figures.sh: no figure is named $name" >&2; exit 2; }
 done
 
@@ -39,6 +39,13 @@ curves() {  # the figure's name, the histories' names
     fi
 }
 
+script() {  # the figure's name, what draws it
+    if wanted "$1"; then
+        "${PYTHON:-python}" "results/$2"
+        shrink "$1"
+    fi
+}
+
 late_phase() {  # the figure's name
     if wanted "$1"; then
         "${PYTHON:-python}" results/late_phase.py "${1#late_phase_}"
@@ -55,19 +62,13 @@ partition() {  # the figure's name, the run's, the checkpoints' steps
 }
 
 curves first first
-curves rounding mnist mnist_seed1 mnist_seed2 mnist_seed3 mnist_exact mnist_exact_seed1 mnist_exact_seed2 mnist_exact_seed3
-curves precision mnist mnist_exact mnist_float64 mnist_exact_eps
-curves long mnist_long mnist_long_exact
-curves remedies mnist_stablemax mnist_orthogonal
+script rounding seeds.py
+script resnet18_whole whole.py
 curves from_image mnist_from_image mnist_stablemax_from_image
-curves modular modular_{ce,exact,float64,exact_eps,stablemax,orthogonal}{,_seed0,_seed1}
-curves depth mnist_depth2 mnist_depth2_exact mnist_depth6 mnist_depth6_exact
 curves variants mnist_adam mnist_adam_exact mnist_batch_norm mnist_batch_norm_exact
-curves digits digits digits_exact
 curves large_init digits_large_init mnist_large_init
 curves cnn cnn cnn_exact cnn_decay cnn_batch_norm
 curves resnet18 resnet18 resnet18_batch_norm
-curves resnet18_whole resnet18_whole resnet18_whole_exact
 late_phase late_phase_decay
 late_phase late_phase_images
 late_phase late_phase_width
@@ -76,4 +77,3 @@ late_phase late_phase_activation
 
 partition partition.gif first '*'
 partition mnist_partition mnist_large_init 000005172 000027368 000100000
-partition cnn_partition cnn_decay 000009679 000100000

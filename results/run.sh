@@ -113,6 +113,7 @@ experiments() {
         echo "$name $flags"
         case $name in  # further seeds
             modular_*) seeds="0 1" ;;
+            first) seeds="1 2" ;;
             mnist_decay* | mnist_train* | mnist_width20* | mnist_width1000 | mnist_leaky* | mnist_gelu*) seeds=1 ;;
             *) seeds= ;;
         esac
