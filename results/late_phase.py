@@ -8,10 +8,11 @@ results/runs.py prints the tables.
 Each table changes one setting of `mnist` (weight decay 0.01, 1,000 images, width 200, depth 4, ReLU) and keeps the
 others, with `F.cross_entropy` and with the same loss computed exactly, for 100,000 steps. "a / b" are the values of the
 seeds 42 and 1, "-" stands for what was not seen. `robust_acc` and `adv_acc` are those at ε = 0.10, local complexity is
-that around training points. The ascent ends where the curve levels off, or at the last step if it still rises. "Half
-saturated" is the first log step at which the softmax has rounded to 1 on half of the training images. A spike is a
-hundredfold rise of the training loss. `mnist` and the runs of other depths and of widths 50 and 100 have 60 log points,
-the others 30, so three log steps span more training in those, and a short trough or peak may be missed.
+that around training points. "Ascent" and "second descent" are phases of local complexity; the ascent ends where the
+curve levels off, or at the last step if it still rises. "Half saturated" is the first log step at which the softmax has
+rounded to 1 on half of the training images. A spike is a hundredfold rise of the training loss. "Lowest later" is over
+the log steps after 99%, each replaced by the median of itself and its two neighbours. `mnist` and the runs of other
+depths and of widths 50 and 100 have 60 log points, the others 30, so a short trough or peak may be missed in those.
 """
 
 import functools
@@ -20,13 +21,13 @@ from pathlib import Path
 
 import matplotlib
 import numpy as np
+from numpy.lib.stride_tricks import sliding_window_view
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
 from analysis import panels, phases  # noqa: E402
-from analysis.report import of_measure, percentage  # noqa: E402
-from analysis.statistics import column_of, interpolation_of, rises_of, total_complexity  # noqa: E402
+from analysis.statistics import HOLD, column_of, interpolation_of, total_complexity  # noqa: E402
 from records.history import read_history  # noqa: E402
 
 LOSSES = {"ce": "", "exact_ce": "_exact"}
@@ -47,8 +48,8 @@ SETTINGS = {
     "activation": ("activation", {"relu": "mnist", "leaky_relu": "mnist_leaky_relu", "gelu": "mnist_gelu"}),
 }
 HEAD = ("loss", "99% at step", "ascent ends at step", "second descent begins", "half saturated at step",
-        "first spike by step (how many)", "`robust_acc` at 99%", "lowest held", "at the end", "recovers at ε",
-        "rises at ε", "`adv_acc` at the end", "local complexity at the end", "weight norm at the end")
+        "first spike by step (how many)", "`robust_acc` at 99%", "lowest later", "at the end",
+        "`adv_acc` at the end", "local complexity at the end", "weight norm at the end")
 
 
 @functools.cache  # `mnist` is in each of the tables
@@ -73,10 +74,15 @@ def half_saturated(history: dict) -> int | None:
     return int(reached[0]) if len(reached) else None
 
 
+def robust_later(history: dict, epsilon: str) -> np.ndarray:
+    """Return robust_acc after interpolation: the medians of three neighbouring log steps, NaN if there are fewer."""
+    values = column_of(history["robust_acc"], epsilon)[(interpolation_of(history) or 0) + 1:]
+    return np.median(sliding_window_view(values, HOLD), axis=1) if len(values) >= HOLD else np.array([np.nan])
+
+
 def cells(group: list[dict]) -> list[str]:
     """Return a row of the table: the seeds' values next to each other."""
-    spikes, rises = [phases.spikes(history) for history in group], [rises_of(history) for history in group]
-    robust, adv = ([of_measure(measure, run) for run in rises] for measure in ("robust", "adv"))
+    spikes = [phases.spikes(history) for history in group]
 
     def listed(values: list[str]) -> str:
         return " / ".join(values)
@@ -91,12 +97,11 @@ def cells(group: list[dict]) -> list[str]:
             at(lambda history: phase_of(history, "second descent")[0]), at(half_saturated),
             listed([f"{step_at(history, found[0])} ({len(found)})" if found else "-"
                     for history, found in zip(group, spikes, strict=True)]),
-            *(listed([percentage(getattr(run[EPSILON], field)) for run in robust])
-              for field in ("start", "dip", "final")),
-            *(listed([", ".join(epsilon for epsilon, rise in run.items() if getattr(rise, field) is not None) or "-"
-                      for run in robust]) for field in ("recovery", "half")),
-            listed([percentage(run[EPSILON].final) for run in adv]), end(total_complexity),
-            end(lambda history: column_of(history, "weight_norm"))]
+            listed([f"{history['robust_acc'][EPSILON][interpolation_of(history)]:.1%}" for history in group]),
+            listed([f"{robust_later(history, EPSILON).min():.1%}" for history in group]),
+            *(listed([f"{history[measure][EPSILON][-1]:.1%}" for history in group])
+              for measure in ("robust_acc", "adv_acc")),
+            end(total_complexity), end(lambda history: column_of(history, "weight_norm"))]
 
 
 def table(what: str, values: dict[str, str]) -> str:

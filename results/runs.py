@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from numpy.lib.stride_tricks import sliding_window_view
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]
@@ -80,10 +79,6 @@ def cells(group: Sequence[dict]) -> list[str]:
     def robust(history: dict) -> np.ndarray:
         return column_of(history["robust_acc"], epsilon)
 
-    def later(history: dict, start: int) -> np.ndarray:
-        values = robust(history)[start + 1:]
-        return np.median(sliding_window_view(values, HOLD), axis=1) if len(values) >= HOLD else np.array([np.nan])
-
     def then(curve, form: str = "{:.1%}") -> str:
         return spread([curve(history)[start] for history, start in fitted], form)
 
@@ -95,8 +90,10 @@ def cells(group: Sequence[dict]) -> list[str]:
 
     return [spread([history["step"][start] for history, start in fitted], "{:,.0f}"),
             then(lambda history: column_of(history, "test_acc")), end(lambda history: column_of(history, "test_acc")),
-            epsilon_label(epsilon), then(robust), spread([later(*run).min() for run in fitted]),
-            spread([later(*run).max() for run in fitted]), end(robust),
+            epsilon_label(epsilon), then(robust),
+            *(spread([fold(late_phase.robust_later(history, epsilon)) for history, _ in fitted])
+              for fold in (min, max)),
+            end(robust),
             (f"{len(halves)} of {len(group)}: " * (len(group) > 1) + spread(halves, "{:,.0f}")) if halves else "-",
             then(adv), end(adv), end(lambda history: 100 * column_of(history.get("rounding", {}), epsilon)
                                      if "rounding" in history else [np.nan], "{:.1f}"),
