@@ -23,8 +23,8 @@ STRIP = 0.15  # at the top of a panel of local complexity: the names of the phas
 def complexity_panel(ax: Axes, group: Sequence[dict], radius: str) -> None:
     """Local complexity around random, test and train points, the layers of train stacked."""
     steps, layers, _, _ = runs.together(group, lambda history: complexity_of(history, "train", radius))
-    greys = matplotlib.colormaps["Greys"](np.linspace(0.4, 0.08, layers.shape[1]))
-    ax.stackplot(steps, layers.T, colors=list(greys), lw=0)
+    greys = matplotlib.colormaps["Greys"](np.linspace(0.42, 0.12, layers.shape[1]))
+    ax.stackplot(steps, layers.T, colors=list(greys), lw=0.7, edgecolor="white")
     for points, colour in (("random", RANDOM), ("test", TEST), ("train", TRAIN)):
         if radius in group[0]["local_complexity"].get(points, {}):
             total = functools.partial(total_complexity, points=points, radius=radius)
@@ -34,37 +34,27 @@ def complexity_panel(ax: Axes, group: Sequence[dict], radius: str) -> None:
 
 
 def name_phases(ax: Axes, group: Sequence[dict], radius: str) -> None:
-    """Name the phases in a strip at the top of a panel that has its final size.
-
-    A name may reach beyond its phase; where it has no room next to the others it is shortened.
-    """
+    """Name the phases in a strip at the top of a panel that has its final size; a name too long for it is shortened."""
     from matplotlib.textpath import TextPath
 
     steps, complexity, _, _ = runs.together(group, lambda history: total_complexity(history, "train", radius))
     steps, complexity = steps[np.isfinite(complexity)], complexity[np.isfinite(complexity)]
-    found = phases.phases(complexity)
     width, height = ax.bbox.width / ax.figure.dpi, ax.bbox.height / ax.figure.dpi
     strip = 1 - STRIP / height
     ax.axvspan(*ax.get_xlim(), strip, color="white", lw=0, zorder=2.5)  # marks through all panels end below it
     to_axes = ax.transData + ax.transAxes.inverted()
-    ends = [[to_axes.transform((steps[index], 0))[0] for index in (first, last)] for _, first, last in found]
-    low = 0.0  # where the previous name or phase ends
-    for i, (name, first, last) in enumerate(found):
-        start, end = ends[i]
-        high = (end + ends[i + 1][0]) / 2 if i + 1 < len(ends) else 1
+    for name, first, last in phases.phases(complexity):
         grey, arrow = ("0.86", "↗") if name.endswith("ascent") else ("0.94", "↘")
         ax.axvspan(steps[first], steps[last], strip, color=grey, lw=0, zorder=2.6)
         ax.vlines([steps[first], steps[last]], 0, strip, color="0.55", lw=0.6, ls=":",
                   transform=ax.get_xaxis_transform())
+        start, end = (to_axes.transform((steps[index], 0))[0] for index in (first, last))
         short = name.replace("first", "1st").replace("second", "2nd")
         for text in (f"{name} {arrow}", f"{short} {arrow}", f"{short.split()[0]} {arrow}", arrow):
-            half = (TextPath((0, 0), text, size=SMALL).get_extents().width / 72 + 0.05) / width / 2
-            if 2 * half <= high - low:
+            if TextPath((0, 0), text, size=SMALL).get_extents().width / 72 + 0.05 <= (end - start) * width:
+                ax.text((start + end) / 2, (1 + strip) / 2, text, transform=ax.transAxes, ha="center",
+                        va="center_baseline", fontsize=SMALL)
                 break
-        middle = min(max((start + end) / 2, low + half), high - half)
-        ax.text(middle, (1 + strip) / 2, text, transform=ax.transAxes, ha="center", va="center_baseline",
-                fontsize=SMALL)
-        low = max(end, middle + half)
 
 
 def sizes(groups: Sequence[Sequence[dict]], n_radii: int) -> tuple[int, float, list[float]]:
@@ -99,8 +89,9 @@ def figure(histories: Sequence[dict]) -> Figure:
     grid = fig.add_gridspec(rows * each, columns, height_ratios=heights * rows)
     places = [divmod(i, columns) for i in range(len(groups))]
     drawn = [[fig.add_subplot(grid[row * each + k, column]) for k in range(each)] for row, column in places]
+    colours = panels.epsilon_colours(histories)
     for axes, group, (_, column) in zip(drawn, groups, places, strict=True):
-        draw_group(axes, group, radii, panels.span(histories), width / columns - ENDS)
+        draw_group(axes, group, radii, panels.span(histories), width / columns - ENDS, colours)
         title = f"{runs.group_title(group, flags)}\n{runs.runs_text(group)}"
         axes[0].set_title(title.strip(), fontsize=SMALL + 1, pad=13)
         for ax in axes if column else []:
@@ -121,11 +112,11 @@ def figure(histories: Sequence[dict]) -> Figure:
 
 
 def draw_group(axes: Sequence[Axes], group: Sequence[dict], radii: list[str], steps: tuple[int, int],
-               width: float) -> None:
+               width: float, colours: dict[str, Any]) -> None:
     """Draw the panels of one configuration from top to bottom, with its marks through all of them."""
     for ax in axes:
         panels.step_axis(ax, *steps, width, labelled=ax is axes[-1])
-    panels.accuracy_panel(axes[0], group)
+    panels.accuracy_panel(axes[0], group, colours)
     for ax, radius in zip(axes[1:], radii, strict=True):
         complexity_panel(ax, group, radius)
     panels.mark_interpolation(axes, group)
@@ -157,6 +148,8 @@ def add_legend(fig: Figure, groups: Sequence[Sequence[dict]], with_complexity: b
     handles: list[Line2D | Patch] = [
         Line2D([], [], color="0.3", lw=1.6, label="robust_acc at ε: attacks on the exact objective"),
         Line2D([], [], color="0.3", lw=1.0, ls=(0, (3, 1.5)), label="adv_acc at ε: PGD on cross-entropy as computed")]
+    if any(panels.shared(group, "rounding") for group in groups):
+        handles.append(Patch(color="0.85", label="filled: the part of adv_acc that is rounding"))
     if with_complexity:
         handles.append(Patch(color="0.75", label="train points, layer upon layer (first at the bottom)"))
     shown = {name for group in groups for name in panels.shown_shares(group)}

@@ -26,9 +26,9 @@ from records import files
 TRAIN, TEST, RANDOM = "black", "#D55E00", "#0072B2"  # the palette of Okabe and Ito, safe for colour-blind readers
 SHARES: dict[str, tuple[str, dict[str, Any], str]] = {  # column: name at the curve's end, line, words in the legend
     "train_saturated": ("saturated", {"color": "0.45", "lw": 0.8, "ls": (0, (1, 1))},
-                        "training images whose softmax rounds to 1"),
+                        "saturated: training images whose softmax rounds to 1"),
     "zero_gradient": ("zero gradient", {"color": "#E69F00", "lw": 1.4, "ls": (0, (1, 1))},
-                      "attacked images whose cross-entropy gradient is 0"),
+                      "zero gradient: attacked images where that of cross-entropy is 0"),
 }
 SMALL = 7.5  # points; the smallest text
 LINE = 1.2 * SMALL / 72  # inches from one line of small text to the next
@@ -52,7 +52,9 @@ def lay_out(fig: Figure) -> None:
         if names:
             width, height = ax.bbox.width / fig.dpi, ax.bbox.height / fig.dpi
             ends = (ax.transData + ax.transAxes.inverted()).transform([name.xy for name in names])
-            for name, (x, y), place in zip(names, ends, spaced(ends[:, 1], LINE / height, 0.02, 0.98), strict=True):
+            # Of two that end at one height, the one drawn first is above: the smaller epsilon.
+            places = spaced(ends[::-1, 1], LINE / height, 0.02, 0.98)[::-1]
+            for name, (x, y), place in zip(names, ends, places, strict=True):
                 name.set_y(place)
                 ax.plot([x, 1 + 0.15 / width], [y, place], color=name.get_color(), lw=0.5, alpha=0.6,
                         transform=ax.transAxes, clip_on=False)
@@ -131,20 +133,34 @@ def shown_shares(group: Sequence[dict]) -> list[str]:
     return [name for name in SHARES if all(np.nanmax([0, *column_of(history, name)]) > 0 for history in group)]
 
 
-def accuracy_panel(ax: Axes, group: Sequence[dict]) -> None:
-    """Train, test, robust_acc (full lines) and adv_acc (dashed, in the same colours) against the step."""
+def epsilon_colours(histories: Sequence[dict]) -> dict[str, Any]:
+    """Return a colour for each epsilon of these runs, from the smallest (light) to the largest (dark)."""
+    keys = sorted({key for history in histories for key in history.get("robust_acc", {})}, key=float)
+    return dict(zip(keys, matplotlib.colormaps["viridis"](np.linspace(0.75, 0.0, len(keys))), strict=True))
+
+
+def accuracy_panel(ax: Axes, group: Sequence[dict], colours: dict[str, Any]) -> None:
+    """Train, test, robust_acc (full lines) and adv_acc (dashed, in the same colours) against the step; below adv_acc,
+    filled, what of it is rounding. colours: of each epsilon."""
+    def column(name: str, key: str | None) -> Callable[[dict], np.ndarray]:
+        return lambda history: column_of(history[name] if key else history, key or name)
+
     def draw(name: str, words: str = "", key: str | None = None, **style: Any) -> None:
-        draw_curve(ax, group, lambda history: column_of(history[name] if key else history, key or name), words, **style)
+        draw_curve(ax, group, column(name, key), words, **style)
 
     draw("train_acc", "train", color=TRAIN, lw=1.0)
-    for column in shown_shares(group):
-        name, style, _ = SHARES[column]
-        draw(column, name, band=False, **style)
-    keys, attacked = shared(group, "robust_acc"), shared(group, "adv_acc")
-    for key, shade in zip(keys, matplotlib.colormaps["viridis"](np.linspace(0.75, 0.0, len(keys))), strict=True):
+    for share in shown_shares(group):
+        name, style, _ = SHARES[share]
+        draw(share, name, band=False, **style)
+    attacked, measured = shared(group, "adv_acc"), shared(group, "rounding")
+    for key in sorted(shared(group, "robust_acc"), key=float):
+        if key in measured:
+            steps, adv, _, _ = together(group, column("adv_acc", key))
+            _, rounding, _, _ = together(group, column("rounding", key))
+            ax.fill_between(steps, adv - rounding, adv, color=colours[key], alpha=0.18, lw=0)
         if key in attacked:
-            draw("adv_acc", key=key, band=False, color=shade, lw=1.0, ls=(0, (3, 1.5)))
-        draw("robust_acc", f"ε {epsilon_label(key)}", key=key, color=shade, lw=1.6)
+            draw("adv_acc", key=key, band=False, color=colours[key], lw=1.0, ls=(0, (3, 1.5)))
+        draw("robust_acc", f"ε {epsilon_label(key)}", key=key, color=colours[key], lw=1.6)
     draw("test_acc", "test", color=TEST, lw=1.6)
     ax.set_ylim(-0.02, 1.02)
     ax.set_yticks(np.linspace(0, 1, 6), [f"{tick}%" for tick in range(0, 101, 20)])

@@ -294,7 +294,7 @@ def film_figure(found: Sequence[dict], plane: Plane, raster: int, n_layers: int)
     axes["P"].set_title("step 0", fontsize=SMALL + 1.5, pad=4)
     curves = axes["L"]
     panels.step_axis(curves, *panels.span([history]), 2.7)
-    panels.accuracy_panel(curves, [history])
+    panels.accuracy_panel(curves, [history], panels.epsilon_colours([history]))
     panels.mark_interpolation([curves], [history])
     mark = curves.axvline(0, color="black", lw=1.5, marker="^", markevery=[0], clip_on=False)
     draw_images([axes[letter] for letter in "ABC"], plane)

@@ -65,7 +65,7 @@ def summary(history: dict) -> str:
         return "no log step yet"
     rises = rises_of(history)
     sentences = [fitting_text(history), generalisation_text(history, rises["test"]), *robustness_texts(history, rises),
-                 complexity_text(history), *spike_texts(history)]
+                 gap_text(history), complexity_text(history), *spike_texts(history)]
     return "\n".join([*(textwrap.fill(text, WIDTH, subsequent_indent="  ") for text in sentences if text), "",
                       *accuracy_table(history, rises), "",
                       *(textwrap.fill(note, WIDTH) for note in notes(history, rises))])
@@ -100,7 +100,7 @@ def generalisation_text(history: dict, test: Rise) -> str:
 
 
 def robustness_texts(history: dict, rises: dict[str, Rise]) -> list[str]:
-    """Return sentences on delayed robustness, and on what of it may be numerical."""
+    """Return sentences on delayed robustness, and on how much of a rise by adv_acc alone is rounding."""
     steps, start = history["step"], interpolation_of(history)
     robust, adv = of_measure("robust", rises), of_measure("adv", rises)
     if start is None or not robust:
@@ -120,12 +120,38 @@ def robustness_texts(history: dict, rises: dict[str, Rise]) -> list[str]:
         text += f" At ε {listing(brief)} it rises, but holds that level for fewer."
     if dipped := [epsilon for epsilon, rise in robust.items() if rise.half is None and rise.recovery is not None]:
         text += f" At ε {listing(dipped)} it falls after interpolation and recovers."
-    numerical = [epsilon for epsilon, rise in adv.items()
-                 if rise.half is not None and epsilon in robust and robust[epsilon].half is None]
-    if not numerical:
+    alone = [key for key in history["adv_acc"] if adv.get(epsilon_label(key), UNKNOWN).half is not None
+             and epsilon_label(key) in robust and robust[epsilon_label(key)].half is None]
+    if not alone:
         return [text]
-    return [text, f"Numerical: at ε {listing(numerical)} adv rises and robust does not. PGD on cross-entropy finds "
-            "fewer attacks there; that can be rounding (a softmax of exactly 1), not robustness."]
+    seen, parts = f"at ε {listing(map(epsilon_label, alone))} adv rises and robust does not", []
+    for key in alone:
+        values, rounding = column_of(history["adv_acc"], key), rounding_of(history, key)
+        highest = start + 1 + int(np.nanargmax(values[start + 1:]))
+        parts.append([column[highest] - column[start] for column in (rounding, values)])
+    if not np.isfinite(parts).all():
+        return [text, f"{seen.capitalize()}; how much of that is rounding was not measured."]
+    cause = "Numerical" if all(part > rise / 2 for part, rise in parts) else "By the weaker attack"
+    shares = listing(f"{100 * part:.0f} of {100 * rise:.0f}" for part, rise in parts)
+    return [text, f"{cause}: {seen}; of its rise to its highest value, {shares} points are rounding."]
+
+
+def rounding_of(history: dict, key: str) -> np.ndarray:
+    """Return the column `rounding` of an epsilon, NaN where it was not measured."""
+    return np.array(history.get("rounding", {}).get(key) or [None] * len(history["step"]), dtype=float)
+
+
+def gap_text(history: dict) -> str:
+    """Return a sentence on how far adv_acc ends above robust_acc where that is most, and what the difference is."""
+    parts = {key: [100 * (history["adv_acc"][key][-1] - history["robust_acc"][key][-1]),
+                   100 * rounding_of(history, key)[-1]]
+             for key in own_epsilons(history) if np.isfinite(rounding_of(history, key)[-1])}
+    if not parts:
+        return ""
+    key = max(parts, key=lambda key: parts[key][0])
+    gap, rounding = map(round, parts[key])
+    return "" if gap < 1 else (f"At the end adv_acc exceeds robust_acc by {gap} points at ε = {epsilon_label(key)}: "
+                               f"{rounding} of them rounding, {gap - rounding} the weaker attack.")
 
 
 def listing(words: Iterable[str]) -> str:

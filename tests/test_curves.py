@@ -292,13 +292,25 @@ def test_summary_states_the_known_numbers_of_a_run():
     assert table_line(text, "robust ε 0.1") == "10.0% - 30.0% 46.0% half by step 10,000, 100.0x".split()
     assert table_line(text, "adv ε 0.1") == "10.0% - 80.0% 86.0% half by step 10,000, 100.0x".split()
     assert table_line(text, "robust ε 8/255") == ["60.0%", "-", "60.0%", "60.0%", "no", "delayed", "rise"]
-    assert "Numerical: at ε 8/255 adv rises and robust does not." in sentences(text)
+    assert "At ε 8/255 adv rises and robust does not; how much of that is rounding was not measured." in sentences(text)
     assert "Training loss: no spike" in text and "Local complexity" not in text and "sign test" in text
     large = known_history(images=2000)
     large["step"] = [step * 100_000 for step in STEPS]
     large["config"]["n_steps"] = 50_000_000_000
     assert "has come to step 8,000,000,000 of 50,000,000,000" in sentences(report.summary(large))
     assert max(map(len, text.splitlines())) <= 80 and max(map(len, report.summary(large).splitlines())) <= 100
+
+
+def test_summary_says_what_of_the_gap_is_rounding():
+    for late, cause in ((0.28, "Numerical: at ε 8/255 adv rises and robust does not; of its rise to its highest value, "
+                               "28 of 30"), (0.1, "By the weaker attack: at ε 8/255 adv rises and robust does not; of "
+                                                  "its rise to its highest value, 10 of 30")):
+        text = sentences(report.summary(known_history(rounding={
+            "0.1": [0.0] * 7 + [0.38], "0.0313725": [0.0] * 5 + [late] * 3})))
+        assert f"{cause} points are rounding." in text
+        assert ("At the end adv_acc exceeds robust_acc by 40 points at ε = 0.1: 38 of them rounding, 2 the weaker "
+                "attack.") in text
+    assert "the weaker attack" not in report.summary(known_history())
 
 
 def test_summary_explains_only_what_it_shows():

@@ -118,7 +118,7 @@ def test_the_curves_are_the_columns(one_run):
     history, fig = one_run
     accuracy, complexity = fig.axes
     shades = matplotlib.colormaps["viridis"](np.linspace(0.75, 0.0, 3))
-    for key, shade in zip(EPSILONS, shades, strict=True):
+    for key, shade in zip(sorted(EPSILONS, key=float), shades, strict=True):
         assert lines(accuracy, shade) == [(history["step"], history["adv_acc"][key]),
                                           (history["step"], history["robust_acc"][key])]
     for colour, name in ((panels.TRAIN, "train_acc"), (panels.TEST, "test_acc"), ("0.45", "train_saturated"),
@@ -139,11 +139,11 @@ def test_interpolation_spikes_shares_and_phases_are_named(one_run):
     for ax in fig.axes:
         assert marks(ax, "0.35") == [100] and marks(ax, figure.SPIKE) == [10_000, 56_234]
     assert {"train 99% at step 100", "a spike of the training loss", "saturated", "zero gradient",
-            "attacked images whose cross-entropy gradient is 0"} <= set(texts(fig))
+            "zero gradient: attacked images where that of cross-entropy is 0"} <= set(texts(fig))
     ax = fig.axes[1]
     total = np.sum(history["local_complexity"]["train"]["0.05"], axis=1)
     named = [text.get_text() for text in ax.texts if not isinstance(text, Annotation)]
-    assert named == ["first descent ↘", "ascent ↗", "second descent ↘"]
+    assert named == ["first descent ↘", "ascent ↗", "2nd ↘"]  # as they fit
     spans = [(patch.get_x(), patch.get_x() + patch.get_width()) for patch in ax.patches[1:]]
     assert spans == [(history["step"][first], history["step"][last]) for _, first, last in phases.phases(total)]
 
@@ -158,6 +158,30 @@ def test_a_branch_is_marked_where_it_leaves_its_parent_which_the_title_names():
     assert "branch from step 100 of parent" in titles[0] and titles[1] == "no branch"
     assert any("leaves its parent" in text for text in texts(fig))
     assert_readable(fig)
+
+
+def test_an_epsilon_has_one_colour_in_all_panels():
+    left, _, right, _ = figure.figure([grokking(epsilons=("0.03", "0.05")), grokking(epsilons=("0.05", "0.1"), width=9)]
+                                      ).axes
+    colours = [{text.get_text(): to_hex(text.get_color()) for text in ax.texts} for ax in (left, right)]
+    assert colours[0]["ε 0.05"] == colours[1]["ε 0.05"] != colours[0]["ε 0.03"]
+
+
+def test_what_of_adv_acc_is_rounding_is_filled_where_it_was_measured(one_run):
+    def filled(history):
+        ax = figure.figure([history]).axes[0]
+        return [band.get_paths()[0].vertices[:, 1].tolist() for band in ax.collections]
+
+    adv = grokking()["adv_acc"]["0.1"]
+    rounding = [None, *(0.5 * value for value in adv[1:])]
+    (heights,) = filled(grokking() | {"rounding": {"0.1": rounding}})
+    assert {*adv[1:], *(0.5 * value for value in adv[1:])} <= {*heights} and adv[0] not in heights
+    assert filled(grokking()) == []
+
+
+def test_a_history_measured_again_says_so_and_has_its_runs_interpolation():
+    fig = figure.figure([grokking() | {"interpolation": 77}])
+    assert marks(fig.axes[0], "0.35") == [77] and any("training images, measured again" in text for text in texts(fig))
 
 
 def test_null_is_a_gap_and_a_point_between_two_gaps_is_seen():
