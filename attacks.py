@@ -41,7 +41,8 @@ def pgd(model: nn.Module, x: Tensor, y: Tensor, epsilon: float, steps: int = 10,
     objective "ce", loses the true logit's term and then vanishes once the softmax rounds to 1.
 
     Raises ValueError for an argument out of its range, shapes and dtypes that do not agree, and a model that does not
-    return logits, does not let gradients through or changes its input in place.
+    return logits (a softmax of them, for instance), returns others in each pass (dropout that is active in eval mode),
+    does not let gradients through or changes its input in place.
     """
     for name, choice, known in (("start", start, ("random", "image")), ("objective", objective, ("exact", "ce"))):
         if choice not in known:
@@ -222,7 +223,7 @@ def like_images(values: Tensor, x: Tensor) -> Tensor:
 
 @contextmanager
 def attacking(model: nn.Module, x: Tensor, y: Tensor, epsilons: Sequence[float]) -> Iterator[tuple[Tensor, Tensor]]:
-    """Check the arguments (the model on the first image), hold the model ready for input gradients, and give copies of
+    """Check the arguments (the model on a few images), hold the model ready for input gradients, and give copies of
     x and y that autograd accepts even if x and y were made in inference mode."""
     for epsilon in epsilons:
         if not 0 <= epsilon <= 1:
@@ -238,16 +239,33 @@ def attacking(model: nn.Module, x: Tensor, y: Tensor, epsilons: Sequence[float])
         raise ValueError("a model made inside torch.inference_mode() has no gradients: make it outside")
     with torch.inference_mode(False), evaluating(model), torch.enable_grad():
         x, y = x.detach().clone(), y.clone()
-        probe = x[:1].clone().requires_grad_().clone()  # not a leaf: the model may change it
-        logits = model(probe)
-        if not isinstance(logits, Tensor) or logits.dim() != 2 or len(logits) != 1 or logits.shape[1] < 2:
-            found = f"{tuple(logits.shape)} for one image" if isinstance(logits, Tensor) else type(logits).__name__
-            raise ValueError(f"the model must return logits, one tensor (N, 2 or more classes), not {found}")
-        if not logits.requires_grad:
-            raise ValueError("the model's logits have no gradient with respect to its images")
-        if probe._version > 0:
-            raise ValueError("the model changes its input in place: use x - 0.5, say, not x.sub_(0.5)")
-        if not 0 <= y.min() <= y.max() < logits.shape[1]:
-            raise ValueError(f"labels must lie between 0 and {logits.shape[1] - 1}, the model's last class, not "
-                             f"{y.min()} to {y.max()}")
+        check_model(model, x[::max(1, len(x) // 4)][:4], y)
         yield x, y
+
+
+def check_model(model: nn.Module, x: Tensor, y: Tensor) -> None:
+    """Raise ValueError unless an attack on the model means something. x: a few images; y: all labels."""
+    probe = torch.cat([x, 1 - x]).requires_grad_().clone()  # not a leaf: the model may change it
+    logits, n = model(probe), len(probe)
+    if not isinstance(logits, Tensor) or logits.dim() != 2 or len(logits) != n or logits.shape[1] < 2:
+        found = f"{tuple(logits.shape)} for {n} images" if isinstance(logits, Tensor) else type(logits).__name__
+        raise ValueError(f"the model must return logits, one tensor (N, 2 or more classes), not {found}")
+    if not logits.requires_grad:
+        raise ValueError("the model's logits have no gradient with respect to its images")
+    if probe._version > 0:
+        raise ValueError("the model changes its input in place: use x - 0.5, say, not x.sub_(0.5)")
+    if not 0 <= y.min() <= y.max() < logits.shape[1]:
+        raise ValueError(f"labels must lie between 0 and {logits.shape[1] - 1}, the model's last class, not "
+                         f"{y.min()} to {y.max()}")
+    with torch.no_grad():
+        again, rounding = model(probe.detach()), torch.finfo(logits.dtype).eps
+        if not torch.allclose(logits, again, rtol=0, atol=rounding**0.5 * logits.nan_to_num(0, 0, 0).abs().max(),
+                              equal_nan=True):
+            raise ValueError("the model's outputs differ between two passes over the same images: turn its dropout or "
+                             "noise off in eval mode")
+        # A constant model, whose rows are all the same, may have any outputs.
+        sums_to_1 = ((logits.sum(1) - 1).abs() < max(1e-3, rounding)).all() and (logits != logits[0]).any()
+        if sums_to_1 and logits.min() >= 0 and logits.max() <= 1:
+            raise ValueError("the model returns probabilities (outputs in [0, 1] that sum to 1 for each image): return "
+                             "the logits before the softmax, or F.log_softmax of them; a softmax rounds to 1 and hides "
+                             "adversarial images")

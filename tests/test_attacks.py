@@ -366,7 +366,7 @@ def test_a_step_has_the_size_that_is_asked_for(objective):
     seen = []
     with model.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].detach().clone())):
         moved(steps=20)
-    torch.testing.assert_close(seen[2] - seen[1], 2.5 * 0.2 / 20 * sign, rtol=0, atol=1e-12)  # by default
+    torch.testing.assert_close(seen[3] - seen[2], 2.5 * 0.2 / 20 * sign, rtol=0, atol=1e-12)  # by default
 
 
 def test_the_objective_is_the_one_asked_for():
@@ -521,6 +521,9 @@ MISFITS = {
                  nn.Sequential(nn.ReLU(inplace=True), FLAT)],
     "must return logits": [Bent(after=lambda z: (z, z)), Bent(after=lambda z: z[:, :1]), Bent(after=lambda z: z[0])],
     "no gradient": [Bent(before=lambda x: x.detach().round())],
+    "probabilities": [Bent(after=lambda z: z.softmax(1)), Bent(after=lambda z: (99 * z).softmax(1))],
+    "differ between two passes": [Bent(before=lambda x: F.dropout(x, 0.1)), Bent(after=F.dropout),
+                                  Bent(before=lambda x: x + 0.01 * torch.randn_like(x))],
 }
 
 
@@ -535,6 +538,14 @@ def test_a_model_that_cannot_be_attacked_is_refused_and_the_images_stay(says, at
         with pytest.raises(ValueError, match=says):
             call(model, x, y)
         assert torch.equal(x, before) and not x.requires_grad and x.grad is None
+
+
+@pytest.mark.parametrize("after", [lambda z: z.log_softmax(1), torch.sigmoid, F.relu,
+                                   lambda z: 0 * z + torch.tensor([0.0, 1, 0]), lambda z: 0 * z + 1 / 3])
+def test_what_only_resembles_probabilities_is_attacked(after):
+    x, y = torch.rand(5, 1, 2, 2), torch.tensor([0, 2, 1, 1, 0])
+    for call in CALLS.values():
+        call(Bent(after=after), x, y)
 
 
 def test_a_model_made_in_inference_mode_is_refused():
