@@ -106,9 +106,10 @@ def load_dataset(name: str, data_dir: str | Path = "data", train_size: int | str
     dataset = read_dataset(name, data_dir, seed=seed, image_size=image_size, modulus=modulus,
                            train_fraction=train_fraction)
     available = len(dataset.x_train)
-    if train_size is None:
-        train_size = min(IMPLIED["train_size"].get(name, available), available)  # 1,000 in the paper
-    count = available if train_size == "all" else int(train_size)
+    implied = IMPLIED["train_size"].get(name, "all")  # 1,000 in the paper
+    if train_size is None and implied != "all":
+        train_size = min(implied, available)
+    count = available if train_size in (None, "all") else int(train_size)
     if count > available:
         raise ValueError(f"train_size {count} is more than the {available} training images of {name}")
     if count < available:

@@ -6,10 +6,12 @@ typing error and a folder's name take no time.
 
 import argparse
 import dataclasses
+import difflib
 import hashlib
 import math
 import re
-from collections.abc import Callable
+import textwrap
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +20,54 @@ from typing import Any
 EXPERIMENT, LENGTH, MEASUREMENT, EXECUTION = "experiment", "length", "measurement", "execution"
 SCHEDULE = frozenset({"log_points", "log_from", "log_interval"})  # of MEASUREMENT: when a run measures, not what
 LONGEST_NAME = 150  # characters of a run's folder; file systems take 255
+LIKE_MNIST, COLOUR_SETS = ("mnist", "fashion_mnist", "kmnist"), ("cifar10", "cifar100", "svhn", "imagenette")
+MODULAR_SETS = ("modular_addition", "modular_subtraction", "modular_multiplication")
+GREY_SETS = (*LIKE_MNIST, "digits", *MODULAR_SETS)
+GREY_EPSILONS, COLOUR_EPSILONS = [0.03, 0.06, 0.10, 0.13, 0.16, 0.20], [1 / 255, 2 / 255, 4 / 255, 8 / 255]
+GREY_RADIUS, COLOUR_RADIUS = [0.05], [0.005]
 # What these flags stand for when they are left out, by model and by data set: folder names leave them out, too.
 IMPLIED: dict[str, dict[str, Any]] = {
     "width": {"mlp": 200, "cnn": 32, "resnet18": 16}, "depth": {"mlp": 4},
-    "train_size": {"mnist": 1000, "digits": 1000, "fashion_mnist": 1000, "kmnist": 1000}}
+    "train_size": dict.fromkeys((*LIKE_MNIST, "digits"), 1000) | dict.fromkeys((*COLOUR_SETS, *MODULAR_SETS), "all"),
+    "image_size": {"imagenette": 128}, "modulus": dict.fromkeys(MODULAR_SETS, 97),
+    "train_fraction": dict.fromkeys(MODULAR_SETS, 0.5),
+    "epsilons": dict.fromkeys(GREY_SETS, GREY_EPSILONS) | dict.fromkeys(COLOUR_SETS, COLOUR_EPSILONS),
+    "lc_radius": dict.fromkeys(GREY_SETS, GREY_RADIUS) | dict.fromkeys(COLOUR_SETS, COLOUR_RADIUS)}
+
+
+# ---- presets --------------------------------------------------------------------------------------------------------
+
+# name: (what it shows, how long it takes, its flags)
+PRESETS = {
+    "first": ("an MLP with large initial weights groks 400 handwritten digits: test accuracy, then robustness, follow "
+              "long after training accuracy", "3 minutes on one CPU core",
+              "--dataset=digits --train_size=400 --depth=3 --init_scale=6 --loss=mse --lr=0.004 --weight_decay=0.1 "
+              "--n_steps=20000 --epsilons 0.03 0.07 0.11 0.15 --adv_size=500 --lc_samples=256"),
+    "modular": ("modular addition, the classic: test accuracy goes from 0% to 100% after training accuracy has reached "
+                "100%", "1 minute on one CPU core",
+                "--dataset=modular_addition --modulus=59 --depth=3 --lr=0.005 --weight_decay=1 --batch_size=512 "
+                "--n_steps=3000 --log_points=30 --epsilons 0.1 0.3 --adv_size=200 --lc_samples=128"),
+    "mnist": ("the paper's MLP on 1,000 MNIST images, 500,000 steps", "41 minutes on one CPU core",
+              "--model=mlp --dataset=mnist --train_size=1000 --batch_size=200 --lr=0.001 --weight_decay=0.01 "
+              "--n_epochs=100000"),
+    "cnn": ("a CNN on a tenth of CIFAR-10, small enough to go far past interpolation on a CPU", "75 minutes on one CPU "
+            "core", "--model=cnn --dataset=cifar10 --train_size=5000 --width=16 --batch_size=32 --n_steps=100000 "
+            "--weight_decay=0 --log_points=40 --adv_size=500 --lc_samples=128 --epsilons 0.5/255 1/255 2/255 4/255"),
+    "resnet18": ("the paper's Figure 1: ResNet-18 without batch norm on CIFAR-10, attacked as its authors attack "
+                 "it", "1.6 hours on one CPU core for a quarter of its steps",
+                 "--model=resnet18 --dataset=cifar10 --width=16 --batch_size=64 --n_steps=100000 --weight_decay=0 "
+                 "--log_from=100 --log_points=17 --adv_size=500 --lc_samples=128 --pgd_start=image "
+                 "--pgd_step_size=0.8/255 --epsilons 0.5/255 1/255 2/255 4/255 8/255 10/255"),
+}
+
+
+def presets_text() -> str:
+    """Return the presets for a terminal: what each shows, how long it takes, and its flags."""
+    lines = []
+    for name, (shows, takes, words) in PRESETS.items():
+        lines += [f"{name:<10}{line}" if i == 0 else f"{'':<10}{line}" for i, line in enumerate(
+            textwrap.wrap(f"{shows}; {takes}", 90) + textwrap.wrap(words, 90, break_on_hyphens=False))]
+    return "\n".join(lines)
 
 
 # ---- values ---------------------------------------------------------------------------------------------------------
@@ -30,6 +76,9 @@ class OneLineParser(argparse.ArgumentParser):
     """A parser whose errors are one line, without the usage."""
 
     def error(self, message: str):
+        unknown = re.search(r"unrecognized arguments: (--\w+)", message)
+        close = difflib.get_close_matches(unknown[1], re.findall(r"--\w+", self.format_usage()), 1) if unknown else []
+        message += f": did you mean {close[0]}?" if close else ""
         self.exit(2, f"{self.prog}: error: {message}\n")
 
 
@@ -60,7 +109,8 @@ def parse_epsilon(text: str) -> float:
     except (ValueError, ZeroDivisionError):
         raise argparse.ArgumentTypeError(f"'{text}' is not a number such as 0.1 or 8/255") from None
     if not 0 <= value <= 1:
-        raise argparse.ArgumentTypeError(f"{text} is not in [0, 1], the range of a pixel")
+        levels = f": did you mean {text}/255?" if 1 < value <= 255 and not slash else ""
+        raise argparse.ArgumentTypeError(f"{text} is not in [0, 1], the range of a pixel{levels}")
     return value
 
 
@@ -112,7 +162,11 @@ def epsilon_label(key: str) -> str:
 # ---- the flags ------------------------------------------------------------------------------------------------------
 
 def flag(default: Any, kind: str, help: str, **options: Any) -> Any:
-    """Return a field of Config. options: argparse's (type, choices, metavar, nargs, const), or option="--no_plot"."""
+    """Return a field of Config.
+
+    options: argparse's (type, choices, metavar, nargs, const), option="--no_plot", or only=(text, predicate of a
+    Config): without it the flag has no effect, and is refused.
+    """
     return dataclasses.field(default=default, metadata={"kind": kind, "help": help, **options})
 
 
@@ -125,6 +179,11 @@ def real(metavar: str = "X", **limits: float) -> dict[str, Any]:
 
 
 FOLDER = {"type": parse_folder, "metavar": "DIR"}
+MLP = "with --model=mlp", lambda config: config.model == "mlp"
+MODULAR = "with --dataset=modular_*", lambda config: config.dataset in MODULAR_SETS
+SIZED = "with --dataset=imagenette or imagefolder", lambda config: config.dataset in ("imagenette", "imagefolder")
+LOG_POINTS = "without --log_interval", lambda config: config.log_interval is None
+COMPLEXITY = "without --lc_samples=0", lambda config: config.lc_samples > 0
 GROUPS = {"model": "the network", "dataset": "the data", "optimizer": "training", "log_points": "the log steps",
           "log_dir": "files and interruptions", "device": "the machine"}
 
@@ -133,8 +192,12 @@ GROUPS = {"model": "the network", "dataset": "the data", "optimizer": "training"
 class Config:
     """The flags of a run. The types are those of a complete config (train.complete); None means: not decided yet."""
 
+    preset: str | None = flag(None, EXECUTION, "a named line of flags, which those given beside it override; its files "
+                              "go to runs/NAME/logs and runs/NAME/checkpoints; list shows all presets, as below",
+                              choices=[*PRESETS, "list"])
+
     model: str = flag("mlp", EXPERIMENT, "the architecture", choices=["mlp", "cnn", "resnet18"])
-    depth: int = flag(None, EXPERIMENT, "linear layers of the MLP (default 4)", **whole(2))
+    depth: int | None = flag(None, EXPERIMENT, "linear layers of the MLP (default 4)", **whole(2), only=MLP)
     width: int = flag(None, EXPERIMENT, "hidden units, or channels of the first stage (default: mlp 200, cnn 32, "
                       "resnet18 16)", **whole(1))
     activation: str = flag("relu", EXPERIMENT, "with relu and leaky_relu the network is piecewise linear",
@@ -145,19 +208,19 @@ class Config:
 
     dataset: str = flag("mnist", EXPERIMENT, "digits and modular_* need no download; imagefolder reads DATA_DIR/train "
                         "and DATA_DIR/test (or val), npz the arrays in the file DATA_DIR", choices=[
-                            "mnist", "fashion_mnist", "kmnist", "cifar10", "cifar100", "svhn", "imagenette", "digits",
-                            "modular_addition", "modular_subtraction", "modular_multiplication", "imagefolder", "npz"])
-    modulus: int = flag(None, EXPERIMENT, "modular arithmetic's data are the pairs of numbers below it (default 97)",
-                        **whole(2, "P"))
-    train_fraction: float = flag(None, EXPERIMENT, "share of modular arithmetic's pairs to train on (default 0.5)",
-                                 **real(above=0, high=1))
+                            *LIKE_MNIST, *COLOUR_SETS, "digits", *MODULAR_SETS, "imagefolder", "npz"])
+    modulus: int | None = flag(None, EXPERIMENT, "modular arithmetic's data are the pairs of numbers below it (default "
+                               "97)", **whole(2, "P"), only=MODULAR)
+    train_fraction: float | None = flag(None, EXPERIMENT, "share of modular arithmetic's pairs to train on (default "
+                                        "0.5)", **real(above=0, high=1), only=MODULAR)
     data_dir: str = flag("data", EXECUTION, "where the data sets are kept", **FOLDER)
     train_size: int = flag(None, EXPERIMENT, "training images, drawn at random by seed (default: 1000 for digits and "
                            "the sets like MNIST, otherwise all)", type=count_or("all"), metavar="N|all")
     label_noise: float = flag(0.0, EXPERIMENT, "share of the training labels replaced by random ones; 1 is the "
                               "random-label experiment", **real("FRACTION", low=0, high=1))
-    image_size: int = flag(None, EXPERIMENT, "side of the images, for imagenette and imagefolder (default: imagenette "
-                           "128, imagefolder as they are, or 128 if they differ)", **whole(1, "PX"))
+    image_size: int | None = flag(None, EXPERIMENT, "side of the images, for imagenette and imagefolder (default: "
+                                  "imagenette 128, imagefolder as they are, or 128 if they differ)",
+                                  **whole(1, "PX"), only=SIZED)
 
     optimizer: str = flag("adamw", EXPERIMENT, "adam adds the weight decay to the gradient and does not grok",
                           choices=["adamw", "adam", "sgd"])
@@ -171,16 +234,19 @@ class Config:
                             "a line (triangle) or half a cosine", choices=["constant", "triangle", "cosine"])
     warmup_steps: int = flag(0, EXPERIMENT, "steps in which the learning rate rises from 0 to --lr along a line",
                              **whole(0))
-    momentum: float = flag(0.0, EXPERIMENT, "momentum of sgd", **real(low=0, high=0.9999))
+    momentum: float = flag(0.0, EXPERIMENT, "momentum of sgd; adamw and adam have their own",
+                           **real(low=0, high=0.9999),
+                           only=("with --optimizer=sgd", lambda config: config.optimizer == "sgd"))
     weight_decay: float = flag(0.01, EXPERIMENT, "drives the late phase of an MLP; the paper uses 0 for CNN and ResNet",
                                **real(low=0))
     adam_eps: float = flag(1e-8, EXPERIMENT, "epsilon of Adam and AdamW; slows training once gradients are smaller",
-                           **real(low=0))
+                           **real(low=0), only=("with --optimizer=adamw or adam", lambda c: c.optimizer != "sgd"))
     orthogonal_gradient: bool = flag(False, EXPERIMENT, "remove each gradient's component along the tensor's weights")
     augment: bool = flag(False, EXPERIMENT, "shift each training image at random by up to an eighth of its side, and "
                          "mirror half of the colour images")
-    branch_from: str = flag(None, EXPERIMENT, "start from this checkpoint of another run: its weights, optimizer state "
-                            "and step, with the flags given here", type=parse_folder, metavar="CHECKPOINT")
+    branch_from: str | None = flag(None, EXPERIMENT, "start from this checkpoint of another run: its weights, "
+                                   "optimizer state and step, with the flags given here", type=parse_folder,
+                                   metavar="CHECKPOINT")
     batch_size: int = flag(200, EXPERIMENT, "images a step, over all processes", **whole(1))
     n_epochs: int = flag(100_000, LENGTH, "length of the run in passes over the training images", **whole(1))
     n_steps: int = flag(None, LENGTH, "length in steps, in place of --n_epochs; grokking takes 10^5", **whole(1))
@@ -190,16 +256,18 @@ class Config:
                      **whole(0, high=2**32 - 1))
 
     log_points: int = flag(60, MEASUREMENT, "log steps, spaced evenly in log(step), with the first and the last step "
-                           "among them", **whole(3, high=1_000_000))
-    log_from: int = flag(1, MEASUREMENT, "the first log step after step 0; the even spacing begins there", **whole(1))
-    log_interval: int = flag(None, MEASUREMENT, "log every N epochs, in place of --log_points", **whole(1))
+                           "among them", **whole(3, high=1_000_000), only=LOG_POINTS)
+    log_from: int = flag(1, MEASUREMENT, "the first log step after step 0; the even spacing begins there", **whole(1),
+                         only=LOG_POINTS)
+    log_interval: int | None = flag(None, MEASUREMENT, "log every N epochs, in place of --log_points", **whole(1))
     epsilons: list[float] = flag(None, MEASUREMENT, "radii of the attack in pixel units of [0, 1], such as 0.1 or "
                                  "8/255 (default: 0.03 0.06 0.10 0.13 0.16 0.20 for grey images, 1/255 2/255 4/255 "
                                  "8/255 for colour)", type=parse_epsilons, nargs="+", metavar="EPS")
     pgd_steps: int = flag(10, MEASUREMENT, "steps of the attack behind adv_acc; the most toward one class behind "
                           "robust_acc", **whole(1))
-    pgd_step_size: float = flag(None, MEASUREMENT, "step size of the attack behind adv_acc in pixel units, such as "
-                                "0.01 or 0.8/255 (default: 2.5 epsilon / steps)", type=parse_step_size, metavar="X")
+    pgd_step_size: float | None = flag(None, MEASUREMENT, "step size of the attack behind adv_acc in pixel units, such "
+                                       "as 0.01 or 0.8/255 (default: 2.5 epsilon / steps)", type=parse_step_size,
+                                       metavar="X")
     pgd_start: str = flag("random", MEASUREMENT, "where the attack behind adv_acc starts: at a random point of the "
                           "ball, or at the image, as in the authors' code; from the image it never moves if the "
                           "gradient there is exactly zero", choices=["random", "image"])
@@ -211,10 +279,11 @@ class Config:
     lc_samples: int = flag(1024, MEASUREMENT, "train, test and random points of local complexity; 0 turns it off",
                            **whole(0))
     lc_directions: int = flag(25, MEASUREMENT, "directions of the cross-polytope (2P vertices) around each point",
-                              **whole(1, "P"))
+                              **whole(1, "P"), only=COMPLEXITY)
     lc_radius: list[float] = flag(None, MEASUREMENT, "distance of the vertices in pixel units, one or several "
                                   "(default: 0.05 for grey images, 0.005 for colour)",
-                                  type=listed(number(float, above=0, high=1e6)), nargs="+", metavar="R")
+                                  type=listed(number(float, above=0, high=1e6)), nargs="+", metavar="R",
+                                  only=COMPLEXITY)
 
     log_dir: str = flag("logs", EXECUTION, "folder of the history and the figure", **FOLDER)
     save_dir: str = flag("checkpoints", EXECUTION, "folder of the checkpoints", **FOLDER)
@@ -224,20 +293,20 @@ class Config:
                                        type=count_or("all", "last"), metavar="all|last|N")
     on_nan: str = flag("stop", EXECUTION, "what to do when the loss is not finite", choices=["stop", "continue"])
     plot: bool = flag(True, EXECUTION, "draw no figure", option="--no_plot")
-    tracker: list[str] = flag(None, EXECUTION, "send each log step to these trackers, too", nargs="+",
+    tracker: list[str] | None = flag(None, EXECUTION, "send each log step to these trackers, too", nargs="+",
                               choices=["tensorboard", "wandb"])
     quiet: bool = flag(False, EXECUTION, "print errors only")
 
     device: str = flag("auto", EXECUTION, "auto is a CUDA GPU if there is one, otherwise the CPU",
                        metavar="auto|cpu|cuda|cuda:N|mps|xpu")
-    threads: int = flag(None, EXECUTION, "CPU threads (default: measured at the start)", **whole(1, high=1024))
+    threads: int | None = flag(None, EXECUTION, "CPU threads (default: measured at the start)", **whole(1, high=1024))
     compile: str = flag("off", EXECUTION, "compile the network of the training steps with torch.compile",
                         nargs="?", const="on", choices=["on", "off"])
     cuda_graph: bool = flag(True, EXECUTION, "launch the kernels of each step one by one: slower, for comparison",
                             option="--no_cuda_graph")
     deterministic: bool = flag(False, EXECUTION, "only deterministic GPU kernels: a resumed run repeats bit for bit")
-    eval_batch_size: int = flag(None, EXECUTION, "network inputs at once in a log step; bounds its memory (default: "
-                                "by the network's size)", **whole(1))
+    eval_batch_size: int | None = flag(None, EXECUTION, "network inputs at once in a log step; bounds its memory "
+                                       "(default: by the network's size)", **whole(1))
 
 
 FIELDS = {field.name: field for field in dataclasses.fields(Config)}
@@ -249,8 +318,8 @@ def flags_of(*kinds: str) -> frozenset[str]:
 
 
 def add_flags(parser: argparse.ArgumentParser, names: frozenset[str] = frozenset(FIELDS),
-              suppress: bool = False) -> None:
-    """Add these flags to a parser, under their groups' titles. suppress: leave out of the result what is not given."""
+              show_defaults: bool = True) -> None:
+    """Add these flags to a parser, under their groups' titles. Its result holds only those that are given."""
     group: Any = parser
     length = None
     for name, field in FIELDS.items():
@@ -258,16 +327,16 @@ def add_flags(parser: argparse.ArgumentParser, names: frozenset[str] = frozenset
             group = parser.add_argument_group(GROUPS[name])
         if name not in names:
             continue
-        options = {key: value for key, value in field.metadata.items() if key not in ("kind", "option")}
+        options = {key: value for key, value in field.metadata.items() if key not in ("kind", "option", "only")}
         if isinstance(field.default, bool):
             options["action"] = "store_false" if field.default else "store_true"
-        elif field.default is not None and not suppress:
+        elif field.default is not None and show_defaults:
             options["help"] += f" (default {field.default})"
         target = group
         if field.metadata["kind"] == LENGTH:
             target = length = length or group.add_mutually_exclusive_group()
         target.add_argument(field.metadata.get("option", f"--{name}"), dest=name,
-                            default=argparse.SUPPRESS if suppress else field.default, **options)
+                            default=argparse.SUPPRESS, **options)
 
 
 def flattened(parser: argparse.ArgumentParser, values: dict) -> dict:
@@ -281,13 +350,43 @@ def flattened(parser: argparse.ArgumentParser, values: dict) -> dict:
 
 
 def parse_args(argv: list[str] | None = None) -> Config:
-    """Return the flags of a command line, by default this process's. A wrong one ends the process with one line."""
+    """Return the flags of a command line, by default this process's, and of the preset that it names. A flag that is
+    wrong, or given without an effect, ends the process with one line; --preset=list prints the presets and ends it."""
     parser = OneLineParser(
-        prog="train.py", allow_abbrev=False, epilog="More in README.md.",
-        description="Train a network far past interpolation and record at each log step clean accuracy, accuracy under "
-                    "l-infinity PGD attack and local complexity.")
+        prog="train.py", allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter,
+        description="Train a network far past interpolation and record at each log step clean accuracy, accuracy\n"
+                    "under l-infinity PGD attack and local complexity.",
+        epilog=f"presets:\n{presets_text()}\n\nMore in README.md.")
     add_flags(parser)
-    return Config(**flattened(parser, vars(parser.parse_args(argv))))
+    given = flattened(parser, vars(parser.parse_args(argv)))
+    if given.get("preset") == "list":
+        print(presets_text())
+        parser.exit()
+    preset = preset_flags(given.get("preset"))
+    if given.keys() & flags_of(LENGTH):
+        preset = {name: value for name, value in preset.items() if name not in flags_of(LENGTH)}
+    config = Config(**preset | given)
+    if config.lr_schedule != "constant" and not (preset | given).keys() & flags_of(LENGTH):
+        parser.error(f"--lr_schedule={config.lr_schedule} spans the whole run: give its length, --n_steps or "
+                     "--n_epochs")
+    without_effect: dict[str, Any] = {}
+    for name, field in FIELDS.items():
+        text, holds = field.metadata.get("only", ("", lambda config: True))
+        if not holds(config):
+            if given.get(name):
+                parser.error(f"--{name} has an effect only {text}")
+            without_effect[name] = field.default
+    return dataclasses.replace(config, **without_effect)
+
+
+def preset_flags(name: str | None) -> dict[str, Any]:
+    """Return the flags that a preset stands for, with folders of its own; of None, none."""
+    if name is None:
+        return {}
+    parser = OneLineParser()
+    add_flags(parser)
+    folders = {"log_dir": f"runs/{name}/logs", "save_dir": f"runs/{name}/checkpoints"}
+    return folders | flattened(parser, vars(parser.parse_args(PRESETS[name][2].split())))
 
 
 def asked(config: Config) -> list[str]:
@@ -295,26 +394,33 @@ def asked(config: Config) -> list[str]:
     return sorted(name for name, field in FIELDS.items() if getattr(config, name) != field.default)
 
 
+def implied(name: str, config: Mapping[str, Any]) -> Any:
+    """Return what a flag that is left out stands for with this config's model or data set; None if that depends on
+    more."""
+    values = IMPLIED.get(name, {})
+    return values.get(config["model"], values.get(config["dataset"]))
+
+
 # ---- names of folders -----------------------------------------------------------------------------------------------
 
 def folder_name(config: Config) -> Path:
     """Return the folder under runs/ of the experiment that these flags (as parsed) describe.
 
-    It is named by the flags that say what is trained and measured and are not at their default, and by the seed. So
-    the flags' order does not change it, nor do, say, --n_steps or --threads.
+    It is named by its preset, by the flags that say what is trained and measured and are not at their default or as in
+    the preset, and by the seed. So the flags' order does not change it, nor do, say, --n_steps or --threads.
     """
-    told = {name: getattr(config, name) for name in asked(config) if name in flags_of(EXPERIMENT, MEASUREMENT)}
-    told.pop("seed", None)
-    for name, by_choice in IMPLIED.items():
-        if name in told and told[name] == by_choice.get(config.dataset if name == "train_size" else config.model):
-            del told[name]
-    if "epsilons" in told:
-        told["epsilons"] = sorted(told["epsilons"])
-    words = [name if value is True else f"{name}_{flag_text(value)}" for name, value in told.items()]
+    config = dataclasses.replace(config, epsilons=config.epsilons and sorted(config.epsilons))
+    left_out = {name: implied(name, vars(config)) if value is None else value
+                for name, value in vars(Config(**preset_flags(config.preset))).items()}
+    words = []
+    for name in flags_of(EXPERIMENT, MEASUREMENT) - {"seed"}:
+        value = getattr(config, name)
+        if value not in (None, left_out[name]):
+            words.append(name if value is True else f"{name}_{flag_text(value)}")
     if config.dataset in ("imagefolder", "npz"):  # here the path is the data
         path = Path(config.data_dir).resolve()
         words.append(f"data_dir_{path.name}_{hashlib.sha256(str(path).encode()).hexdigest()[:6]}")
-    name = re.sub(r"[^\w.,+-]", "_", "_".join(sorted(words)))
+    name = re.sub(r"[^\w.,+-]", "_", "_".join([config.preset or "", *sorted(words)]).strip("_"))
     if len(name.encode()) > LONGEST_NAME:
         name = f"{name[:LONGEST_NAME // 2]}_{hashlib.sha256(name.encode()).hexdigest()[:8]}"
     return Path("runs") / "_".join([*filter(None, [name]), f"seed_{config.seed}"])

@@ -52,7 +52,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--network", metavar="FILE.py:FUNCTION", help="measure the network that FUNCTION() of FILE.py "
                         "returns: a torch.nn.Module from images in [0, 1] to logits. The file is run")
     parser.add_argument("--weights", metavar="FILE", help="state dict for --network, a .pt or .safetensors file")
-    flags.add_flags(parser, ASKED_HERE, suppress=True)
+    flags.add_flags(parser, ASKED_HERE, show_defaults=False)
     args = parser.parse_args(argv)
     flags.flattened(parser, vars(args))
     given = DATA & vars(args).keys()

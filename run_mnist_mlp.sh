@@ -5,8 +5,8 @@
 #   sbatch --array=0-9 run_mnist_mlp.sh --width=1000    seeds 0 to 9, in runs/width_1000_seed_0 ... width_1000_seed_9
 #   bash run_mnist_mlp.sh [FLAGS]                       the same without SLURM
 #
-# FLAGS are those of train.py and override those below. Options of sbatch, such as --partition, --account, --time or, on
-# a cluster without GPUs, --gres=none, go before the script's name. A job that is preempted or runs out of time saves its
+# FLAGS are those of train.py and override those below; with --preset those below are left out. Options of sbatch, such as
+# --partition, --account, --time or, on a cluster without GPUs, --gres=none, go before the script's name. A job that is preempted or runs out of time saves its
 # state, is requeued and continues; one that was cancelled or failed continues when it is submitted again.
 #SBATCH --gres=gpu:1 --mem=8G --time=04:00:00 --requeue --open-mode=append
 #SBATCH --signal=B:USR1@120
@@ -38,7 +38,9 @@ done
 [[ -n $python ]] || fail "no Python (3.11 or newer) with PyTorch found: activate a conda environment, load the" \
                          "cluster's module, or make a virtual environment in $here/.venv"
 
-flags=(--model=mlp --dataset=mnist --train_size=1000 --batch_size=200 --lr=0.001 --weight_decay=0.01 --resume "$@")
+flags=(--model=mlp --dataset=mnist --train_size=1000 --batch_size=200 --lr=0.001 --weight_decay=0.01)
+[[ " $* " == *" --preset"[=\ ]* ]] && flags=()
+flags+=(--resume "$@")
 if [[ -n ${SLURM_ARRAY_TASK_ID:-} ]]; then
     [[ " $* " =~ " --"(seed|log_dir|save_dir)[=\ ] ]] && fail "in an array the task's number is the seed, and each" \
         "task has its own folder: leave out --${BASH_REMATCH[1]}"

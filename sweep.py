@@ -8,6 +8,7 @@ that is named after the experiment, like those of a SLURM array of run_mnist_mlp
 what was stopped and skips what is complete. Ctrl-C stops all runs and saves each. output.txt in a run's folder holds
 what the run prints.
 
+    python sweep.py --preset=first --seed=0-4                       # runs/first_seed_0 to runs/first_seed_4
     python sweep.py --folder FLAGS                                  # only print the folder of one run
 
 Exit status: 0 all runs are complete; 1 one failed; 2 the command is wrong; 128 + n stopped by signal n.
@@ -23,7 +24,7 @@ import sys
 from pathlib import Path
 
 from compute import signals
-from flags import FIELDS, Config, folder_name, parse_args, parse_folder
+from flags import FIELDS, Config, folder_name, parse_args, parse_folder, preset_flags
 
 # A comma in the value of these flags does not make two runs.
 PASSED_ON = {name for name, field in FIELDS.items()
@@ -39,7 +40,8 @@ def combinations(argv: list[str]) -> Runs:
     runs: Runs = {}
     for words in itertools.product(*alternatives(argv)):
         config = parse_args(list(words))
-        if (config.log_dir, config.save_dir) != ("logs", "checkpoints"):
+        own = Config(**preset_flags(config.preset))
+        if (config.log_dir, config.save_dir) != (own.log_dir, own.save_dir):
             raise ValueError("each run has its own folder under runs/: leave out --log_dir and --save_dir")
         folder = folder_name(config)
         _, before = runs.setdefault(folder, (list(words), config))

@@ -30,7 +30,17 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
 from typing import Any, cast
 
-from flags import IMPLIED, Config, asked, parse_args
+from flags import (
+    COLOUR_EPSILONS,
+    COLOUR_RADIUS,
+    GREY_EPSILONS,
+    GREY_RADIUS,
+    IMPLIED,
+    Config,
+    asked,
+    implied,
+    parse_args,
+)
 
 if __name__ == "__main__":  # importing PyTorch takes seconds: answer Ctrl-C, --help and a wrong flag before
     signal.signal(signal.SIGINT, lambda *_: (print("train.py: interrupted", file=sys.stderr), os._exit(130)))
@@ -50,9 +60,7 @@ from records import checkpoints, files, history, trackers
 from records.console import Console
 from records.run import Figure, Run, fail, fail_together, parent_of
 
-GREY_EPSILONS = [0.03, 0.06, 0.10, 0.13, 0.16, 0.20]
 STRETCH = 10  # steps between two looks at signals and the clock; ten times as many where they are replayed on a GPU
-COLOUR_EPSILONS = [1 / 255, 2 / 255, 4 / 255, 8 / 255]
 
 
 # ---- the training step ----------------------------------------------------------------------------------------------
@@ -346,12 +354,12 @@ def complete(args: Config, dataset: data.Dataset, device: torch.device) -> Confi
     """Return every flag as it is used with this data set. ValueError for a flag that does not fit it."""
     n_train, n_test, features = len(dataset.x_train), len(dataset.x_test), dataset.x_test[0].numel()
     grey, size, steps_in_epoch = dataset.x_test.shape[1] != 3, distributed.world_size(), n_train // args.batch_size
-    decided: dict[str, Any] = dict(
+    decided: dict[str, Any] = {name: implied(name, vars(args)) for name in IMPLIED if getattr(args, name) is None}
+    decided |= dict(
         device=str(device), train_size=n_train, adv_size=n_test if args.adv_size == "all" else args.adv_size,
         epsilons=sorted(args.epsilons or (GREY_EPSILONS if grey else COLOUR_EPSILONS)),
-        lc_radius=args.lc_radius or [0.05 if grey else 0.005], width=args.width or IMPLIED["width"][args.model],
-        depth=args.depth or IMPLIED["depth"].get(args.model), n_steps=args.n_steps or args.n_epochs * steps_in_epoch,
-        n_epochs=None if args.n_steps else args.n_epochs)
+        lc_radius=args.lc_radius or (GREY_RADIUS if grey else COLOUR_RADIUS),
+        n_steps=args.n_steps or args.n_epochs * steps_in_epoch, n_epochs=None if args.n_steps else args.n_epochs)
     config = dataclasses.replace(args, **decided)
     checks = [
         (args.batch_size > n_train,
@@ -360,9 +368,6 @@ def complete(args: Config, dataset: data.Dataset, device: torch.device) -> Confi
         (args.batch_norm and args.batch_size == 1, "--batch_norm needs batches of two images or more"),
         (args.pgd_start == "image" and args.pgd_restarts > 1,
          "--pgd_restarts needs random starts: from the image every attack is the same"),
-        (args.momentum and args.optimizer != "sgd", "--momentum is for --optimizer=sgd; adamw and adam have their own"),
-        (args.lr_schedule != "constant" and not {"n_steps", "n_epochs"} & {*asked(args)},
-         f"--lr_schedule={args.lr_schedule} spans the whole run: give its length, --n_steps or --n_epochs"),
         (0 < config.n_steps <= args.warmup_steps,
          f"--warmup_steps={args.warmup_steps} does not end before the run of {config.n_steps} steps does"),
         (args.augment and min(dataset.x_test.shape[2:]) < 16,

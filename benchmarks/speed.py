@@ -125,7 +125,7 @@ def program_steps(config: flags.Config, dataset: data.Dataset, device: torch.dev
 
 def matrix_products(config: flags.Config, dataset: data.Dataset, device: torch.device) -> Work:
     """The matrix products of a step of the MLP alone, by MKL: forward, gradients of weights and of hidden layers."""
-    sizes = [dataset.x_train[0].numel(), *[config.width] * (config.depth - 1), 10]
+    sizes = [dataset.x_train[0].numel(), *[config.width] * ((config.depth or 1) - 1), 10]
     pairs = []
     for x, y in itertools.pairwise([torch.randn(config.batch_size, n, device=device) for n in sizes]):
         weight = torch.randn(x.shape[1], y.shape[1], device=device)

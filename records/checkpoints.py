@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from flags import EXPERIMENT, FIELDS, MEASUREMENT, Config, flags_of
+from flags import EXPERIMENT, FIELDS, MEASUREMENT, Config, flags_of, implied
 from records.files import CHECKPOINT_PATTERN, ROLLING_NAME, write_atomically
 from records.history import HISTORY_NAME, forget_after, read_history
 
@@ -160,9 +160,14 @@ def continue_from(config: Config, fingerprint: str, note: Callable[[str], None])
 
 
 def differences(before: dict, config: Config, names: Iterable[str]) -> list[str]:
-    """Return one line for each of these flags that differs; a flag that `before` lacks had its default."""
-    values = [(name, before.get(name, FIELDS[name].default), getattr(config, name)) for name in sorted(names)]
-    return [f"--{name} was {was}, is {now}" for name, was, now in values if was != now]
+    """Return one line for each of these flags that differs; a flag that `before` lacks had its default, and one that it
+    does not decide, as earlier versions left it, what that stood for."""
+    found = []
+    for name in sorted(names):
+        was, now = before.get(name, FIELDS[name].default), getattr(config, name)
+        if now != (implied(name, before) if was is None else was):
+            found.append(f"--{name} was {was}, is {now}")
+    return found
 
 
 def is_of_data(source: dict, fingerprint: str) -> bool:

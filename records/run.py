@@ -44,7 +44,7 @@ def history_of(checkpoint: Path, config: dict) -> Path | None:
 def parent_of(config: Config, fingerprint: str) -> dict:
     """Return the checkpoint that --branch_from names, with its "path" and, as "history", its run's up to there. Raises
     ValueError or OSError, with one line, if it is of another network or other data, or has no history."""
-    path = Path(config.branch_from)
+    path = Path(config.branch_from or "")
     own = {Path(folder).resolve() for folder in (config.log_dir, config.save_dir)}
     checkpoint = checkpoints.load_checkpoint(path)
     before = checkpoint["config"]

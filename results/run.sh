@@ -13,7 +13,7 @@ export DATA=${DATA:-data} RUNS=${RUNS:-runs/results} PYTHON=${PYTHON:-python}
 
 listed() {
     cat <<'END'
-first                   --dataset=digits --train_size=400 --depth=3 --init_scale=6 --loss=mse --lr=0.004 --weight_decay=0.1 --n_steps=20000 --epsilons 0.03 0.07 0.11 0.15 --adv_size=500 --lc_samples=256
+first                   --preset=first
 mnist                   --dataset=mnist --n_steps=100000
 mnist_exact             --dataset=mnist --n_steps=100000 --loss=exact_ce
 digits                  --dataset=digits --n_steps=100000
@@ -82,28 +82,22 @@ modular_decay_stablemax     MODULAR --weight_decay=1 --n_steps=20000 --loss=stab
 modular_decay_orthogonal    MODULAR --weight_decay=1 --n_steps=20000 --orthogonal_gradient
 modular_decay_exact_eps     MODULAR --weight_decay=1 --n_steps=20000 --loss=exact_ce --adam_eps=1e-25
 modular_decay_float64       MODULAR --weight_decay=1 --n_steps=20000 --dtype=float64
-cnn                     CIFAR --model=cnn --n_steps=100000 --weight_decay=0
-cnn_exact               CIFAR --model=cnn --n_steps=100000 --weight_decay=0 --loss=exact_ce
-cnn_decay               CIFAR --model=cnn --n_steps=100000
-cnn_batch_norm          CIFAR --model=cnn --n_steps=20000 --weight_decay=0 --batch_norm
-resnet18                CIFAR --model=resnet18 --n_steps=50000 --weight_decay=0
-resnet18_whole          WHOLE --log_from=100 --log_points=17
+cnn                     CIFAR
+cnn_exact               CIFAR --loss=exact_ce
+cnn_decay               CIFAR --weight_decay=0.01
+cnn_batch_norm          CIFAR --n_steps=20000 --batch_norm
+resnet18                CIFAR --model=resnet18 --n_steps=50000
+resnet18_whole          WHOLE
 resnet18_whole_exact    WHOLE --log_from=2504 --log_points=10 --loss=exact_ce --branch_from=RUNS/resnet18_whole/checkpoints/checkpoint_epoch_0000005_step_000003970.pt
-resnet18_batch_norm     CIFAR --model=resnet18 --n_steps=20000 --weight_decay=0 --batch_norm --log_points=25
+resnet18_batch_norm     CIFAR --model=resnet18 --n_steps=20000 --batch_norm --log_points=25
 END
 }
 
-# CIFAR-10 as a folder of images, DATA/cifar10-images/{train,test}/CLASS/*.jpg; a tenth of it, so that a CPU trains far
-# past interpolation.
-CIFAR="--dataset=imagefolder --train_size=5000 --width=16 --batch_size=32 --log_points=40"
-CIFAR+=" --adv_size=500 --lc_samples=128 --epsilons 0.5/255 1/255 2/255 4/255"
-# All of it, attacked as its authors attack it.
-WHOLE="--dataset=imagefolder --model=resnet18 --width=16 --batch_size=64 --n_steps=100000 --weight_decay=0"
-WHOLE+=" --adv_size=500 --lc_samples=128 --epsilons 0.5/255 1/255 2/255 4/255 8/255 10/255"
-WHOLE+=" --pgd_start=image --pgd_step_size=0.8/255 --compile=on"
+# CIFAR-10 as a folder of images, DATA/cifar10-images/{train,test}/CLASS/*.jpg; CIFAR: a tenth of it.
+CIFAR="--preset=cnn --dataset=imagefolder"
+WHOLE="--preset=resnet18 --dataset=imagefolder --compile=on"
 # (a + b) mod 59, half of the pairs.
-MODULAR="--dataset=modular_addition --modulus=59 --depth=3 --batch_size=512 --log_points=40"
-MODULAR+=" --epsilons 0.1 0.3 --adv_size=200 --lc_samples=128"
+MODULAR="--preset=modular --lr=0.001 --log_points=40"
 # The MNIST MLP for as long as `mnist`, to change one of its flags.
 VARIED="--dataset=mnist --n_steps=100000 --log_points=30"
 

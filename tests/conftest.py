@@ -37,6 +37,11 @@ SMALL = ["--dataset=digits", "--width=16", "--adv_size=20", "--lc_samples=8", "-
          "--pgd_steps=2", "--robust_budget=low", "--log_points=6", "--threads=1", "--no_plot", "--device=cpu"]
 
 
+def by_interval(flags):
+    """Return flags without --log_points, for --log_interval."""
+    return [flag for flag in flags if not flag.startswith("--log_points")]
+
+
 def command(*flags, script="train.py"):
     return [sys.executable, str(ROOT / script), *map(str, flags)]
 

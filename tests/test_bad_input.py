@@ -100,10 +100,13 @@ FLAGS = [
     # against one another
     ("--n_steps=3 --n_epochs=3", "--n_epochs"), ("--epsilons=0.1,0.10000001", "--epsilons"),
     ("--batch_norm --batch_size=1", "--batch_norm"), ("--pgd_start=image --pgd_restarts=2", "--pgd_restarts"),
-    ("--momentum=0.9", "--momentum"), ("--lr_schedule=cosine", "--lr_schedule=cosine"),
+    ("--momentum=0.9", "--momentum"), ("--adam_eps=1e-9 --optimizer=sgd", "--adam_eps"),
+    ("--log_interval=3", "--log_points"), ("--lc_samples=0", "--lc_directions"), ("--modulus=7", "--modulus"),
+    ("--lr_schedule=cosine", "--lr_schedule=cosine"),
     ("--warmup_steps=3 --n_steps=3", "--warmup_steps=3"), ("--label_smoothing=0.1 --loss=mse", "label_smoothing"),
     # no such flag; a decimal comma; an unset shell variable
-    ("--res", "--res"), ("mnist", "mnist"), ("--epsilons=0,1", "0.1"), ("--log_dir=", "--log_dir"),
+    ("--res", "--res"), ("mnist", "mnist"), ("--dpeth=3", "did you mean --depth?"), ("--epsilons=8", "8/255?"),
+    ("--preset=frist", "frist"), ("--epsilons=0,1", "0.1"), ("--log_dir=", "--log_dir"),
     # against the data or the machine
     ("--batch_size=61", "--batch_size=61"), ("--train_size=1001", "1001"), ("--image_size=8", "image_size"),
     ("--lc_directions=65", "--lc_directions=65"), ("--depth=3 --model=cnn", "depth"), ("--augment", "--augment"),

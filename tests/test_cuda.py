@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 import torch
-from conftest import SMALL, columns, history_of, run_here
+from conftest import SMALL, by_interval, columns, history_of, run_here
 
 import data
 import flags
@@ -46,16 +46,16 @@ def test_the_last_of_several_gpus_trains_as_the_first(tmp_path):
 
 
 def test_a_resumed_run_equals_a_whole_one(tmp_path):
-    run_here(tmp_path / "whole", *CUDA, "--n_steps=60", "--log_interval=4")
-    run_here(tmp_path / "parts", *CUDA, "--n_steps=40", "--log_interval=4")
-    run_here(tmp_path / "parts", *CUDA, "--n_steps=60", "--log_interval=4", "--resume")
+    run_here(tmp_path / "whole", *by_interval(CUDA), "--n_steps=60", "--log_interval=4")
+    run_here(tmp_path / "parts", *by_interval(CUDA), "--n_steps=40", "--log_interval=4")
+    run_here(tmp_path / "parts", *by_interval(CUDA), "--n_steps=60", "--log_interval=4", "--resume")
     assert columns(tmp_path / "whole") == columns(tmp_path / "parts")
 
 
 def test_a_checkpoint_moves_between_cpu_and_gpu(tmp_path):
-    run_here(tmp_path, *SMALL, "--n_steps=40", "--log_interval=4")
-    run_here(tmp_path, *CUDA, "--n_steps=60", "--log_interval=4", "--resume")
-    run_here(tmp_path, *SMALL, "--n_steps=80", "--log_interval=4", "--resume")
+    run_here(tmp_path, *by_interval(SMALL), "--n_steps=40", "--log_interval=4")
+    run_here(tmp_path, *by_interval(CUDA), "--n_steps=60", "--log_interval=4", "--resume")
+    run_here(tmp_path, *by_interval(SMALL), "--n_steps=80", "--log_interval=4", "--resume")
     history = history_of(tmp_path)
     assert history["step"] == list(range(0, 81, 20)) and history["train_loss"][-1] < history["train_loss"][0]
 

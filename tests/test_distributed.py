@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ENVIRONMENT, FORKS, PATIENCE, ROOT, SMALL, run_here, wait_for
+from conftest import ENVIRONMENT, FORKS, PATIENCE, ROOT, SMALL, by_interval, run_here, wait_for
 from torch.distributed.launcher.api import LaunchConfig
 
 import train
@@ -297,7 +297,7 @@ def test_a_signal_to_one_process_stops_both(tmp_path):
 
 
 def test_two_processes_draw_track_save_and_log_until_a_signal_stops_both(tmp_path):
-    shown = [flag for flag in FLAGS if flag != "--no_plot"]
+    shown = [flag for flag in by_interval(FLAGS) if flag != "--no_plot"]
     processes = start_two(tmp_path, *shown, "--n_steps=100000000", "--log_interval=4", "--tracker=tensorboard",
                           "--checkpoint_minutes=0", SECONDS_BETWEEN_DRAWINGS=0.1, DRAWING_SHARE=10)
     folder, drawn, saved = tmp_path / "rank0", set(), set()

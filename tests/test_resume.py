@@ -22,12 +22,13 @@ from pathlib import Path
 import pytest
 import sklearn.datasets
 import torch
-from conftest import ENVIRONMENT, FORKS, SMALL, columns, command, history_of, run_here
+from conftest import ENVIRONMENT, FORKS, SMALL, by_interval, columns, command, history_of, run_here
 
 import attacks
 import losses
 import measure
 import train
+from flags import Config
 from records import checkpoints, files
 from records.history import HISTORY_NAME, read_history, write_history
 from records.run import Run
@@ -220,7 +221,7 @@ def test_an_interrupted_run_ends_as_if_it_had_not_been(tmp_path, interruptions, 
     ["--n_epochs=140", "--log_interval=60"],
 ], ids=" ".join)
 def test_interruptions_with_every_log_schedule(tmp_path, flags):
-    flags = [*SMALL, "--adv_size=10", "--lc_samples=4", *flags]
+    flags = [*(SMALL if flags[1:] == [] else by_interval(SMALL)), "--adv_size=10", "--lc_samples=4", *flags]
     run_here(tmp_path / "whole", *flags)
     parts = tmp_path / "parts"
     for step in (5, 325, 330):
@@ -586,7 +587,17 @@ def test_every_single_bit_of_damage_is_noticed(tmp_path, finished):
 RUN = (*TINY, "--n_steps=8")
 
 
-@pytest.mark.parametrize("flag", ["--depth=3", "--batch_norm", "--lr=0.002", "--log_interval=1", "--epsilons=0.2"])
+def test_a_value_given_as_it_is_meant_is_no_other_experiment(tmp_path, capsys):
+    flags = [*SMALL, "--dataset=modular_addition", "--lr_schedule=constant"]
+    run_here(tmp_path, *flags, "--n_steps=4")
+    run_here(tmp_path, *flags, "--n_steps=8", "--modulus=97", "--train_fraction=0.5", "--depth=4", "--resume")
+    assert "at step 4" in capsys.readouterr().out
+    config, earlier = history_of(tmp_path)["config"], {"modulus": None, "train_fraction": None}  # as versions before
+    assert (config["modulus"], config["train_fraction"], config["image_size"]) == (97, 0.5, None)
+    assert checkpoints.differences({**config, **earlier}, Config(**config), earlier) == []
+
+
+@pytest.mark.parametrize("flag", ["--depth=3", "--batch_norm", "--lr=0.002", "--log_from=2", "--epsilons=0.2"])
 def test_another_experiment_is_not_resumed(tmp_path, finished, capsys, flag):
     copied(finished(*RUN), tmp_path)
     before = files_in(tmp_path)

@@ -116,6 +116,7 @@ def test_the_users_flags_win(tmp_path, stand_ins):
     args = arguments_of(tmp_path, stand_ins, "--width=1000", "--n_steps=300", "--lr", "0.1", "--dataset=digits")
     assert (args.width, args.n_steps, args.lr, args.dataset) == (1000, 300, 0.1, "digits")
     assert arguments_of(tmp_path, stand_ins, "--n_epochs=7").n_epochs == 7
+    assert arguments_of(tmp_path, stand_ins, "--preset=modular") == parse_args(["--preset=modular", "--resume"])
 
 
 @pytest.mark.parametrize("flags", [["--width=1000", "--lr", "1e-2", "--n_steps=7"],

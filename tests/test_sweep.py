@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from conftest import ENVIRONMENT, PATIENCE, ROOT, SMALL, command, history_of, wait_for
@@ -35,6 +36,7 @@ FLAGS = [*(flag for flag in SMALL if flag not in ("--no_plot", "--threads=1", "-
     (["--epsilons=0.1,0.2", "--lc_radius", "0.1,0.2", "0.3", "--seed=1,1"],
      ["epsilons_0.1,0.2_lc_radius_0.1,0.2,0.3_seed_1"]),
     (["--data_dir=a,1-3", "--width=100,200"], ["width_100_seed_42", "seed_42"]),
+    (["--preset=first,modular", "--lr=0.1"], ["first_lr_0.1_seed_42", "modular_lr_0.1_seed_42"]),
     (["--width=100", "--width=300"], ["width_300_seed_42"]),  # the last wins, as with train.py
 ], ids=lambda value: " ".join(value))
 def test_lists_and_ranges_are_combined(flags, names):
@@ -92,7 +94,7 @@ class HereAndNow:
 def swept(tmp_path, monkeypatch, capsys):
     """Return a function that runs a sweep of FLAGS and more in tmp_path; it returns what the sweep printed."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(pool.subprocess, "Popen", HereAndNow)
+    monkeypatch.setattr(pool, "subprocess", SimpleNamespace(**{**vars(subprocess), "Popen": HereAndNow}))
     monkeypatch.setattr(pool, "SECONDS_BETWEEN_LOOKS", 0)
 
     def run(*flags, status=0):

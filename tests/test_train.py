@@ -2,9 +2,11 @@
 
 import argparse
 import contextlib
+import dataclasses
 import io
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -15,7 +17,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import ENVIRONMENT, SMALL, columns, command, history_of, run_here
+from conftest import ENVIRONMENT, SMALL, by_interval, columns, command, handlers_kept, history_of, run_here
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -149,12 +151,13 @@ def test_every_variant_lowers_the_training_loss(tmp_path, flags):
 
 
 def test_log_interval_logs_every_n_epochs(tmp_path):
-    run_here(tmp_path, *SMALL, "--n_epochs=7", "--log_interval=3", "--batch_size=300")  # 1,000 images: 3 steps an epoch
+    # 1,000 images: 3 steps an epoch
+    run_here(tmp_path, *by_interval(SMALL), "--n_epochs=7", "--log_interval=3", "--batch_size=300")
     assert history_of(tmp_path)["epoch"] == [0, 3, 6, 7]
 
 
 def test_without_lc_samples_there_is_no_local_complexity(tmp_path):
-    run_here(tmp_path, *SMALL, "--n_steps=2", "--lc_samples=0")
+    run_here(tmp_path, *(flag for flag in SMALL if "lc_directions" not in flag), "--n_steps=2", "--lc_samples=0")
     assert history_of(tmp_path)["local_complexity"] == {}
 
 
@@ -340,7 +343,8 @@ def test_a_branch_begins_with_its_parents_columns_and_goes_its_own_way(tmp_path,
 def test_warm_up_and_schedule_of_a_branch_count_from_its_first_step(tmp_path, capsys):
     run_here(tmp_path / "parent", *SMALL, "--n_steps=20")
     (source,) = (tmp_path / "parent" / "checkpoints").glob("*_step_000000020.pt")
-    flags = [*SMALL, "--warmup_steps=10", "--lr_schedule=triangle", "--log_interval=1", f"--branch_from={source}"]
+    flags = [*by_interval(SMALL), "--warmup_steps=10", "--lr_schedule=triangle", "--log_interval=1",
+             f"--branch_from={source}"]
     run_here(tmp_path / "branch", *flags, "--n_steps=50")
     said = capsys.readouterr().out
     assert "count from that step" in said and "lr_schedule triangle" in said
@@ -491,6 +495,49 @@ def test_choices_and_implied_values_are_those_of_the_registries():
     assert set(flags.IMPLIED["train_size"]) < set(data.DATASETS)
 
 
+@pytest.mark.parametrize("preset", flags.PRESETS)
+def test_a_preset_stands_for_its_flags_and_flags_beside_it_override_them(preset, capsys):
+    config, written = parse_args([f"--preset={preset}"]), parse_args(flags.PRESETS[preset][2].split())
+    assert (config.log_dir, config.save_dir) == (f"runs/{preset}/logs", f"runs/{preset}/checkpoints")
+    assert dataclasses.replace(config, preset=None, log_dir="logs", save_dir="checkpoints") == written
+    assert set(flags.asked(config)) == {*flags.asked(written), "preset", "log_dir", "save_dir"}
+    other = parse_args(["--n_epochs=7", "--model=resnet18", "--log_interval=2", f"--preset={preset}", "--log_dir=x",
+                        "--dataset=digits", "--width=5"])
+    assert (other.n_epochs, other.n_steps, other.model, other.width, other.depth) == (7, None, "resnet18", 5, None)
+    assert (other.log_interval, other.log_points, other.modulus) == (2, 60, None)
+    assert (other.log_dir, other.save_dir) == ("x", f"runs/{preset}/checkpoints") and other.lr == written.lr
+    for words in (["--help"], ["--preset=list"]):
+        with pytest.raises(SystemExit) as end:
+            parse_args(words)
+        shows, takes, line = flags.PRESETS[preset]
+        assert not end.value.code and f"{shows}; {takes} {line}" in re.sub(r"\s+", " ", capsys.readouterr().out)
+
+
+def test_a_preset_has_files_of_its_own_and_is_resumed_by_its_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    words = [*(word for word in SMALL if "dataset" not in word), "--width=200"]
+    with handlers_kept():
+        for more in (["--n_steps=2"], ["--n_steps=4", "--resume"]):
+            assert train.main(["--preset=first", *words, *more]) == 0
+    history = history_of(tmp_path / "runs" / "first")
+    assert history["step"][-1] == 4 and history["config"]["preset"] == "first" and "loss" in history["asked"]
+    assert history["config"]["init_scale"] == 6 and not list(tmp_path.rglob("earlier-*"))
+
+
+@pytest.mark.parametrize("given, left_out", [
+    (["--dataset=modular_addition", "--modulus=97", "--train_fraction=0.5", "--train_size=all", "--lc_radius=0.05"],
+     ["--dataset=modular_addition"]),
+    (["--preset=first", "--width=200", "--loss=mse"], ["--preset=first"]),
+    (["--dataset=cifar10", "--train_size=all", "--epsilons", "8/255,4/255,2/255", "1/255"], ["--dataset=cifar10"]),
+    (["--dataset=imagenette", "--image_size=128"], ["--dataset=imagenette"])], ids=lambda words: words[0])
+def test_a_value_given_as_it_is_meant_makes_no_other_folder(given, left_out):
+    assert flags.folder_name(parse_args(given)) == flags.folder_name(parse_args(left_out))
+
+
+def test_a_schedule_may_span_a_length_given_at_its_default():
+    assert parse_args(["--n_epochs=100000", "--lr_schedule=cosine"]).lr_schedule == "cosine"
+
+
 @pytest.mark.parametrize("channels, epsilons, radius", [
     (1, [0.03, 0.06, 0.10, 0.13, 0.16, 0.20], 0.05), (3, [1 / 255, 2 / 255, 4 / 255, 8 / 255], 0.005)])
 def test_what_is_measured_by_default_depends_on_colour(channels, epsilons, radius):
@@ -501,7 +548,8 @@ def test_what_is_measured_by_default_depends_on_colour(channels, epsilons, radiu
 
 
 @pytest.mark.parametrize("words, name", [
-    ([], "seed_42"), (["--width=1000", "--n_steps=5", "--threads=2"], "width_1000_seed_42"),
+    ([], "seed_42"), (["--preset=first", "--depth=2", "--train_size=1000"], "first_depth_2_train_size_1000_seed_42"),
+    (["--width=1000", "--n_steps=5", "--threads=2"], "width_1000_seed_42"),
     (["--model=mlp", "--train_size=1000", "--width=200", "--seed=3"], "seed_3"),
     (["--epsilons", "0.2", "0.1", "--batch_norm"], "batch_norm_epsilons_0.1,0.2_seed_42")], ids=str)
 def test_a_folder_is_named_by_what_is_trained_and_measured(words, name):
