@@ -14,7 +14,7 @@ from tqdm import tqdm
 from flags import EXPERIMENT, MEASUREMENT, SCHEDULE, epsilon_label, flag_text, flags_of, history_key
 
 SECONDS_BETWEEN_LINES = 60
-SECONDS_BEFORE_ESTIMATE = 5
+SECONDS_BEFORE_ESTIMATE, STEPS_BEFORE_ESTIMATE = 5, 10
 MOST_EPSILONS = 6
 WIDTH = 100
 # Flags of an experiment that the header names in words of its own, or that the table shows.
@@ -71,7 +71,7 @@ class Console:
         """Print the table's head, and begin to measure the time. log_steps_left: the number of log steps to come,
         including one at this step."""
         self.n_steps, self.log_steps_left = n_steps, log_steps_left
-        self.next_line = time.monotonic()
+        self.next_line = time.monotonic() + SECONDS_BEFORE_ESTIMATE
         self.paced_from: int | None = None  # the step from which the pace is measured
         self.trained = 0.0  # seconds of training since then
         self.log_step_took: float | None = None  # seconds of the last one
@@ -127,7 +127,7 @@ class Console:
         if self.bar is not None:
             self.bar.set_postfix_str(self.latest, refresh=False)
             self.bar.update(step - self.bar.n)
-        elif self.trained > SECONDS_BEFORE_ESTIMATE and time.monotonic() > self.next_line:
+        elif time.monotonic() > self.next_line and step >= self.paced_from + STEPS_BEFORE_ESTIMATE:
             pace, took = self.trained / (step - self.paced_from), self.log_step_took
             left = duration(pace * (self.n_steps - step) + (took or 0) * self.log_steps_left)
             to_go = f"{left} to go, log steps not counted" if took is None else (
