@@ -198,7 +198,8 @@ class Remeasured:
         if len(row) < len(KNOWN) or outcomes is None:
             row, metrics = {"max_batch_loss": state.get("largest_loss", math.nan)} | row, list(measure.METRICS)
         fresh = measure.measure(self.model, self.dataset, self.probes, self.config, progress, metrics)
-        row = {"epoch": state["epoch"], "step": state["step"], **row, **fresh, "seconds": state["seconds"]}
+        rate = {name: state[name] for name in ("lr",) if name in state}
+        row = {"epoch": state["epoch"], "step": state["step"], **row, **fresh, **rate, "seconds": state["seconds"]}
         row["outcomes"].setdefault("test", outcomes)
         return row
 

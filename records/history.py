@@ -5,7 +5,6 @@ at most once a second; training_history.rows.jsonl holds one line for each log s
 joins them, so that a kill at any moment loses nothing.
 """
 
-import itertools
 import json
 import math
 import time
@@ -20,8 +19,6 @@ HISTORY_VERSION = 1
 # What a history holds apart from its columns.
 BESIDE = {"version", "config", "asked", "derived", "environment", "sizes", "layers", "warnings", "branch",
           "interpolation"}
-ALWAYS_KNOWN = {"step", "epoch", "train_acc", "test_acc", "seconds"}
-COLUMNS = {*ALWAYS_KNOWN, "train_loss", "test_loss", "adv_acc", "robust_acc", "local_complexity", "weight_norm"}
 
 
 def append(history: dict, row: dict) -> None:
@@ -161,20 +158,16 @@ def read_history(path: str | Path) -> dict:
     try:
         history = json.loads(path.read_bytes())
     except (ValueError, RecursionError):
-        raise ValueError(f"{path} is not a JSON file") from None
+        raise ValueError(f"{path} is damaged or not a JSON file") from None
     if not (isinstance(history, dict) and history.keys() >= {"version", "step", "warnings", "config", "sizes"}):
-        raise ValueError(f"{path} is not a training history")
+        raise ValueError(f"{path} is not a history of this program")
     if history["version"] != HISTORY_VERSION:
         raise ValueError(f"{path} is a history of version {history['version']!r:.20}, not {HISTORY_VERSION}")
-    fault = fault_in(history)
-    if not fault and "outcomes" not in history and rows_path.is_file():
+    if "outcomes" not in history and rows_path.is_file():
         try:
             join_rows(history, rows_path.read_bytes().split(b"\n")[:-1])
-            fault = fault_in(history)
         except (ValueError, TypeError, LookupError, AttributeError):
-            fault = f"{rows_path.name}; remove that file to go on without it"
-    if fault:
-        raise ValueError(f"{path} is damaged: {fault}")
+            raise ValueError(f"{rows_path} is damaged; remove it to go on without it") from None
     history.setdefault("environment", {})
     return history
 
@@ -199,34 +192,3 @@ def join_rows(history: dict, lines: list[bytes]) -> None:
     for row in rows[len(known):]:
         history["warnings"] += row.pop("warnings")
         append(history, row)
-
-
-def fault_in(history: dict) -> str | None:
-    """Return in words what is wrong with the content of a history, or None."""
-    for name in ("config", "derived", "environment", "sizes", "layers"):
-        if not isinstance(history.get(name, {}), dict):
-            return f"its {name} is not an object"
-    sizes = [size for value in history["sizes"].values() for size in (value if isinstance(value, list) else [value])]
-    if not all(isinstance(size, int) and size > 0 for size in sizes):
-        return "its sizes are not whole numbers above 0"
-    if not isinstance(history["warnings"], list) or not all(isinstance(entry, dict) and {"step", "text"} <= entry.keys()
-                                                            for entry in history["warnings"]):
-        return "its warnings are not steps and texts"
-    for name, column in columns_of(history).items():
-        if not all(isinstance(leaf, list) and all(is_entry(name, entry) for entry in leaf) for leaf in leaves(column)):
-            return f"its {name!r:.40} holds what this program does not write there"
-    if len({len(leaf) for leaf in leaves(columns_of(history))}) > 1:
-        return "its columns differ in length"
-    if any(later <= earlier for earlier, later in itertools.pairwise([-1, *history["step"]])):
-        return "its step does not rise"
-    missing = COLUMNS - history.keys() if history["step"] else None
-    return f"it has no {', '.join(sorted(missing))}" if missing else None
-
-
-def is_entry(name: str, value: Any) -> bool:
-    """Whether value may stand in the column `name`, or in one nested in it: a number, a list of numbers, a text."""
-    if name in ALWAYS_KNOWN:
-        return isinstance(value, int | float)
-    if isinstance(value, str):
-        return name not in COLUMNS
-    return all(isinstance(number, int | float | None) for number in (value if isinstance(value, list) else [value]))

@@ -271,7 +271,7 @@ def newest():
 PLOTS = [
     ("--no_such_flag", nothing, "--no_such_flag"), ("nowhere.json", nothing, "nowhere.json"), ("logs", nothing, "logs"),
     (HISTORY, write(HISTORY, b"{"), HISTORY), (HISTORY, write(HISTORY, b"\x80\x04"), HISTORY),
-    (HISTORY, lambda: without("test_acc"), "test_acc"), (HISTORY, lambda: without("config"), HISTORY),
+    (HISTORY, lambda: without("config"), HISTORY),
     (f"--summary {HISTORY} nowhere.json", nothing, "nowhere.json"),
     (f"{HISTORY} --out={HISTORY}/figure", nothing, HISTORY),
     (f"--partition {HISTORY}", nothing, HISTORY), ("--partition", nothing, "--partition"),

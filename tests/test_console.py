@@ -86,7 +86,7 @@ def test_without_a_bar_a_line_a_minute_says_what_is_to_go(history, monkeypatch, 
         console.progress(step, 2)
     lines = [line for line in capsys.readouterr().out.splitlines() if line[0] == "…"]
     assert lines[0] == "… step 20 of 1,000: 5 steps/s, 3 min to go, log steps not counted"
-    assert lines[-1] == "… step 670 of 1,000: 5 steps/s, 4.0 s for a log step, 3 min to go" and len(lines) == 6
+    assert lines[-1] == "… step 650 of 1,000: 5 steps/s, 4.0 s for a log step, 3 min to go" and len(lines) == 6
 
 
 def test_quiet_prints_nothing(history, capsys):

@@ -92,36 +92,18 @@ def test_a_history_that_has_just_begun_and_one_of_an_older_program(tmp_path):
     assert read_history(path) == {**history, "environment": {}}
 
 
-@pytest.mark.parametrize("edit, said", [
-    ({"step": [0, None]}, "step"), ({"step": [0, 0]}, "step does not rise"), ({"step": None}, "step"),
-    ({"seconds": [None, None]}, "seconds"), ({"train_loss": ["0.5", 1]}, "train_loss"),
-    ({"adv_acc": {"0.1": [0.5, "0.5"]}}, "adv_acc"), ({"outcomes": {"test": 5}}, "outcomes"),
-    ({"local_complexity": {"train": {"0.05": [["1.5"], [1.5]]}}}, "local_complexity"),
-    ({"train_acc": [0.5]}, "differ in length"), ({"unknown": {"deep": [1, 2, 3]}}, "differ in length"),
-    ({"note": "mine"}, "note"), ({"unknown": [{}, {}]}, "unknown"), ({"warnings": None}, "warnings"),
-    ({"warnings": [{"text": "late"}]}, "warnings"), ({"config": []}, "config"), ({"sizes": None}, "sizes"),
-    ({"sizes": {"in_shape": 5.5}}, "sizes"),
-    ({"layers": []}, "layers"), ({"version": 2}, "of version 2"), ({"version": "1\n"}, "of version '1\\n'"),
-], ids=str)
-def test_an_edited_history_is_refused_in_one_line(tmp_path, edit, said):
+@pytest.mark.parametrize("version", [2, "1\n"])
+def test_a_history_of_another_version_is_refused_in_one_line(tmp_path, version):
     path = tmp_path / "history.json"
-    path.write_text(json.dumps({**make_history(0, 1), **edit}))
-    with pytest.raises(ValueError) as error:
+    path.write_text(json.dumps({**make_history(0, 1), "version": version}))
+    with pytest.raises(ValueError, match=f"{path} is a history of version [^\n]*$"):
         read_history(path)
-    assert said in str(error.value) and str(path) in str(error.value) and "\n" not in str(error.value)
-
-
-def test_a_history_without_what_every_program_wrote_is_refused(tmp_path):
-    history = make_history(0, 1)
-    del history["test_acc"], history["robust_acc"]
-    write_history(tmp_path / "history.json", history)
-    with pytest.raises(ValueError, match="it has no robust_acc, test_acc"):
-        read_history(tmp_path / "history.json")
 
 
 @pytest.mark.parametrize("content, said", [
-    ("", "is not a JSON file"), ("{", "is not a JSON file"), ("[" * 100_000, "is not a JSON file"),
-    ("[]", "is not a training history"), ('{"version": 1, "step": []}', "is not a training history")])
+    ("", "is damaged or not a JSON file"), ("{", "is damaged or not a JSON file"),
+    ("[" * 100_000, "is damaged or not a JSON file"),
+    ("[]", "is not a history of this program"), ('{"version": 1, "step": []}', "is not a history of this program")])
 def test_what_is_not_a_history_is_refused_in_one_line(tmp_path, content, said):
     (tmp_path / "history.json").write_text(content)
     with pytest.raises(ValueError, match=said):
@@ -208,7 +190,7 @@ def test_a_last_line_cut_off_by_a_kill_is_ignored_and_another_run_s_rows_are(tmp
         file.rows_path.write_bytes(torn)
         assert read_history(file.path)["step"] == [0, 1]
     file.rows_path.write_bytes(content.replace(b'"train_loss"', b'"train', 1))
-    with pytest.raises(ValueError, match="damaged: training_history.rows.jsonl; remove that file") as error:
+    with pytest.raises(ValueError, match="training_history.rows.jsonl is damaged; remove it") as error:
         read_history(file.path)
     assert "\n" not in str(error.value)
     file.rows_path.write_bytes(content.replace(b'"seconds": 1.0', b'"seconds": 1.5'))
@@ -216,15 +198,14 @@ def test_a_last_line_cut_off_by_a_kill_is_ignored_and_another_run_s_rows_are(tmp
     assert read_history(file.path) == {key: value for key, value in history.items() if key != "outcomes"}
 
 
-@pytest.mark.parametrize("line", [b"5", b'{"step": 9}', json.dumps({**row(9), "warnings": [], "adv_acc": 5}).encode(),
-                                  json.dumps({**row(0), "warnings": []}).encode()])
+@pytest.mark.parametrize("line", [b"5", b'{"step": 9}', json.dumps({**row(9), "warnings": [], "adv_acc": 5}).encode()])
 def test_a_foreign_line_among_the_rows_is_refused_in_one_line(tmp_path, clock, line):
     history = make_history()
     file = start(tmp_path, history)
     log(file, history, 1)
     with open(file.rows_path, "ab") as rows:
         rows.write(line + b"\n")
-    with pytest.raises(ValueError, match="is damaged: ") as error:
+    with pytest.raises(ValueError, match="is damaged; ") as error:
         read_history(file.path)
     assert "\n" not in str(error.value)
 
