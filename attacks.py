@@ -5,8 +5,9 @@ tensors as they were, also inside torch.inference_mode().
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +23,7 @@ BUDGETS = {"low": (2, 1, 1, 0.1), "default": (9, 1, 1, 0.3), "high": (9, 2, 2, 0
 DEFAULT_BUDGET = "default"
 # Steps toward a class, in one ball, before it can be given up as out of reach: the first goes to a corner of the
 # ball, the second shows whether the way is open from there.
-PATIENCE = 2
+TRIAL_STEPS = 2
 
 
 def pgd(model: nn.Module, x: Tensor, y: Tensor, epsilon: float, steps: int = 10, step_size: float | None = None,
@@ -92,27 +93,27 @@ def zero_gradient(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
     return (gradient == 0).flatten(1).all(1)
 
 
-def robust_accuracy(model: nn.Module, x: Tensor, y: Tensor, epsilons: Sequence[float], steps: int = 10,
+def robust_accuracy(model: nn.Module, x: Tensor, y: Tensor, epsilons: Iterable[float], steps: int = 10,
                     budget: str = DEFAULT_BUDGET, batch_size: int | None = None) -> list[float]:
-    """Return, for each epsilon in the given order, the fraction of images that withstand the attack of ranks, which
-    has the same arguments and errors. batch_size: images attacked together, by default all.
+    """Return, for each epsilon in the given order, the fraction of images that withstand the attack of radii_withstood,
+    which has the same arguments and errors. batch_size: images attacked together, by default all.
 
-    The result never rises with epsilon and never exceeds the accuracy on x. It is deterministic, and no image's outcome
-    depends on the others in its batch.
+    The result never rises with epsilon and never exceeds the accuracy on x. It is deterministic. An image's outcome
+    depends on the others in its batch only through the last bits of the logits, which differ with the batch's size.
     """
     if batch_size is not None and batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, not {batch_size}")
-    size = batch_size or max(1, len(x))
-    rank = torch.cat([ranks(model, x[i:i + size], y[i:i + size], epsilons, steps, budget)
-                      for i in range(0, max(1, len(x)), size)])
+    epsilons, size = [*epsilons], batch_size or max(1, len(x))
+    withstood = torch.cat([radii_withstood(model, x[i:i + size], y[i:i + size], epsilons, steps, budget)
+                           for i in range(0, max(1, len(x)), size)])
     radii = ascending(epsilons)
-    return [(rank > radii.index(epsilon)).sum().item() / len(x) for epsilon in epsilons]
+    return [(withstood > radii.index(epsilon)).sum().item() / len(x) for epsilon in epsilons]
 
 
-def ranks(model: nn.Module, x: Tensor, y: Tensor, epsilons: Sequence[float], steps: int = 10,
-          budget: str = DEFAULT_BUDGET) -> Tensor:
-    """Return for each image the number (int64, (N,)) of radii among 0 and epsilons that it withstands: 0 if its clean
-    prediction is wrong, 1 if that is right but falls at the smallest epsilon above 0, and so on.
+def radii_withstood(model: nn.Module, x: Tensor, y: Tensor, epsilons: Iterable[float], steps: int = 10,
+                    budget: str = DEFAULT_BUDGET) -> Tensor:
+    """Return how many radii among 0 and epsilons each image withstands, int64 (N,): 0 if its clean prediction is wrong,
+    1 if that is right but falls at the smallest epsilon above 0, and so on.
 
     x, y and errors as in pgd; epsilons: radii in [0, 1], in pixel units and any order. steps: at most this many steps
     toward one class in one ball ("high": twice as many). budget: a key of BUDGETS.
@@ -127,67 +128,72 @@ def ranks(model: nn.Module, x: Tensor, y: Tensor, epsilons: Sequence[float], ste
         raise ValueError(f"robust accuracy needs steps >= 1 and a budget among {', '.join(BUDGETS)}, not {steps} and "
                          f"'{budget}'")
     classes, rounds, step_factor, reach = BUDGETS[budget]
+    epsilons = ascending(epsilons)
     with attacking(model, x, y, epsilons) as (x, y), torch.no_grad():
-        radii = x.new_tensor(ascending(epsilons))
+        radii = x.new_tensor(epsilons)
         limits = radii, steps * step_factor, reach
-        rank = torch.where(correct(model(x), y), len(radii), 0)
-        start = x
+        images = Images(torch.arange(len(x), device=x.device), x, y, withstood=torch.where(
+            correct(model(x), y), len(radii), 0), points=x, target=y, age=torch.zeros_like(y))
         for _ in range(rounds):
-            end = drop_while_fallen(model, x, y, start, None, rank, *limits)
+            end = drop_while_fallen(model, images, True, *limits)
             logits = wrong_logits(model(end), y)
             for target in logits.topk(min(classes, logits.shape[1] - 1)).indices.T:
-                drop_while_fallen(model, x, y, start, target, rank, *limits)
-            start = 2 * x - end  # the next round starts from the opposite side
-    return rank
+                images.target = target
+                drop_while_fallen(model, images, False, *limits)
+            images.points = 2 * x - end  # the next round starts from the opposite side
+    return images.withstood
 
 
-def drop_while_fallen(model: nn.Module, x: Tensor, y: Tensor, start: Tensor, target: Tensor | None, rank: Tensor,
-                      radii: Tensor, steps: int, reach: float) -> Tensor:
-    """Attack every image in the largest ball that it withstands so far, of radius radii[rank - 1], and lower its rank,
+@dataclass
+class Images:
+    """Images under attack: one row of each tensor for each of them."""
+
+    place: Tensor  # in the batch
+    x: Tensor
+    y: Tensor
+    withstood: Tensor  # how many radii so far; the last of these is the radius of the present ball
+    points: Tensor  # in the ball: the iterates
+    target: Tensor  # the class toward which the steps go
+    age: Tensor  # steps taken in the present ball
+
+    def rows(self, index: Tensor) -> "Images":
+        return Images(*(values.index_select(0, index) for values in vars(self).values()))
+
+
+def drop_while_fallen(model: nn.Module, images: Images, strongest: bool, radii: Tensor, steps: int, reach: float
+                      ) -> Tensor:
+    """Attack every image from its point, clipped to the largest ball that it withstands so far, and lower `withstood`,
     in place, at each misclassified iterate, until `steps` steps in one ball have not misclassified it or, by the linear
-    model, a step of reach * radius would not. Return the last points.
-
-    start: the first points, clipped to the balls. target: the wrong class (N,), or None for the strongest at each step.
+    model, a step of reach * radius would not. Return the last points. strongest: whether the target is the strongest
+    wrong class at each step.
     """
-    end = start.clone()
-    active = (rank > 1).nonzero().flatten()
-    # The active images are kept together, and moved only when some are done.
-    labels, held = rows(y, active), rows(rank, active)
-    goal = labels if target is None else rows(target, active)
-    low, high = ball(rows(x, active), radii[held - 1])
-    points = rows(start, active).clamp_(low, high)
-    ages, iteration = torch.zeros_like(held), 0  # steps taken in the present ball, and in all
-    while len(active) > 0:
+    end = images.points.clone()
+    active = images.rows((images.withstood > 1).nonzero().flatten())  # moved together only when some are done
+    low, high = ball(active.x, radii[active.withstood - 1])
+    active.points.clamp_(low, high)
+    while len(active.place) > 0:
         with torch.enable_grad():
-            logits = model(points.requires_grad_())
-            if target is None:
-                goal = wrong_logits(logits.detach(), labels).argmax(1)
-            excess = pick(logits, goal) - pick(logits, labels)
-            gradient, = torch.autograd.grad(excess.sum(), points)
-        fallen = ~correct(logits, labels)
-        held, ages = held - fallen.long(), ages.masked_fill(fallen, 0)
-        radius = radii[held - 1]
-        if len(hit := fallen.nonzero().flatten()):
-            for bound, smaller in zip((low, high), ball(rows(x, rows(active, hit)), rows(radius, hit)), strict=True):
-                bound.index_copy_(0, hit, smaller)
-        going_on = (held > 1) & (ages < steps)
-        if iteration >= PATIENCE:
-            out_of_reach = -excess > reach * radius * gradient.flatten(1).abs().sum(1)
-            going_on &= ~(out_of_reach & (ages >= PATIENCE))
-        size = like_images(2 * (1 - ages / steps) * radius, x)
-        points = points.detach().addcmul_(gradient.sign(), size).clamp_(low, high)
-        ages, iteration = ages + 1, iteration + 1
-        if not going_on.all():
-            done, kept = (~going_on).nonzero().flatten(), going_on.nonzero().flatten()
-            rank.index_copy_(0, rows(active, done), rows(held, done))
-            end.index_copy_(0, rows(active, done), rows(points, done))
-            active, labels, held, ages, goal, points, low, high = (
-                rows(each, kept) for each in (active, labels, held, ages, goal, points, low, high))
+            logits = model(active.points.requires_grad_())
+            if strongest:
+                active.target = wrong_logits(logits.detach(), active.y).argmax(1)
+            excess = pick(logits, active.target) - pick(logits, active.y)
+            gradient, = torch.autograd.grad(excess.sum(), active.points)
+        fallen = ~correct(logits, active.y)
+        active.withstood -= fallen.long()
+        active.age.masked_fill_(fallen, 0)
+        radius = radii[active.withstood - 1]
+        out_of_reach = -excess > reach * radius * gradient.flatten(1).abs().sum(1)
+        going_on = (active.withstood > 1) & (active.age < steps) & ~(out_of_reach & (active.age >= TRIAL_STEPS))
+        size = like_images(2 * (1 - active.age / steps) * radius, active.x)
+        low, high = ball(active.x, radius)
+        active.points = active.points.detach().addcmul_(gradient.sign(), size).clamp_(low, high)
+        active.age += 1
+        kept = going_on.nonzero().flatten()  # the only look at what the device has found
+        if len(kept) < len(active.place):
+            images.withstood.index_copy_(0, active.place, active.withstood)
+            end.index_copy_(0, active.place, active.points)
+            active = active.rows(kept)
     return end
-
-
-def rows(values: Tensor, index: Tensor) -> Tensor:
-    return values.index_select(0, index)  # twice as fast as values[index]
 
 
 def correct(logits: Tensor, y: Tensor) -> Tensor:
@@ -196,8 +202,8 @@ def correct(logits: Tensor, y: Tensor) -> Tensor:
     return (prediction == y) & ~largest.isnan()
 
 
-def ascending(epsilons: Sequence[float]) -> list[float]:
-    """Return the radii that ranks count: 0 and the epsilons, each once."""
+def ascending(epsilons: Iterable[float]) -> list[float]:
+    """Return the radii that radii_withstood counts: 0 and the epsilons, each once."""
     return sorted({0.0, *epsilons})
 
 

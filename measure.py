@@ -105,8 +105,8 @@ def under_attack(model: nn.Module, dataset: data.Dataset, probes: Probes, config
                  progress: Progress) -> dict:
     """Return adv_acc, the paper's measure (PGD on cross-entropy as PyTorch computes it, last iterate); rounding, the
     share of the attacked images that withstand this attack but not the same attack on the exact objective; robust_acc,
-    from the rank of each image; saturated, the share on which the softmax rounds to exactly 1; zero_gradient, the share
-    whose input gradient of cross-entropy is exactly zero."""
+    from how many radii each image withstands; saturated, the share on which the softmax rounds to exactly 1;
+    zero_gradient, the share whose input gradient of cross-entropy is exactly zero."""
     n, epsilons = attacked(config, dataset), config.epsilons
     outcomes = []
     for start in range(0, len(probes.labels), batch_size):
@@ -124,10 +124,10 @@ def under_attack(model: nn.Module, dataset: data.Dataset, probes: Probes, config
         with torch.inference_mode():
             saturated = model(x).softmax(1).amax(1) == 1
         progress("robust accuracy", start / len(probes.labels))
-        rank = attacks.ranks(model, x, y, epsilons, config.pgd_steps, config.robust_budget)
-        outcomes.append(torch.stack([rank, saturated, zero, *columns], dim=1))
+        counts = attacks.radii_withstood(model, x, y, epsilons, config.pgd_steps, config.robust_budget)
+        outcomes.append(torch.stack([counts, saturated, zero, *columns], dim=1))
 
-    rank, saturated, zero, *columns = distributed.gather_shards(torch.cat(outcomes), n).T
+    counts, saturated, zero, *columns = distributed.gather_shards(torch.cat(outcomes), n).T
     keys, radii = [*map(history_key, epsilons)], attacks.ascending(epsilons)
     by_epsilon = {"adv": dict(zip(keys, columns[::2], strict=True)),
                   "rounding": dict(zip(keys, columns[1::2], strict=True))}
@@ -137,11 +137,11 @@ def under_attack(model: nn.Module, dataset: data.Dataset, probes: Probes, config
 
     return {
         "adv_acc": shares("adv"), "rounding": shares("rounding"),
-        "robust_acc": {key: (rank > radii.index(epsilon)).sum().item() / n
+        "robust_acc": {key: (counts > radii.index(epsilon)).sum().item() / n
                        for key, epsilon in zip(keys, epsilons, strict=True)},
         "saturated": saturated.sum().item() / n,
         "zero_gradient": zero.sum().item() / n,
-        "outcomes": {"robust": "".join(chr(48 + count) for count in rank.tolist()),
+        "outcomes": {"robust": "".join(chr(48 + count) for count in counts.tolist()),
                      **{name: {key: hex_of(column) for key, column in columns.items()}
                         for name, columns in by_epsilon.items()}}}
 

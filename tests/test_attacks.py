@@ -183,22 +183,22 @@ def test_robust_accuracy_visits_the_points_of_the_slow_one(trained, images, budg
     assert len(outcomes) > 1
 
 
-def test_ranks_count_the_radii_that_an_image_withstands(trained, images):
+def test_the_radii_that_an_image_withstands_are_counted(trained, images):
     x, y = images
-    rank = attacks.ranks(trained, x, y, [0.15, 0.05, 0.0, 0.05, 0.1])  # of 0, 0.05, 0.1 and 0.15
-    assert rank.shape == y.shape and rank.dtype == torch.int64 and set(rank.tolist()) == {0, 1, 2, 3, 4}
+    count = attacks.radii_withstood(trained, x, y, [0.15, 0.05, 0.0, 0.05, 0.1])  # of 0, 0.05, 0.1 and 0.15
+    assert count.shape == y.shape and count.dtype == torch.int64 and set(count.tolist()) == {0, 1, 2, 3, 4}
     with torch.no_grad():
-        assert torch.equal(rank > 0, trained(x).argmax(1) == y)
-    shares = attacks.robust_accuracy(trained, x, y, [0.1, 0.0, 0.15, 0.05], batch_size=33)
-    assert shares == [(rank > k).double().mean().item() for k in (2, 0, 3, 1)]
-    assert attacks.ranks(trained, x, y, []).tolist() == attacks.ranks(trained, x, y, [0.0]).tolist()
-    assert attacks.ranks(trained, x, y, [0.0]).tolist() == (rank > 0).long().tolist()
+        assert torch.equal(count > 0, trained(x).argmax(1) == y)
+    shares = attacks.robust_accuracy(trained, x, y, (epsilon for epsilon in (0.1, 0.0, 0.15, 0.05)), batch_size=33)
+    assert shares == [(count > k).double().mean().item() for k in (2, 0, 3, 1)]
+    assert attacks.radii_withstood(trained, x, y, []).tolist() == attacks.radii_withstood(trained, x, y, [0.0]).tolist()
+    assert attacks.radii_withstood(trained, x, y, [0.0]).tolist() == (count > 0).long().tolist()
 
 
-def test_on_a_linear_classifier_every_rank_is_exact(linear, images):
+def test_on_a_linear_classifier_every_count_is_exact(linear, images):
     x, y = images
     margins = torch.stack([worst_case_margins(linear, x, y, epsilon)[0].amin(1) for epsilon in [0.0, *EPSILONS]])
-    assert torch.equal(attacks.ranks(linear, x, y, EPSILONS), (margins > 0).sum(0))
+    assert torch.equal(attacks.radii_withstood(linear, x, y, EPSILONS), (margins > 0).sum(0))
 
 
 class Walls(nn.Module):
@@ -211,7 +211,8 @@ class Walls(nn.Module):
 
 def test_the_budget_says_how_many_classes_are_tried():
     x, y = torch.full((1, 1, 4, 4), 0.5), torch.tensor([0])
-    found = {budget: attacks.ranks(Walls(), x, y, [0.05, 0.1], budget=budget).item() for budget in attacks.BUDGETS}
+    found = {budget: attacks.radii_withstood(Walls(), x, y, [0.05, 0.1], budget=budget).item()
+             for budget in attacks.BUDGETS}
     assert found == {"low": 3, "default": 2, "high": 2}  # 16 pixels: at 0.05 the weakest class rises by 0.8 of 1
 
 
@@ -270,7 +271,7 @@ class Failing(nn.Module):
 
 CALLS = {
     "pgd": lambda model, x, y: attacks.pgd(model, x, y, 0.05),
-    "ranks": lambda model, x, y: attacks.ranks(model, x, y, [0.05, 0.1]),
+    "radii_withstood": lambda model, x, y: attacks.radii_withstood(model, x, y, [0.05, 0.1]),
     "robust_accuracy": lambda model, x, y: attacks.robust_accuracy(model, x, y, [0.05, 0.1]),
 }
 
@@ -412,7 +413,7 @@ def test_a_point_where_the_network_is_not_a_number_is_an_adversarial_one(logits)
     """z_1 - z_0 = 5 - 8 * mean: class 1 is right everywhere, brightness brings the others closer, NaN is above 0.57."""
     model, x, y = NotANumber(0.57, logits), torch.full((2, 1, 4, 4), 0.5), torch.tensor([1, 1])
     x[1] = 0.3
-    assert attacks.ranks(model, x, y, [0.05, 0.1, 0.2, 0.25]).tolist() == [2, 5]
+    assert attacks.radii_withstood(model, x, y, [0.05, 0.1, 0.2, 0.25]).tolist() == [2, 5]
     starts = torch.stack([torch.full_like(x, -0.4), torch.full_like(x, 1.0), torch.full_like(x, 0.2)])
     worst = attacks.pgd(model, x, y, 0.1, step_size=0.0, restarts=3, starts=starts)
     torch.testing.assert_close(worst[0], x[0] + 0.1)
@@ -485,7 +486,7 @@ def test_bad_input_is_refused(what):
         with pytest.raises(ValueError, match=what):
             attacks.pgd(FLAT, **arguments)
         arguments["epsilons"] = [0.05, arguments.pop("epsilon")]
-        for attack in (attacks.ranks, attacks.robust_accuracy):
+        for attack in (attacks.radii_withstood, attacks.robust_accuracy):
             with pytest.raises(ValueError, match=what):
                 attack(FLAT, **arguments)
 

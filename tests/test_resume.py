@@ -107,12 +107,12 @@ def after_step(patch, step, act):
 
 def within_log_step(patch, step, act):
     """Let act() happen in the middle of the measurement at `step`."""
-    log_step, ranks = train.log_step, attacks.ranks
+    log_step, attack = train.log_step, attacks.radii_withstood
 
     def log(run, *rest):
         with pytest.MonkeyPatch.context() as inner:
             if run.step == step:
-                inner.setattr(attacks, "ranks", lambda *args, **options: act() or ranks(*args, **options))
+                inner.setattr(attacks, "radii_withstood", lambda *args, **options: act() or attack(*args, **options))
             log_step(run, *rest)
 
     patch.setattr(train, "log_step", log)
