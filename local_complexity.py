@@ -27,8 +27,8 @@ class Counted(Exception):
 
 
 class FunctionalActivations(TorchFunctionMode):
-    """Notes in `called` which activations are called as functions on anything but module_input, the last input of an
-    activation module, whose own call that is."""
+    """Records in `called` which activation functions are called outside activation modules. module_input: the last
+    input of an activation module, which calls such a function itself."""
 
     called: set[str] = set()
     module_input: Any = None
@@ -118,18 +118,18 @@ def local_complexity(model: nn.Module, x: Tensor, radius: float | Sequence[float
 
         encode, decode = (model.encode, model.decode) if isinstance(model, Network) else (nn.Identity(), model)
         axes = directions.to(x).view(-1, *x.shape[1:])
-        steps = torch.cat([encode(part) for part in axes.split(batch_size)]) - encode(torch.zeros_like(axes[:1]))
-        steps = torch.cat([steps, -steps])
-        counts = [torch.stack([sign_changes(decode, layers, centers, steps, r, batch_size)
+        offsets = torch.cat([encode(part) for part in axes.split(batch_size)]) - encode(torch.zeros_like(axes[:1]))
+        offsets = torch.cat([offsets, -offsets])
+        counts = [torch.stack([sign_changes(decode, layers, centers, offsets, r, batch_size)
                                for r in radii.view(-1).tolist()])
                   for images in x.split(batch_size)
-                  for centers in encode(images).split(max(1, batch_size // len(steps)))]
+                  for centers in encode(images).split(max(1, batch_size // len(offsets)))]
     return torch.cat(counts, dim=1).view(*radii.shape, len(x), len(layers))
 
 
-def sign_changes(decode: Callable[[Tensor], Any], layers: dict[nn.Module, str], centers: Tensor, steps: Tensor,
+def sign_changes(decode: Callable[[Tensor], Any], layers: dict[nn.Module, str], centers: Tensor, offsets: Tensor,
                  radius: float, batch_size: int) -> Tensor:
-    """Return int64 (N, layers): the units that change sign among the vertices centers[n] + radius * steps[k]."""
+    """Return int64 (N, layers): the units that change sign among the vertices centers[n] + radius * offsets[k]."""
     extremes: dict[nn.Module, tuple[Tensor, Tensor]] = {}  # the lowest and the highest pre-activations
     last, rows = list(layers)[-1], 0
 
@@ -146,7 +146,7 @@ def sign_changes(decode: Callable[[Tensor], Any], layers: dict[nn.Module, str], 
             raise Counted
 
     with pre_hooks(layers, watch):
-        for part in steps.split(max(1, batch_size // len(centers))):
+        for part in offsets.split(max(1, batch_size // len(centers))):
             rows = len(part) * len(centers)
             with suppress(Counted):
                 decode(torch.add(centers, part.unsqueeze(1), alpha=radius).flatten(0, 1))

@@ -20,7 +20,7 @@ from flags import Config, epsilon_label, history_key
 from losses import build_loss
 
 Progress = Callable[[str, float], None]  # is told what is being measured, and which share of it is done
-POINTS_AT_ONCE = 128  # of local complexity, so that its progress shows
+POINTS_AT_ONCE = 128  # of local complexity on a CPU, so that its progress shows
 
 
 @dataclass
@@ -162,10 +162,10 @@ def complexity(model: nn.Module, dataset: data.Dataset, probes: Probes, config: 
     pre-activation that is NaN."""
     means = {}
     for name, points in probes.points.items():
-        parts = []
-        for start in range(0, len(points), POINTS_AT_ONCE):
+        parts, at_once = [], POINTS_AT_ONCE if points.is_cpu else len(points)
+        for start in range(0, len(points), at_once):
             progress(f"local complexity, {name} points", start / len(points))
-            parts.append(local_complexity.local_complexity(model, points[start:start + POINTS_AT_ONCE],
+            parts.append(local_complexity.local_complexity(model, points[start:start + at_once],
                                                            config.lc_radius, probes.directions, config.eval_batch_size))
         counts = torch.cat(parts, dim=1)
         undefined = distributed.all_reduce_sum((counts < 0).any(1).long()) > 0

@@ -147,15 +147,15 @@ class Remeasured:
         wanted = Config(**{**was, **here, **given, "log_dir": args.log_dir})
         devices.check_dtype(device, wanted.dtype)
         dataset = data.from_config(dataclasses.asdict(wanted))
-        print_ = data.fingerprint(dataset)
-        if not checkpoints.is_of_data(first, print_):
+        fingerprint = data.fingerprint(dataset)
+        if not checkpoints.is_of_data(first, fingerprint):
             raise ValueError(f"the images or labels in {wanted.data_dir} are not those that the run was trained on: "
                              "give their folder with --data_dir")
         self.config = train.complete(wanted, dataset, device)
         self.dataset = train.resident(dataset, device)
         self.model = train.build_model(self.config, self.dataset)
         self.probes = measure.draw_probes(self.config, self.dataset)
-        self.empty = train.empty_history(self.config, wanted, dataset, self.model, print_)
+        self.empty = train.empty_history(self.config, wanted, dataset, self.model, fingerprint)
         self.empty["asked"] = sorted({*first.get("asked", []), *given.keys() & flags_of(MEASUREMENT)})
         if own:  # it may have begun before the first of these checkpoints
             start = interpolation_of(own)

@@ -352,39 +352,44 @@ def train(run: Run, dataset: data.Dataset, probes: measure.Probes, stop: signals
 
 def complete(args: Config, dataset: data.Dataset, device: torch.device) -> Config:
     """Return every flag as it is used with this data set. ValueError for a flag that does not fit it."""
-    n_train, n_test, features = len(dataset.x_train), len(dataset.x_test), dataset.x_test[0].numel()
-    grey, size, steps_in_epoch = dataset.x_test.shape[1] != 3, distributed.world_size(), n_train // args.batch_size
+    n_train, n_test, grey = len(dataset.x_train), len(dataset.x_test), dataset.x_test.shape[1] != 3
     decided: dict[str, Any] = {name: implied(name, vars(args)) for name in IMPLIED if getattr(args, name) is None}
     decided |= dict(
         device=str(device), train_size=n_train, adv_size=n_test if args.adv_size == "all" else args.adv_size,
         epsilons=sorted(args.epsilons or (GREY_EPSILONS if grey else COLOUR_EPSILONS)),
         lc_radius=args.lc_radius or (GREY_RADIUS if grey else COLOUR_RADIUS),
-        n_steps=args.n_steps or args.n_epochs * steps_in_epoch, n_epochs=None if args.n_steps else args.n_epochs)
+        n_steps=args.n_steps or args.n_epochs * (n_train // args.batch_size),
+        n_epochs=None if args.n_steps else args.n_epochs)
     config = dataclasses.replace(args, **decided)
-    checks = [
-        (args.batch_size > n_train,
-         f"--batch_size={args.batch_size} is larger than the training set of {n_train} images"),
-        (args.batch_size % size, f"--batch_size={args.batch_size} is not divisible by the {size} processes"),
-        (args.batch_norm and args.batch_size == 1, "--batch_norm needs batches of two images or more"),
-        (args.pgd_start == "image" and args.pgd_restarts > 1,
-         "--pgd_restarts needs random starts: from the image every attack is the same"),
-        (0 < config.n_steps <= args.warmup_steps,
-         f"--warmup_steps={args.warmup_steps} does not end before the run of {config.n_steps} steps does"),
-        (args.augment and min(dataset.x_test.shape[2:]) < 16,
-         f"--augment shifts images by pixels: those of {args.dataset} are too small for it"),
-        (args.lc_samples and args.lc_directions > features,
-         f"--lc_directions={args.lc_directions} is more than the values of an image: give {features} or fewer"),
-        *((0 < images < size, f"--{flag}={images} is less than one for each of {size} processes") for flag, images in (
-            ("adv_size", measure.attacked(config, dataset)),
-            ("lc_samples", min(config.lc_samples, config.train_size, len(dataset.y_test)))))]
-    images_of = {"lc_samples": args.lc_samples, "pgd_restarts": args.pgd_restarts * measure.attacked(config, dataset)}
-    checks += [(8 * images * features > devices.total_memory(), f"--{flag}={getattr(args, flag)} needs "
-                f"{8e-9 * images * features:,.0f} GB, more than this machine's memory: lower it")
-               for flag, images in images_of.items()]
-    for wrong, message in checks:
-        if wrong:
-            raise ValueError(message)
+    check_fit(config, dataset)
     return config
+
+
+def check_fit(config: Config, dataset: data.Dataset) -> None:
+    """Raise ValueError, with one line, for a flag that does not fit the data set, another flag or the machine."""
+    processes, features, batch = distributed.world_size(), dataset.x_test[0].numel(), config.batch_size
+    if batch > config.train_size:
+        raise ValueError(f"--batch_size={batch} is larger than the training set of {config.train_size} images")
+    if batch % processes:
+        raise ValueError(f"--batch_size={batch} is not divisible by the {processes} processes")
+    if config.batch_norm and batch == 1:
+        raise ValueError("--batch_norm needs batches of two images or more")
+    if config.pgd_start == "image" and config.pgd_restarts > 1:
+        raise ValueError("--pgd_restarts needs random starts: from the image every attack is the same")
+    if config.n_steps <= config.warmup_steps:
+        raise ValueError(f"--warmup_steps={config.warmup_steps} is not less than the run's {config.n_steps} steps")
+    if config.augment and min(dataset.x_test.shape[2:]) < 16:
+        raise ValueError(f"--augment shifts images by pixels: those of {config.dataset} are too small for it")
+    if config.lc_samples and config.lc_directions > features:
+        raise ValueError(f"--lc_directions={config.lc_directions} is more than the {features} values of an image")
+    attacked, points = measure.attacked(config, dataset), min(config.lc_samples, config.train_size, len(dataset.x_test))
+    for flag, images in (("adv_size", attacked), ("lc_samples", points)):
+        if 0 < images < processes:
+            raise ValueError(f"--{flag}={images} is less than one for each of {processes} processes")
+    for flag, images in (("lc_samples", config.lc_samples), ("pgd_restarts", config.pgd_restarts * attacked)):
+        if (size := 8 * images * features) > devices.total_memory():
+            raise ValueError(f"--{flag}={getattr(config, flag)} needs {size / 1e9:,.0f} GB, more than this machine's "
+                             "memory")
 
 
 def resident(dataset: data.Dataset, device: torch.device) -> data.Dataset:
@@ -405,14 +410,15 @@ def build_model(config: Config, dataset: data.Dataset) -> torch.nn.Module:
     return model
 
 
-def empty_history(config: Config, args: Config, dataset: data.Dataset, model: torch.nn.Module, print_: str) -> dict:
-    """Return the history of a run before its first log step. print_: the fingerprint of the data."""
+def empty_history(config: Config, args: Config, dataset: data.Dataset, model: torch.nn.Module, fingerprint: str
+                  ) -> dict:
+    """Return the history of a run before its first log step. fingerprint: of the data."""
     in_shape = tuple(dataset.x_test.shape[1:])
     layers = local_complexity.layer_units(model, in_shape)
     n = measure.attacked(config, dataset)
     return {
         "version": history.HISTORY_VERSION, "step": [], "config": dataclasses.asdict(config), "asked": asked(args),
-        "derived": {"attacked": n, "data": print_},
+        "derived": {"attacked": n, "data": fingerprint},
         "environment": {**devices.describe(dataset.x_train.device), "processes": distributed.world_size()},
         "sizes": {"train": config.train_size, "test": len(dataset.x_test), "attacked": n,
                   "parameters": sum(p.numel() for p in model.parameters()),
@@ -458,7 +464,8 @@ def start(args: Config) -> tuple[Run, data.Dataset, measure.Probes]:
         failed.callback(locks.release)
         earlier = distributed.run_on_rank0(
             lambda: checkpoints.continue_from(config, fingerprint, console.note) if config.resume else None)
-        parent = parent_of(config, fingerprint) if config.branch_from and not earlier else None
+        parent = distributed.run_on_rank0(
+            lambda: parent_of(config, fingerprint) if config.branch_from and not earlier else None)
         record = empty_history(config, args, dataset, model, fingerprint)
         if parent:
             changed = checkpoints.differences(parent["config"], config, {"loss", "label_smoothing"})

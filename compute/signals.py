@@ -38,8 +38,8 @@ def handled_by(handler: Callable[[int, FrameType | None], None]) -> Iterator[Non
 
 
 class Interrupted(BaseException):
-    """Raised in a measurement by a signal. A measurement changes nothing, so it can be dropped and repeated. Like
-    KeyboardInterrupt no Exception, which whatever is being read or drawn may catch."""
+    """Raised in a measurement by a signal. A measurement changes nothing, so it can be dropped and repeated. A
+    BaseException, so that library code's `except Exception` cannot swallow it."""
 
 
 class Stop(contextlib.ExitStack):
