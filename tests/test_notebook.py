@@ -13,6 +13,7 @@ def read_notebook():
 def test_the_notebook_is_kept_without_outputs():
     cells = [cell for cell in read_notebook().cells if cell.cell_type == "code"]
     assert cells and not any(cell.outputs or cell.execution_count for cell in cells)
+    assert not any("!{" in cell.source for cell in cells), "a Python whose path holds a blank has to be quoted"
 
 
 @pytest.mark.slow
