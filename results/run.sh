@@ -88,6 +88,7 @@ cnn_decay               CIFAR --weight_decay=0.01
 cnn_batch_norm          CIFAR --n_steps=20000 --batch_norm
 resnet18                CIFAR --model=resnet18 --n_steps=50000
 resnet18_whole          WHOLE
+resnet18_whole_seed1    WHOLE --seed=1
 resnet18_whole_exact    WHOLE --log_from=2504 --log_points=10 --loss=exact_ce --branch_from=RUNS/resnet18_whole/checkpoints/checkpoint_epoch_0000005_step_000003970.pt
 resnet18_batch_norm     CIFAR --model=resnet18 --n_steps=20000 --batch_norm --log_points=25
 END

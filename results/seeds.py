@@ -88,7 +88,8 @@ def figure() -> panels.Figure:
                             "(orange) and with the same loss computed without rounding (blue)")
     curves = {
         "robust_acc, ε = 0.10": lambda history: 100 * column_of(history["robust_acc"], "0.1"),
-        "adv_acc, ε = 0.10": lambda history: 100 * column_of(history["adv_acc"], "0.1"),
+        "adv_acc, ε = 0.10 (dashed: without rounding, where measured)":
+            lambda history: 100 * column_of(history["adv_acc"], "0.1"),
         "largest training loss of a batch since the last log step": lambda history: column_of(history,
                                                                                             "max_batch_loss"),
         "local complexity around training points": total_complexity}
@@ -97,6 +98,9 @@ def figure() -> panels.Figure:
         for loss, group in groups.items():
             for history in group:
                 ax.plot(history["step"], curve(history), color=COLOURS[loss], lw=1.0)
+                if label.startswith("adv") and "rounding" in history:
+                    rest = curve(history) - 100 * column_of(history["rounding"], "0.1")
+                    ax.plot(history["step"], rest, color=COLOURS[loss], lw=1.0, ls=(0, (2, 1)))
                 if loss == "ce" and label.startswith("robust"):
                     for i in phases.spikes(history)[:1]:
                         ax.axvspan(*np.array(history["step"])[[i - 1, i]], color="0.9", lw=0)

@@ -54,7 +54,7 @@ def figure() -> panels.Figure:
         right.plot(steps[late], images[late], marks, ms=4, lw=1.0, color=colour, label=label)
         if "rounding" in run:
             left_over = images - run["sizes"]["attacked"] * column_of(run["rounding"], LARGE)
-            right.plot(steps, left_over, marks[0], ms=5, color=colour, mfc="white",
+            right.plot(steps, left_over, marks[0], ms=5, color=colour, mfc="white", clip_on=False,
                        label=f"{label}: and the same attack without rounding")
     ticks = [step for step in (2500, 5000, 10_000, 25_000, 50_000, 100_000) if step <= last]
     right.set(xscale="log", xlim=(2300, 1.1 * last), ylim=(0, None), xlabel="step")

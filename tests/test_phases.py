@@ -92,7 +92,8 @@ PHASES = {**dict.fromkeys(["digits_large_init", "mnist_large_init", "modular_ce"
           **dict.fromkeys([f"modular_{name}{seed}" for seed in ("", "_seed0", "_seed1") for name in (
               "exact", "exact_eps", "float64", "stablemax", "decay_ce", "decay_exact", "decay_exact_eps",
               "decay_float64", "decay_stablemax")], ["ascent"]),
-          **dict.fromkeys(["resnet18", "modular_orthogonal_seed1", "mnist_width1000", "mnist_width1000_seed1", *(
+          **dict.fromkeys(["resnet18", "resnet18_whole_seed1", "modular_orthogonal_seed1", "mnist_width1000",
+                           "mnist_width1000_seed1", *(
               f"mnist_{name}{loss}{seed}" for name in ("decay1", "gelu") for loss in ("", "_exact")
               for seed in ("", "_seed1"))], ["first descent"])}
 
