@@ -106,8 +106,7 @@ def robust_accuracy(model: nn.Module, x: Tensor, y: Tensor, epsilons: Iterable[f
     epsilons, size = [*epsilons], batch_size or max(1, len(x))
     withstood = torch.cat([radii_withstood(model, x[i:i + size], y[i:i + size], epsilons, steps, budget)
                            for i in range(0, max(1, len(x)), size)])
-    radii = ascending(epsilons)
-    return [(withstood > radii.index(epsilon)).sum().item() / len(x) for epsilon in epsilons]
+    return shares(withstood, epsilons)
 
 
 def radii_withstood(model: nn.Module, x: Tensor, y: Tensor, epsilons: Iterable[float], steps: int = 10,
@@ -205,6 +204,12 @@ def correct(logits: Tensor, y: Tensor) -> Tensor:
 def ascending(epsilons: Iterable[float]) -> list[float]:
     """Return the radii that radii_withstood counts: 0 and the epsilons, each once."""
     return sorted({0.0, *epsilons})
+
+
+def shares(counts: Tensor, epsilons: Sequence[float]) -> list[float]:
+    """Return, for each epsilon in the given order, the fraction of images whose count of radii, (N,), reaches it."""
+    radii = ascending(epsilons)
+    return [(counts > radii.index(epsilon)).sum().item() / len(counts) for epsilon in epsilons]
 
 
 def ball(x: Tensor, radius: float | Tensor) -> tuple[Tensor, Tensor]:

@@ -276,6 +276,8 @@ class Config:
                          metavar="N|all")
     robust_budget: str = flag("default", MEASUREMENT, "effort of the attack behind robust_acc",
                               choices=["low", "default", "high"])
+    certify: int = flag(0, MEASUREMENT, "certify this many of the attacked images, to bound robust_acc from below: for "
+                        "an mlp with relu or leaky_relu; 0 turns it off", **whole(0))
     lc_samples: int = flag(1024, MEASUREMENT, "train, test and random points of local complexity; 0 turns it off",
                            **whole(0))
     lc_directions: int = flag(25, MEASUREMENT, "directions of the cross-polytope (2P vertices) around each point",

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import attacks
+import certify
 import data
 import local_complexity
 import models
@@ -29,7 +30,8 @@ class Probes:
 
     images: (N, C, H, W) test images to attack, in [0, 1]; labels: (N,); starts: (restarts, N, C, H, W), the points
     where PGD starts, in units of epsilon. points: {"train" | "test" | "random": (M, C, H, W)}, those of local
-    complexity; directions: (P, C * H * W), orthonormal.
+    complexity; directions: (P, C * H * W), orthonormal. certified: rows of the test images to certify, which are the
+    first of the attacked ones.
     """
 
     images: Tensor
@@ -37,6 +39,7 @@ class Probes:
     starts: Tensor
     points: dict[str, Tensor] = field(default_factory=dict)
     directions: Tensor = torch.empty(0)
+    certified: Tensor = torch.empty(0, dtype=torch.int64)
 
 
 def attacked(config: Config, dataset: data.Dataset) -> int:
@@ -52,18 +55,22 @@ def draw_probes(config: Config, dataset: data.Dataset) -> Probes:
         return np.random.default_rng(seed_for(config.seed, purpose))
 
     def draw(images: Tensor, n: int, purpose: str) -> Tensor:
-        rows = np.sort(generator(purpose).permutation(len(images))[:n])
-        return torch.from_numpy(rows[distributed.shard(len(rows))]).to(device)
+        return torch.from_numpy(np.sort(generator(purpose).permutation(len(images))[:n])).to(device)
+
+    def mine(rows: Tensor) -> Tensor:
+        return rows[distributed.shard(len(rows))]
 
     n, image_shape = attacked(config, dataset), dataset.x_test.shape[1:]
-    rows = draw(dataset.x_test, n, "attacked images")
+    all_rows = draw(dataset.x_test, n, "attacked images")
+    rows = mine(all_rows)
     starts = torch.from_numpy(
         generator("attack starts").random((config.pgd_restarts, n, *image_shape), dtype=np.float32) * 2 - 1)
     probes = Probes(data.pixels(dataset.x_test[rows], dtype), dataset.y_test[rows],
-                    starts[:, distributed.shard(n)].to(device=device, dtype=dtype))
+                    starts[:, distributed.shard(n)].to(device=device, dtype=dtype),
+                    certified=mine(all_rows[:config.certify]))
     if config.lc_samples:
         for split, images in (("train", dataset.x_train), ("test", dataset.x_test)):
-            probes.points[split] = data.pixels(images[draw(images, config.lc_samples, f"{split} points")], dtype)
+            probes.points[split] = data.pixels(images[mine(draw(images, config.lc_samples, f"{split} points"))], dtype)
         uniform = generator("random points").random((config.lc_samples, *image_shape), dtype=np.float32)
         shard = torch.from_numpy(uniform[distributed.shard(config.lc_samples)])
         probes.points["random"] = shard.to(device=device, dtype=dtype)
@@ -128,7 +135,7 @@ def under_attack(model: nn.Module, dataset: data.Dataset, probes: Probes, config
         outcomes.append(torch.stack([counts, saturated, zero, *columns], dim=1))
 
     counts, saturated, zero, *columns = distributed.gather_shards(torch.cat(outcomes), n).T
-    keys, radii = [*map(history_key, epsilons)], attacks.ascending(epsilons)
+    keys = [*map(history_key, epsilons)]
     by_epsilon = {"adv": dict(zip(keys, columns[::2], strict=True)),
                   "rounding": dict(zip(keys, columns[1::2], strict=True))}
 
@@ -137,11 +144,10 @@ def under_attack(model: nn.Module, dataset: data.Dataset, probes: Probes, config
 
     return {
         "adv_acc": shares("adv"), "rounding": shares("rounding"),
-        "robust_acc": {key: (counts > radii.index(epsilon)).sum().item() / n
-                       for key, epsilon in zip(keys, epsilons, strict=True)},
+        "robust_acc": dict(zip(keys, attacks.shares(counts, epsilons), strict=True)),
         "saturated": saturated.sum().item() / n,
         "zero_gradient": zero.sum().item() / n,
-        "outcomes": {"robust": "".join(chr(48 + count) for count in counts.tolist()),
+        "outcomes": {"robust": text_of(counts),
                      **{name: {key: hex_of(column) for key, column in columns.items()}
                         for name, columns in by_epsilon.items()}}}
 
@@ -154,6 +160,23 @@ def withstands(model: nn.Module, x: Tensor, y: Tensor, starts: Tensor, epsilon: 
                         starts=starts, start=config.pgd_start)
     with torch.inference_mode():
         return attacks.correct(model(x_adv), y)
+
+
+def certified(model: nn.Module, dataset: data.Dataset, probes: Probes, config: Config, batch_size: int,
+              progress: Progress) -> dict:
+    """Return certified_acc, the share of the first config.certify attacked images that are certified; nothing if that
+    is 0."""
+    n, parts = min(config.certify, attacked(config, dataset)), []
+    if n == 0:
+        return {}
+    for i, rows in enumerate(probes.certified.split(POINTS_AT_ONCE)):
+        progress("certified accuracy", i * POINTS_AT_ONCE / len(probes.certified))
+        x = data.pixels(dataset.x_test[rows], getattr(torch, config.dtype))
+        parts.append(certify.radii_certified(model, x, dataset.y_test[rows], config.epsilons))
+    counts = distributed.gather_shards(torch.cat(parts), n)
+    keys = map(history_key, config.epsilons)
+    return {"certified_acc": dict(zip(keys, attacks.shares(counts, config.epsilons), strict=True)),
+            "outcomes": {"certified": text_of(counts)}}
 
 
 def complexity(model: nn.Module, dataset: data.Dataset, probes: Probes, config: Config, batch_size: int,
@@ -181,7 +204,7 @@ def weight_norm(model: nn.Module, *_: object) -> dict:
     return {"weight_norm": nn.utils.get_total_norm([p.detach().cpu().double() for p in model.parameters()]).item()}
 
 
-METRICS = (clean, under_attack, complexity, weight_norm)
+METRICS = (clean, under_attack, certified, complexity, weight_norm)
 
 
 def measure(model: nn.Module, dataset: data.Dataset, probes: Probes, config: Config,
@@ -198,6 +221,11 @@ def measure(model: nn.Module, dataset: data.Dataset, probes: Probes, config: Con
             columns = metric(model, dataset, probes, config, batch_size, progress)
             row |= {**columns, "outcomes": row.get("outcomes", {}) | columns.get("outcomes", {})}
     return row
+
+
+def text_of(counts: Tensor) -> str:
+    """Return one character for each image, chr(48 + its count of radii)."""
+    return "".join(chr(48 + count) for count in counts.tolist())
 
 
 def hex_of(bits: Tensor) -> str:

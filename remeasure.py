@@ -380,9 +380,11 @@ def measure_network(args: argparse.Namespace) -> int:
     print(f"{args.network} on {config.dataset}: {sum(p.numel() for p in network.parameters()):,} parameters, "
           f"{measure.attacked(config, dataset):,} test images attacked")
     print(f"\n{'accuracy':<24}{'train':>10}{'test':>10}\n{'':<24}{row['train_acc']:>10.2%}{row['test_acc']:>10.2%}")
-    print(f"\n{'under attack':<24}{'adv_acc':>10}{'robust_acc':>12}")
+    certified = row.get("certified_acc", {})
+    print(f"\n{'under attack':<24}{'adv_acc':>10}{'robust_acc':>12}{'certified_acc' if certified else '':>15}")
     for key, robust in row["robust_acc"].items():
-        print(f"{'epsilon ' + flags.epsilon_label(key):<24}{row['adv_acc'][key]:>10.2%}{robust:>12.2%}")
+        print(f"{'epsilon ' + flags.epsilon_label(key):<24}{row['adv_acc'][key]:>10.2%}{robust:>12.2%}"
+              + (f"{certified[key]:>15.2%}" if certified else ""))
     for radius in map(history_key, config.lc_radius if units else []):
         counted = row["local_complexity"]
         print(f"\n{'local complexity, r ' + radius:<24}" + "".join(f"{points:>10}" for points in counted))

@@ -382,8 +382,10 @@ def check_fit(config: Config, dataset: data.Dataset) -> None:
         raise ValueError(f"--augment shifts images by pixels: those of {config.dataset} are too small for it")
     if config.lc_samples and config.lc_directions > features:
         raise ValueError(f"--lc_directions={config.lc_directions} is more than the {features} values of an image")
+    if config.certify and (config.model != "mlp" or config.activation not in ("relu", "leaky_relu")):
+        raise ValueError("--certify needs --model=mlp with --activation=relu or leaky_relu")
     attacked, points = measure.attacked(config, dataset), min(config.lc_samples, config.train_size, len(dataset.x_test))
-    for flag, images in (("adv_size", attacked), ("lc_samples", points)):
+    for flag, images in (("adv_size", attacked), ("certify", config.certify), ("lc_samples", points)):
         if 0 < images < processes:
             raise ValueError(f"--{flag}={images} is less than one for each of {processes} processes")
     for flag, images in (("lc_samples", config.lc_samples), ("pgd_restarts", config.pgd_restarts * attacked)):

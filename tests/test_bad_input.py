@@ -110,6 +110,7 @@ FLAGS = [
     # against the data or the machine
     ("--batch_size=61", "--batch_size=61"), ("--train_size=1001", "1001"), ("--image_size=8", "image_size"),
     ("--lc_directions=65", "--lc_directions=65"), ("--depth=3 --model=cnn", "depth"), ("--augment", "--augment"),
+    ("--certify=5 --activation=gelu", "--certify"), ("--certify=5 --model=cnn", "--certify"),
     ("--device=tpu", "tpu"), ("--device=cuda:99", "cuda"),
     # against the earlier run, and a run that is not there
     ("--resume --model=resnet18", "--model was mlp"), ("--resume --n_steps=2", "--n_steps=2"),

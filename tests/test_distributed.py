@@ -25,7 +25,7 @@ from records.run import Run
 
 STARTED = []
 # Odd sizes, so that the processes' shares differ.
-FLAGS = [*SMALL, "--adv_size=21", "--lc_samples=9"]
+FLAGS = [*SMALL, "--adv_size=21", "--lc_samples=9", "--certify=7"]
 FOR_EVER = ["--n_steps=100000000", "--log_points=30"]
 
 
@@ -182,8 +182,8 @@ def test_two_processes_repeat_the_history_of_one(tmp_path, alone, dtype, toleran
     assert b["max_batch_loss"][1:] == pytest.approx(a["max_batch_loss"][1:], rel=tolerance)
     for name, n in (("train_acc", 1000), ("test_acc", 797)):
         assert b[name] == pytest.approx(a[name], abs=images / n + 1e-12), name
-    for name in ("adv_acc", "robust_acc"):
-        assert b[name]["0.1"] == pytest.approx(a[name]["0.1"], abs=images / 21 + 1e-12), name
+    for name, n in (("adv_acc", 21), ("robust_acc", 21), ("certified_acc", 7)):
+        assert b[name]["0.1"] == pytest.approx(a[name]["0.1"], abs=images / n + 1e-12), name
     for kind in ("train", "test", "random"):
         for mine, its in zip(a["local_complexity"][kind]["0.05"], b["local_complexity"][kind]["0.05"], strict=True):
             assert its == pytest.approx(mine, abs=images / 9 + 1e-12)

@@ -291,3 +291,4 @@ def test_the_example_of_the_library_runs_as_written():
     assert names["adversarial"].shape == names["x"].shape
     assert (names["adversarial"] - names["x"]).abs().max() <= 8 / 255 + 1e-6
     assert len(names["robust"]) == 2 and names["counts"].dtype == torch.int64 and len(names["counts"]) == 8
+    assert len(names["proved"]) == 2
