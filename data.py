@@ -12,9 +12,9 @@ import hashlib
 import math
 import operator
 import os
+import re
 import socket
 import sys
-import unicodedata
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -27,7 +27,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torchvision import datasets
-from torchvision.datasets.folder import IMG_EXTENSIONS
+from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
 from torchvision.datasets.mnist import read_image_file, read_label_file
 from torchvision.datasets.utils import check_integrity
 from tqdm import tqdm
@@ -396,10 +396,8 @@ def read_folder(name: str, root: str, image_size: int | None = None) -> Tensors:
     splits = train, test = scan(root, "train"), scan(root, "test", "val")
     differing = sorted(train.keys() ^ test.keys())
     if differing:
-        in_pairs = 2 * len({unicodedata.normalize("NFC", name) for name in differing}) == len(differing)
-        reason = " (the names differ only in their Unicode normalisation: rename one of them)" if in_pairs else ""
         raise ValueError(f"the training and the test images in {root} have different classes: only one of the two has "
-                         f"a folder {', '.join(differing[:5])}{' ...' if len(differing) > 5 else ''}{reason}")
+                         f"a folder {', '.join(differing[:5])}{' ...' if len(differing) > 5 else ''}")
     if len(train) < 2:
         raise ValueError(f"{root} has only one class ({', '.join(train)}): at least two are needed")
     paths = [[path for images in split.values() for path in images] for split in splits]
@@ -419,46 +417,29 @@ def read_folder(name: str, root: str, image_size: int | None = None) -> Tensors:
 
 
 def scan(root: str, *names: str) -> dict[str, list[str]]:
-    """Return {class: paths of its images}, sorted, for the first of the folders `names` in root that has classes.
+    """Return {class: paths of its images} for the first of the folders `names` in root that has classes.
 
-    The images and their order are those of torchvision's ImageFolder, except that hidden ones are left out. ImageFolder
-    also walks in circles through a link that leads back up, and skips a folder that it may not read.
+    The images and their order are those of torchvision's ImageFolder, except that hidden ones are left out, and what
+    is in @eaDir and the like.
     """
     folders = [path for path in (os.path.join(root, name) for name in names) if os.path.isdir(path)]
     if not folders:
         raise FileNotFoundError(f"{root} has no folder {' or '.join(names)}/: the layout is train/CLASS/IMAGE and "
                                 "test/CLASS/IMAGE (or val/); give the folder that holds them with --data_dir")
-    classes: dict[str, list[str]] = {}
-    for folder in folders:
-        classes = classes or {path: find_images(path) for path in visible(folder)
-                              if os.path.isdir(path) or not os.path.exists(path)}
-    empty = [path for path, images in classes.items() if not images] if classes else folders
+    found = {folder: sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and entry.name[0] not in ".@")
+             for folder in folders}
+    folder = next(filter(found.get, folders), folders[-1])
+    classes: dict[str, list[str]] = {name: [] for name in found[folder]}
+    if classes:
+        for path, label in make_dataset(folder, {name: i for i, name in enumerate(classes)}, allow_empty=True,
+                                        is_valid_file=lambda path: path.lower().endswith(IMG_EXTENSIONS)):
+            if not re.search(r"[/\\][.@]", path[len(folder):]):
+                classes[found[folder][label]].append(path)
+    empty = [os.path.join(folder, name) for name, images in classes.items() if not images] if classes else folders
     if empty:
         raise FileNotFoundError(f"no images in {empty[0]}: the layout is {os.path.join(root, names[0])}/CLASS/IMAGE, "
                                 f"with at least one image ({' '.join(IMG_EXTENSIONS)}) for each class")
-    return {os.path.basename(path): images for path, images in classes.items()}
-
-
-def visible(folder: str) -> list[str]:
-    """Return the paths in folder, sorted, without hidden ones, @eaDir and the like, and links that lead back up."""
-    above = [Path(os.path.realpath(path)) for path in (Path(folder), *Path(folder).parents)]
-
-    def leads_back(path: str) -> bool:
-        return os.path.islink(path) and any(parent.is_relative_to(os.path.realpath(path)) for parent in above)
-
-    paths = (os.path.join(folder, name) for name in sorted(os.listdir(folder)) if name[0] not in ".@")
-    return [path for path in paths if not leads_back(path)]
-
-
-def find_images(folder: str) -> list[str]:
-    """Return the paths of all images below folder, and of dangling links. OSError: a folder cannot be read."""
-    found = []
-    for path in visible(folder):
-        if os.path.isdir(path):
-            found += find_images(path)
-        elif path.lower().endswith(IMG_EXTENSIONS) or not os.path.exists(path):
-            found.append(path)
-    return sorted(found, key=os.path.split)
+    return classes
 
 
 def cache_key(root: str, paths: list[str], image_size: int | None) -> str:

@@ -609,26 +609,8 @@ def test_test_folder_without_classes_beside_a_sound_val(tmp_path):
     assert len(data.load_dataset("imagefolder", tmp_path).x_test) == 2
 
 
-def test_class_names_of_two_unicode_normalisations(tmp_path):
-    write_images(tmp_path, classes=("caf\u00e9", "dog"), splits=("train",))
-    write_images(tmp_path, classes=("cafe\u0301", "dog"), splits=("test",))
-    assert "Unicode normalisation" in error_line("imagefolder", tmp_path)
-
-
 def test_one_class_is_refused(tmp_path):
     assert "only one class (cat)" in error_line("imagefolder", write_images(tmp_path, classes=("cat",)))
-
-
-def test_links_that_lead_back_up_are_not_followed(tmp_path):
-    write_images(tmp_path / "data", sizes=((8, 8),) * 2)
-    write_images(tmp_path / "more", splits=("cats",), classes=("all",))
-    for place, target in (("cat/up", ".."), ("cat/top", "../.."), ("cat/self", "."), ("cat/root", "/"), ("all", "."),
-                          ("cat/more", tmp_path / "more")):
-        for name in (place, f"{place}2"):  # two of each: 2 to the power of the depth
-            (tmp_path / "data/train" / name).symlink_to(target)
-    (tmp_path / "more/cats/back").symlink_to(tmp_path / "data/train/cat")
-    folder = data.load_dataset("imagefolder", tmp_path / "data")
-    assert folder.num_classes == 2 and folder.y_train.tolist() == [0] * 4 + [1] * 2
 
 
 def test_other_links_are_followed(tmp_path):
@@ -643,34 +625,17 @@ def test_other_links_are_followed(tmp_path):
     assert folder.y_train.tolist() == [0] * 4 + [1] * 2 + [2] * 3
 
 
-@pytest.mark.parametrize("place", ["train/cat/7.png", "test/dog/7.png", "train/cat/more", "train/bird"])
 @pytest.mark.parametrize("target", ["nowhere", "LOOP"])
-def test_link_to_nothing_is_named(tmp_path, place, target):
-    write_images(tmp_path)
-    path = tmp_path / place
+def test_link_to_nothing_is_named(tmp_path, target):
+    path = write_images(tmp_path) / "train/cat/7.png"
     path.symlink_to(path if target == "LOOP" else target)
-    line = error_line("imagefolder", tmp_path)
-    assert str(path) in line and (place[-1] != "g" or "a dangling link): replace or remove it" in line)
+    assert f"{path} (not a file, or a dangling link): replace or remove it" in error_line("imagefolder", tmp_path)
 
 
 def test_pipe_in_place_of_an_image_does_not_hang(tmp_path):
     path = write_images(tmp_path) / "train/cat/7.png"
     os.mkfifo(path)
     assert str(path) in error_line("imagefolder", tmp_path)
-
-
-@pytest.mark.parametrize("place", ["train/cat", "train/cat/deeper"])
-def test_folder_that_may_not_be_read_is_not_passed_over(tmp_path, monkeypatch, place):
-    (write_images(tmp_path) / place).mkdir(exist_ok=True)
-    listdir = os.listdir
-
-    def refuse(path):  # chmod does not stop a test that runs as root
-        if str(path) == str(tmp_path / place):
-            raise PermissionError(errno.EACCES, "Permission denied", path)
-        return listdir(path)
-
-    monkeypatch.setattr(os, "listdir", refuse)
-    assert str(tmp_path / place) in error_line("imagefolder", tmp_path)
 
 
 def test_names_that_are_no_utf8(tmp_path):
