@@ -72,6 +72,7 @@ class Source:
     options: tuple[str, ...] = ()  # which of image_size, modulus, train_fraction, seed it depends on
     package: str = ""  # what it is part of, if it needs no data_dir
     is_file: bool = False  # whether data_dir is a file
+    mirror: bool = False  # whether a mirrored image is of the same class, which nobody knows of a user's own
 
 
 def load_dataset(name: str, data_dir: str | Path = "data", train_size: int | str | None = None, seed: int = 42,
@@ -129,12 +130,13 @@ def from_config(config: Mapping[str, Any], data_dir: str | None = None) -> Datas
                         train_fraction=config.get("train_fraction"))
 
 
-def draw_shifts(seed: int, n: int, image_shape: Sequence[int]) -> torch.Tensor:
-    """Return (n, 3): for each of n images its shift down and right in pixels, and whether it is mirrored."""
+def draw_shifts(seed: int, n: int, image_shape: Sequence[int], mirror: bool) -> torch.Tensor:
+    """Return (n, 3): for each of n images its shift down and right in pixels, and whether it is mirrored, as half of
+    them are if mirror is true."""
     generator = torch.Generator().manual_seed(seed)
-    channels, height, width = image_shape
+    _channels, height, width = image_shape
     columns = [torch.randint(-(size // 8), size // 8 + 1, (n,), generator=generator) for size in (height, width)]
-    mirrored = torch.randint(2, (n,), generator=generator) if channels == 3 else torch.zeros(n, dtype=torch.int64)
+    mirrored = torch.randint(2, (n,), generator=generator) if mirror else torch.zeros(n, dtype=torch.int64)
     return torch.stack([*columns, mirrored], dim=1)
 
 
@@ -539,15 +541,15 @@ DATASETS = {
     "fashion_mnist": like_mnist(datasets.FashionMNIST, "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/"),
     "kmnist": like_mnist(datasets.KMNIST, "http://codh.rois.ac.jp/kmnist/dataset/kmnist/"),
     "cifar10": Source(
-        partial(read_cifar, datasets.CIFAR10), ([0.4914, 0.4822, 0.4465], [0.2470, 0.2435, 0.2616]),
+        partial(read_cifar, datasets.CIFAR10), ([0.4914, 0.4822, 0.4465], [0.2470, 0.2435, 0.2616]), mirror=True,
         archives=f"cifar-10-python.tar.gz from {TORONTO}"),
     "cifar100": Source(
-        partial(read_cifar, datasets.CIFAR100), ([0.5071, 0.4865, 0.4409], [0.2673, 0.2564, 0.2762]),
+        partial(read_cifar, datasets.CIFAR100), ([0.5071, 0.4865, 0.4409], [0.2673, 0.2564, 0.2762]), mirror=True,
         archives=f"cifar-100-python.tar.gz from {TORONTO}"),
     "svhn": Source(read_svhn, archives="train_32x32.mat and test_32x32.mat from "
                                        "http://ufldl.stanford.edu/housenumbers/"),
     "imagenette": Source(
-        read_imagenette, ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]), options=("image_size",),
+        read_imagenette, ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]), options=("image_size",), mirror=True,
         archives="imagenette2-160.tgz from https://s3.amazonaws.com/fast-ai-imageclas/"),
     "digits": Source(read_digits, package="scikit-learn"),
     "modular_addition": Source(partial(read_modular, operator.add), **MODULAR),

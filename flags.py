@@ -243,7 +243,7 @@ class Config:
                            **real(low=0), only=("with --optimizer=adamw or adam", lambda c: c.optimizer != "sgd"))
     orthogonal_gradient: bool = flag(False, EXPERIMENT, "remove each gradient's component along the tensor's weights")
     augment: bool = flag(False, EXPERIMENT, "shift each training image at random by up to an eighth of its side, and "
-                         "mirror half of the colour images")
+                         "mirror half of those of cifar10, cifar100 and imagenette")
     branch_from: str | None = flag(None, EXPERIMENT, "start from this checkpoint of another run: its weights, "
                                    "optimizer state and step, with the flags given here", type=parse_folder,
                                    metavar="CHECKPOINT")

@@ -182,7 +182,7 @@ class Trainer:
         tables = [(self.order, order.view(self.block_steps, -1)[:, share])]
         if self.shifts is not None:
             shifts = data.draw_shifts(seed_for(config.seed, "augmentation", block), len(order),
-                                      self.dataset.x_train.shape[1:])
+                                      self.dataset.x_train.shape[1:], data.DATASETS[config.dataset].mirror)
             tables.append((self.shifts, shifts.view(self.block_steps, -1, 3)[:, share]))
         if self.rates is not None:
             steps = torch.arange(block * self.block_steps, (block + 1) * self.block_steps)

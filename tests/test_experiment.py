@@ -102,11 +102,12 @@ def last_checkpoint(folder):
     return checkpoints.load_checkpoint(checkpoints.saved_checkpoints(folder / "checkpoints")[0])
 
 
-def test_augmentation_shifts_in_black_and_mirrors_colour_images():
+def test_augmentation_shifts_in_black_and_mirrors_half_of_the_images():
     images = torch.randint(1, 256, (200, 3, 16, 24), dtype=torch.uint8)
-    shifts = draw_shifts(7, 200, (3, 16, 24))
+    shifts = draw_shifts(7, 200, (3, 16, 24), mirror=True)
     assert shifts[:, 0].unique().tolist() == [-2, -1, 0, 1, 2] and shifts[:, 1].unique().tolist() == [*range(-3, 4)]
-    assert shifts[:, 2].unique().tolist() == [0, 1] and draw_shifts(7, 50, (1, 16, 16))[:, 2].sum() == 0
+    assert shifts[:, 2].unique().tolist() == [0, 1] and torch.equal(
+        draw_shifts(7, 200, (3, 16, 24), mirror=False)[:, :2], shifts[:, :2])
     for image, (down, right, mirrored), moved in zip(images, shifts.tolist(), augmented(images, shifts), strict=True):
         expected = torch.zeros_like(image)
         image = image.flip(2) if mirrored else image
@@ -135,9 +136,20 @@ def test_a_run_trains_on_the_images_drawn_for_its_steps(augment):
         rows = [torch.randperm(50, generator=generator)[:40] for _ in range(epoch + 1)][-1]
         expected = dataset.x_train[rows]
         if augment:
-            shifts = draw_shifts(seed_for(7, "augmentation", block), epochs * 40, (1, 16, 16)).view(epochs, 40, 3)
-            expected = augmented(expected, shifts[epoch])
+            shifts = draw_shifts(seed_for(7, "augmentation", block), epochs * 40, (1, 16, 16), False)
+            expected = augmented(expected, shifts.view(epochs, 40, 3)[epoch])
         torch.testing.assert_close(torch.cat(batches), expected / 255)
+
+
+@pytest.mark.parametrize("name, mirrored", [("cifar10", {0, 1}), ("svhn", {0}), ("imagefolder", {0})])
+def test_only_images_whose_mirror_image_is_of_the_same_class_are_mirrored(name, mirrored):
+    images, labels = torch.zeros(40, 3, 16, 16, dtype=torch.uint8), torch.zeros(40, dtype=torch.int64)
+    dataset = data.Dataset(name, images, labels, images, labels, 10, [0.0], [1.0])
+    config = complete(parse_args([f"--dataset={name}", "--augment", "--batch_size=20", "--width=4", "--model=cnn"]),
+                      dataset, torch.device("cpu"))
+    trainer = Trainer(build_model(config, dataset), config, dataset)
+    trainer.load_block(0)
+    assert {*trainer.shifts[..., 2].flatten().tolist()} == mirrored and len(trainer.shifts[..., 0].unique()) == 5
 
 
 def test_an_epoch_takes_each_image_at_most_once_and_the_next_another_order():
