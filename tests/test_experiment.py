@@ -79,8 +79,8 @@ def plain_training(dataset, loss, optimizer, steps, orthogonal=False, schedule="
     ("stablemax", "adamw", False, "constant", 0), ("ce", "adamw", True, "constant", 0),
     ("ce", "sgd", False, "cosine", 0.2)])
 def test_the_steps_are_those_of_a_plain_loop(tmp_path, loss, optimizer, orthogonal, schedule, smoothing):
-    run_here(tmp_path, *FLAGS, "--dtype=float64", f"--loss={loss}", f"--optimizer={optimizer}", "--adam_eps=1e-4",
-             *["--orthogonal_gradient"] * orthogonal, *["--momentum=0.9"] * (optimizer == "sgd"),
+    run_here(tmp_path, *FLAGS, "--dtype=float64", f"--loss={loss}", f"--optimizer={optimizer}",
+             *["--orthogonal_gradient"] * orthogonal, "--momentum=0.9" if optimizer == "sgd" else "--adam_eps=1e-4",
              *([f"--lr_schedule={schedule}", "--warmup_steps=20"] if schedule != "constant" else []),
              f"--label_smoothing={smoothing}")
     dataset = data.load_dataset("digits", train_size=120, seed=7, label_noise=0.2)
