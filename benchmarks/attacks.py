@@ -4,8 +4,8 @@
 
 Run it from the repository's root. AutoAttack (Croce and Hein 2020, arXiv:2003.01690) comes from torchattacks
 (pip install --no-deps torchattacks requests tqdm) and takes minutes. Accuracies are in percent. The attack behind
-robust_acc runs once for all epsilons, the others once for each. The seconds are for all epsilons together: process time
-on a CPU, so that a busy machine counts for little, and wall-clock time on a GPU.
+robust_acc and the proof run once for all epsilons, the other attacks once for each. The seconds are for all epsilons
+together: process time on a CPU, so that a busy machine counts for little, and wall-clock time on a GPU.
 """
 # ruff: noqa: E402
 
@@ -21,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # for `python b
 import torch
 
 import attacks
+import certify
 import data
 import flags
 import models
@@ -82,6 +83,8 @@ def measure(model: torch.nn.Module, x: torch.Tensor, y: torch.Tensor, epsilons: 
         work[f"PGD-10 {objective}"] = each(partial(attacks.pgd, model, x, y, objective=objective))
     for budget in attacks.BUDGETS:
         work[budget] = partial(attacks.robust_accuracy, model, x, y, epsilons, budget=budget)
+    if isinstance(model, models.MLP):
+        work["certified"] = partial(certify.certified_accuracy, model, x, y, epsilons)
     for steps in autoattack_steps:
         work[f"AutoAttack-{steps}"] = each(partial(autoattack, model, x, y, steps=steps))
     columns = {}
