@@ -271,7 +271,8 @@ class Config:
     pgd_start: str = flag("random", MEASUREMENT, "where the attack behind adv_acc starts: at a random point of the "
                           "ball, or at the image, as in the authors' code; from the image it never moves if the "
                           "gradient there is exactly zero", choices=["random", "image"])
-    pgd_restarts: int = flag(1, MEASUREMENT, "random starts of the attack behind adv_acc; the worst counts", **whole(1))
+    pgd_restarts: int = flag(1, MEASUREMENT, "random starts of the attack behind adv_acc; the worst counts", **whole(1),
+                             only=("with --pgd_start=random", lambda config: config.pgd_start == "random"))
     adv_size: int = flag(1000, MEASUREMENT, "test images to attack, the same at every log step", type=count_or("all"),
                          metavar="N|all")
     robust_budget: str = flag("default", MEASUREMENT, "effort of the attack behind robust_acc",

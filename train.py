@@ -65,22 +65,11 @@ STRETCH = 10  # steps between two looks at signals and the clock; ten times as m
 
 # ---- the training step ----------------------------------------------------------------------------------------------
 
-# (parameters, config, learning rate, whether the steps are going to be captured in a CUDA graph) -> optimizer
-OptimizerMaker = Callable[[list[torch.nn.Parameter], Config, float | torch.Tensor, bool], torch.optim.Optimizer]
-
-
-def adam(kind: Callable[..., torch.optim.Optimizer]) -> OptimizerMaker:
-    return lambda parameters, config, lr, captured: kind(
-        parameters, lr=lr, weight_decay=config.weight_decay, eps=config.adam_eps, fused=True, capturable=captured)
-
-
-def sgd(parameters: list[torch.nn.Parameter], config: Config, lr: float | torch.Tensor, captured: bool
-        ) -> torch.optim.Optimizer:
-    return torch.optim.SGD(parameters, lr=lr, weight_decay=config.weight_decay, momentum=config.momentum, fused=True)
-
-
-OPTIMIZERS: dict[str, OptimizerMaker] = {
-    "adamw": adam(torch.optim.AdamW), "adam": adam(torch.optim.Adam), "sgd": sgd}
+# name: its class, its options by a run's flags. captured: whether its steps are going to be captured in a CUDA graph.
+OPTIMIZERS: dict[str, tuple[Callable[..., torch.optim.Optimizer], Callable[[Config, bool], dict[str, Any]]]] = {
+    "adamw": (torch.optim.AdamW, lambda config, captured: {"eps": config.adam_eps, "capturable": captured}),
+    "adam": (torch.optim.Adam, lambda config, captured: {"eps": config.adam_eps, "capturable": captured}),
+    "sgd": (torch.optim.SGD, lambda config, captured: {"momentum": config.momentum})}
 
 
 def batch_order(seed: int, block: int, epochs: int, n_images: int, batch_size: int) -> torch.Tensor:
@@ -145,7 +134,9 @@ class Trainer:
         rate_dtype = torch.float32 if where.type == "cuda" else self.dtype
         varying = config.lr_schedule != "constant" or config.warmup_steps > 0
         lr = torch.tensor(config.lr, dtype=rate_dtype, device=where) if varying else config.lr
-        self.optimizer = OPTIMIZERS[config.optimizer](self.parameters, config, lr, captured)
+        kind, options = OPTIMIZERS[config.optimizer]
+        self.optimizer = kind(self.parameters, lr=lr, weight_decay=config.weight_decay, fused=True,
+                              **options(config, captured))
         self.epochs_in_block = max(1, 65_536 // config.train_size)
         self.block_steps = self.epochs_in_block * (config.train_size // config.batch_size)
         self.block: int | None = None
@@ -374,8 +365,6 @@ def check_fit(config: Config, dataset: data.Dataset) -> None:
         raise ValueError(f"--batch_size={batch} is not divisible by the {processes} processes")
     if config.batch_norm and batch == 1:
         raise ValueError("--batch_norm needs batches of two images or more")
-    if config.pgd_start == "image" and config.pgd_restarts > 1:
-        raise ValueError("--pgd_restarts needs random starts: from the image every attack is the same")
     if config.n_steps <= config.warmup_steps:
         raise ValueError(f"--warmup_steps={config.warmup_steps} is not less than the run's {config.n_steps} steps")
     if config.augment and min(dataset.x_test.shape[2:]) < 16:
@@ -388,10 +377,6 @@ def check_fit(config: Config, dataset: data.Dataset) -> None:
     for flag, images in (("adv_size", attacked), ("certify", config.certify), ("lc_samples", points)):
         if 0 < images < processes:
             raise ValueError(f"--{flag}={images} is less than one for each of {processes} processes")
-    for flag, images in (("lc_samples", config.lc_samples), ("pgd_restarts", config.pgd_restarts * attacked)):
-        if (size := 8 * images * features) > devices.total_memory():
-            raise ValueError(f"--{flag}={getattr(config, flag)} needs {size / 1e9:,.0f} GB, more than this machine's "
-                             "memory")
 
 
 def resident(dataset: data.Dataset, device: torch.device) -> data.Dataset:
@@ -517,7 +502,8 @@ def main(argv: list[str] | None = None) -> int:
         run, dataset, probes = start(args)
     except (ValueError, OSError, MemoryError, RuntimeError) as error:
         if devices.out_of_memory(error):
-            return fail("not enough memory: lower --width, --train_size, --adv_size or --lc_samples", 2)
+            return fail("not enough memory: lower --width, --train_size, --adv_size, --pgd_restarts or "
+                        "--lc_samples", 2)
         if not isinstance(error, (ValueError, OSError)):
             raise
         full_disk = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)

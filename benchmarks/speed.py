@@ -3,7 +3,6 @@
     python -m benchmarks.speed                # one table
     python -m benchmarks.speed --quick        # the same with fewer repeats
     python -m benchmarks.speed --compile      # with rows for compiled networks
-    python -m benchmarks.speed --experiment   # the whole MNIST experiment of 100,000 steps
 
 Run it from the repository's root. Images are random: the time does not depend on their content. The variants of a group
 take turns, so that a busy machine slows them alike. Times are medians over the turns with the range in brackets; ratios
@@ -16,8 +15,6 @@ import dataclasses
 import itertools
 import statistics
 import sys
-import tempfile
-import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -225,17 +222,6 @@ def log_step_rows(device: torch.device, turns: int) -> list[list[str]]:
     return rows
 
 
-def experiment(data_dir: str, device: torch.device) -> None:
-    """Print the time of the whole MNIST experiment: 100,000 steps, all test images attacked at 60 log steps."""
-    with tempfile.TemporaryDirectory() as folder:
-        start = time.perf_counter()
-        status = train.main([*MNIST, f"--data_dir={data_dir}", "--n_steps=100000", "--adv_size=all",
-                             f"--device={device}", f"--log_dir={folder}", f"--save_dir={folder}"])
-    if status:
-        sys.exit(status)
-    print(f"the whole experiment took {time.perf_counter() - start:.1f} s on {devices.describe(device)['device']}")
-
-
 # ---- printing -------------------------------------------------------------------------------------------------------
 
 def ratio(numerators: list[float], denominators: list[float]) -> float:
@@ -263,10 +249,8 @@ def main() -> None:
     parser = flags.OneLineParser(prog="benchmarks.speed", description=__doc__,
                                  formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default auto)")
-    parser.add_argument("--data_dir", default="data", help="where MNIST is, for --experiment (default data)")
     parser.add_argument("--quick", action="store_true", help="3 short turns in place of 7")
     parser.add_argument("--compile", action="store_true", help="add rows for compiled networks")
-    parser.add_argument("--experiment", action="store_true", help="the whole MNIST experiment, in place of the table")
     args = parser.parse_args()
     try:
         device = devices.choose_device(args.device)
@@ -276,8 +260,6 @@ def main() -> None:
     turns = 3 if args.quick else 7
     description = devices.describe(device)
     report(f"{description['device']}, torch {description['torch']}, {turns} turns\n")
-    if args.experiment:
-        return experiment(args.data_dir, device)
     compiled = {"compiled": ["--compile"]} if args.compile else {}
     print_markdown(["", "time", "rate", "× plain loop", "against its limit"], [
         *step_rows("MNIST MLP", MNIST, GREY, device, turns, {"exact_ce": ["--loss=exact_ce"]}),

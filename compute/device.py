@@ -1,7 +1,6 @@
 """The device a run computes on: its choice, precision, memory and threads."""
 
 import contextlib
-import math
 import os
 import platform
 import subprocess
@@ -104,14 +103,6 @@ def commit() -> str | None:
     with contextlib.suppress(OSError, subprocess.SubprocessError):
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
     return None
-
-
-def total_memory() -> float:
-    """Return the bytes of memory of this machine; infinity where the system does not say."""
-    try:
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (AttributeError, ValueError, OSError):
-        return math.inf
 
 
 def usable_memory(device: torch.device) -> int:

@@ -37,7 +37,11 @@ def start(device: torch.device) -> torch.device:
         os.environ["STOP_WITH_PARENT"] = str(os.getppid())
     if "WORLD_SIZE" not in os.environ and int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1:
         describe_srun_step()
-    processes = whole_number("WORLD_SIZE", 1)
+    given = os.environ.get("WORLD_SIZE", "1")
+    if not given.isdecimal():
+        raise ValueError(f"the environment variable WORLD_SIZE is '{given}', not a whole number: unset it, or start "
+                         "the run with torchrun or srun")
+    processes = int(given)
     if processes == 1:
         return device
     if device.type not in ("cpu", "cuda"):
@@ -47,7 +51,7 @@ def start(device: torch.device) -> torch.device:
         socket.getaddrinfo(address, port)  # PyTorch would try an unknown name until its time is up
         store, me, _ = next(rendezvous("env://", timeout=TIME_TO_MEET))
         if device.type == "cuda":
-            device = torch.device("cuda", whole_number("LOCAL_RANK", 0))
+            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
             problem = devices.problem_with(device)
             if problem:
                 raise ValueError(f"process {me} cannot use {device}: {problem}; start one process for each GPU")
@@ -63,15 +67,6 @@ def start(device: torch.device) -> torch.device:
                          "and, where there are several networks, GLOO_SOCKET_IFNAME or NCCL_SOCKET_IFNAME to one of "
                          "its interfaces; unset WORLD_SIZE for a run of one process") from None
     return device
-
-
-def whole_number(variable: str, default: int) -> int:
-    """Return the value of an environment variable; ValueError, naming it, if that is not a whole number."""
-    text = os.environ.get(variable, str(default))
-    if not text.isdecimal():
-        raise ValueError(f"the environment variable {variable} is '{text}', not a whole number: unset it, or start the "
-                         "run with torchrun or srun")
-    return int(text)
 
 
 def describe_srun_step() -> None:

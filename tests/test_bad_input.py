@@ -95,8 +95,8 @@ FLAGS = [
     ("--epsilons=2", "--epsilons"), ("--pgd_step_size=0", "--pgd_step_size"),
     # beyond what a machine can count or hold
     ("--n_steps=1" + "0" * 400, "--n_steps"), ("--width=1000000000000", "memory"),
-    ("--width=9000000000000000000", "memory"), ("--lc_samples=1000000000000", "--lc_samples=1000000000000"),
-    ("--pgd_restarts=10000000000", "--pgd_restarts="), ("--threads=100000", "--threads"),
+    ("--width=9000000000000000000", "memory"), ("--lc_samples=1000000000000", "--lc_samples"),
+    ("--pgd_restarts=10000000000", "--pgd_restarts"), ("--threads=100000", "--threads"),
     # against one another
     ("--n_steps=3 --n_epochs=3", "--n_epochs"), ("--epsilons=0.1,0.10000001", "--epsilons"),
     ("--batch_norm --batch_size=1", "--batch_norm"), ("--pgd_start=image --pgd_restarts=2", "--pgd_restarts"),

@@ -206,13 +206,10 @@ def small_run(folder):
 
 
 def test_a_run_needs_nothing_that_windows_lacks_and_leaves_no_handlers(former, tmp_path, monkeypatch):
-    import sklearn.datasets  # noqa: F401  (what it imports asks for os.sysconf)
-
     with monkeypatch.context() as windows:
         for name in ("SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU"):
             windows.delattr(signal, name)
         windows.delattr(os, "sched_getaffinity")
-        windows.delattr(os, "sysconf")
         assert small_run(tmp_path) == 0
     assert {signal.getsignal(number) for number in NUMBERS} == {former}
     assert history_of(tmp_path)["step"] == [0, 1, 2]
