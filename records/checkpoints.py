@@ -165,7 +165,7 @@ def differences(before: dict, config: Config, names: Iterable[str]) -> list[str]
     found = []
     for name in sorted(names):
         was, now = before.get(name, FIELDS[name].default), getattr(config, name)
-        if now != (implied(name, before) if was is None else was):
+        if now != was and (was is not None or now != implied(name, before)):
             found.append(f"--{name} was {was}, is {now}")
     return found
 
