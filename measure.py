@@ -14,7 +14,6 @@ import certify
 import data
 import local_complexity
 import models
-from compute import device as devices
 from compute import distributed
 from compute.seeds import seed_for
 from flags import Config, epsilon_label, history_key
@@ -235,8 +234,8 @@ def hex_of(bits: Tensor) -> str:
 
 
 def default_eval_batch_size(model: nn.Module, in_shape: torch.Size) -> int:
-    """Return how many inputs of this shape the network can take at once within about 1 GB of activations, or a quarter
-    of what is free on a CUDA device."""
+    """Return how many inputs of this shape the network can take at once within about 1 GB of activations, or 4 GB on a
+    GPU. What is free there does not count: a resumed run has to evaluate in the same batches."""
     elements: list[int] = []
     parameter = next(model.parameters())
     with torch.inference_mode(), models.evaluating(model), ExitStack() as hooks:
@@ -244,11 +243,9 @@ def default_eval_batch_size(model: nn.Module, in_shape: torch.Size) -> int:
             if not any(module.children()):
                 hooks.enter_context(module.register_forward_hook(lambda *args: elements.append(args[2].numel())))
         model(parameter.new_zeros(1, *in_shape))
-    on_gpu = parameter.device.type == "cuda"
-    memory = devices.usable_memory(parameter.device) // 4 if on_gpu else 2**30
+    memory, most = (2**32, 10_000) if parameter.device.type == "cuda" else (2**30, 1000)
     # Twice: a backward pass holds the activations and their gradients.
-    most = memory // (2 * sum(elements) * parameter.element_size())
-    return max(1, min(most, 10_000 if on_gpu else 1000))
+    return max(1, min(memory // (2 * sum(elements) * parameter.element_size()), most))
 
 
 # ---- what a row says to the reader ----------------------------------------------------------------------------------

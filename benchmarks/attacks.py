@@ -43,9 +43,8 @@ def main(argv: list[str] | None = None) -> None:
                              "(default: 10, which is torchattacks' own; the paper has 100)")
     parser.add_argument("--data_dir", help="default: that of the run")
     parser.add_argument("--device", default="cpu", help="auto, cpu, cuda or cuda:N (default cpu)")
-    parser.add_argument("--threads", type=whole, default=1, help="CPU threads (default 1)")
     args = parser.parse_args(argv)
-    torch.set_num_threads(args.threads)
+    torch.set_num_threads(1)  # process time counts every thread
     devices.set_precision()
     try:
         import torchattacks  # noqa: F401
@@ -61,7 +60,7 @@ def main(argv: list[str] | None = None) -> None:
             parser.error(str(error) if path in str(error) else f"{path}: {error}")
         x = data.pixels(dataset.x_test[:args.images].to(device), next(model.parameters()).dtype)
         print(f"\n{path}: {config['model']} on {config['dataset']}, step {checkpoint['step']}, {len(x)} test images, "
-              f"{device.type}, --threads={args.threads}\n", flush=True)
+              f"{device.type}\n", flush=True)
         epsilons = args.epsilons or config["epsilons"]
         columns = measure(model, x, dataset.y_test[:args.images].to(device), epsilons, args.autoattack_steps)
         labels = [flags.epsilon_label(flags.history_key(epsilon)) for epsilon in epsilons]

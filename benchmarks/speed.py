@@ -174,13 +174,11 @@ def step_rows(label: str, argv: list[str], shape: tuple[int, int, int], device: 
 def log_step_rows(device: torch.device, turns: int) -> list[list[str]]:
     """Return the rows of a log step's parts on the MNIST MLP: PGD, robust accuracy, local complexity."""
     dataset, epsilons = random_images(GREY), train.GREY_EPSILONS
-    model = models.build_model("mlp", GREY, 10, mean=dataset.mean, std=dataset.std).to(device)
-    x, y = (dataset.x_test.to(device) / 255).float(), dataset.y_test.to(device)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.003)
-    for _ in range(200):  # an attack on wrong predictions would be too easy
-        optimizer.zero_grad()
-        F.cross_entropy(model(x), y).backward()
-        optimizer.step()
+    dataset = train.resident(dataclasses.replace(dataset, x_train=dataset.x_test, y_train=dataset.y_test), device)
+    x, y = data.pixels(dataset.x_test, torch.float32), dataset.y_test
+    config = train.complete(flags.parse_args([*MNIST, "--n_steps=200", "--lr=0.003"]), dataset, device)
+    model = train.build_model(config, dataset)
+    train.Trainer(model, config, dataset).advance(0, 200)  # an attack on wrong predictions would be too easy
     model.requires_grad_(False)
     points = torch.rand(3 * 1024, *GREY, device=device)
     directions = local_complexity.random_directions(25, 784, device=device)

@@ -105,15 +105,6 @@ def commit() -> str | None:
     return None
 
 
-def usable_memory(device: torch.device) -> int:
-    """Return the free bytes of a CUDA device, including those that PyTorch keeps in reserve; with --deterministic all
-    its bytes, so that a resumed run evaluates in the same batches."""
-    free, total = torch.cuda.mem_get_info(device)
-    if torch.are_deterministic_algorithms_enabled():
-        return total
-    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-
-
 def out_of_memory(error: BaseException) -> bool:
     """Return whether an exception means that the memory of the GPU or the CPU is too small."""
     # PyTorch has no exception of its own for the CPU and for CUDA's libraries, NumPy none beyond the address space.

@@ -100,19 +100,16 @@ def test_too_little_memory_of_a_gpu_is_recognised_and_nothing_else():
     assert not devices.out_of_memory(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
 
 
-def test_a_deterministic_run_prepares_before_it_computes_and_counts_all_memory(monkeypatch, tmp_path):
+def test_a_deterministic_run_prepares_before_it_computes(monkeypatch, tmp_path):
     found = []
     monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
     monkeypatch.setattr(torch.cuda, "init", lambda: None)
     monkeypatch.setattr(devices, "problem_with", lambda _: found.append(os.environ["CUBLAS_WORKSPACE_CONFIG"]) or "no")
-    for name, value in {"mem_get_info": (3, 10), "memory_reserved": 2, "memory_allocated": 1}.items():
-        monkeypatch.setattr(torch.cuda, name, lambda device, value=value: value)
     try:
         run_here(tmp_path, "--dataset=digits", "--device=cuda", "--deterministic", status=2)
-        assert found == [":4096:8"] and devices.usable_memory(torch.device("cuda")) == 10
     finally:
         torch.use_deterministic_algorithms(False)
-    assert devices.usable_memory(torch.device("cuda")) == 4
+    assert found == [":4096:8"]
 
 
 def test_a_network_that_cannot_be_compiled_is_one_line(monkeypatch, tmp_path, capsys):
