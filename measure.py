@@ -146,7 +146,7 @@ def under_attack(model: nn.Module, dataset: data.Dataset, probes: Probes, config
         "robust_acc": dict(zip(keys, attacks.shares(counts, epsilons), strict=True)),
         "saturated": saturated.sum().item() / n,
         "zero_gradient": zero.sum().item() / n,
-        "outcomes": {"robust": text_of(counts),
+        "outcomes": {"robust": "".join(map(chr, (48 + counts).tolist())),
                      **{name: {key: hex_of(column) for key, column in columns.items()}
                         for name, columns in by_epsilon.items()}}}
 
@@ -165,17 +165,17 @@ def certified(model: nn.Module, dataset: data.Dataset, probes: Probes, config: C
               progress: Progress) -> dict:
     """Return certified_acc, the share of the first config.certify attacked images that are certified; nothing if that
     is 0."""
-    n, parts = min(config.certify, attacked(config, dataset)), []
-    if n == 0:
+    if config.certify == 0:
         return {}
+    parts = []
     for i, rows in enumerate(probes.certified.split(POINTS_AT_ONCE)):
         progress("certified accuracy", i * POINTS_AT_ONCE / len(probes.certified))
         x = data.pixels(dataset.x_test[rows], getattr(torch, config.dtype))
         parts.append(certify.radii_certified(model, x, dataset.y_test[rows], config.epsilons))
-    counts = distributed.gather_shards(torch.cat(parts), n)
+    counts = distributed.gather_shards(torch.cat(parts), min(config.certify, attacked(config, dataset)))
     keys = map(history_key, config.epsilons)
     return {"certified_acc": dict(zip(keys, attacks.shares(counts, config.epsilons), strict=True)),
-            "outcomes": {"certified": text_of(counts)}}
+            "outcomes": {"certified": "".join(map(chr, (48 + counts).tolist()))}}
 
 
 def complexity(model: nn.Module, dataset: data.Dataset, probes: Probes, config: Config, batch_size: int,
@@ -220,11 +220,6 @@ def measure(model: nn.Module, dataset: data.Dataset, probes: Probes, config: Con
             columns = metric(model, dataset, probes, config, batch_size, progress)
             row |= {**columns, "outcomes": row.get("outcomes", {}) | columns.get("outcomes", {})}
     return row
-
-
-def text_of(counts: Tensor) -> str:
-    """Return one character for each image, chr(48 + its count of radii)."""
-    return "".join(chr(48 + count) for count in counts.tolist())
 
 
 def hex_of(bits: Tensor) -> str:

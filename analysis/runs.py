@@ -13,7 +13,7 @@ import numpy as np
 from flags import EXECUTION, FIELDS, LENGTH, epsilon_label, flags_of, history_key
 
 NOT_COMPARED = flags_of(EXECUTION)
-FINENESS = {"adv_size", "lc_samples", "log_points", "log_from", "log_interval"}  # how finely a run was measured
+FINENESS = {"adv_size", "certify", "lc_samples", "log_points", "log_from", "log_interval"}  # how finely it is measured
 # Flags that need no words: a figure shows them, or they do not say what was trained.
 NOT_IN_TITLES = NOT_COMPARED | flags_of(LENGTH) | FINENESS | {"epsilons", "lc_radius", "seed"}
 

@@ -64,6 +64,7 @@ partition() {  # the figure's name, the run's, the checkpoints' steps
 curves first first
 script rounding seeds.py
 script resnet18_whole whole.py
+script certified certified.py
 curves from_image mnist_from_image mnist_stablemax_from_image
 curves variants mnist_adam mnist_adam_exact mnist_batch_norm mnist_batch_norm_exact
 curves large_init digits_large_init mnist_large_init
