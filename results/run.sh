@@ -91,6 +91,9 @@ resnet18_whole          WHOLE
 resnet18_whole_seed1    WHOLE --seed=1
 resnet18_whole_exact    WHOLE --log_from=2504 --log_points=10 --loss=exact_ce --branch_from=RUNS/resnet18_whole/checkpoints/checkpoint_epoch_0000005_step_000003970.pt
 resnet18_batch_norm     CIFAR --model=resnet18 --n_steps=20000 --batch_norm --log_points=25
+theirs_orthogonal       THEIRS --orthogonal_gradient --n_steps=20000
+theirs_ce               THEIRS --n_steps=20000
+theirs_exact            THEIRS --loss=exact_ce --n_steps=20000
 END
 }
 
@@ -99,12 +102,15 @@ CIFAR="--preset=cnn --dataset=imagefolder"
 WHOLE="--preset=resnet18 --dataset=imagefolder --compile=on"
 # (a + b) mod 59, half of the pairs.
 MODULAR="--preset=modular --lr=0.001 --log_points=40"
+# As Prieto et al. train (arXiv:2501.04697), but for the modulus, 113 there: 40% of the pairs in one batch.
+THEIRS="--dataset=modular_addition --modulus=59 --train_fraction=0.4 --depth=3 --batch_size=1392 --lr=0.01"
+THEIRS+=" --weight_decay=0 --adam_eps=1e-25 --log_points=40 --epsilons 0.1 0.3 --adv_size=200 --lc_samples=128"
 # The MNIST MLP for as long as `mnist`, to change one of its flags.
 VARIED="--dataset=mnist --n_steps=100000 --log_points=30"
 
 experiments() {
     listed | while read -r name flags; do
-        for word in CIFAR WHOLE MODULAR VARIED RUNS; do flags=${flags/$word/"${!word}"}; done
+        for word in CIFAR WHOLE MODULAR THEIRS VARIED RUNS; do flags=${flags/$word/"${!word}"}; done
         echo "$name $flags"
         case $name in  # further seeds
             modular_*) seeds="0 1" ;;

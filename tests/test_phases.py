@@ -1,5 +1,7 @@
 """The phases of local complexity and the spikes of the training loss."""
 
+import re
+
 import numpy as np
 import pytest
 from conftest import ROOT
@@ -98,10 +100,13 @@ PHASES = {**dict.fromkeys(["digits_large_init", "mnist_large_init", "modular_ce"
               for seed in ("", "_seed1"))], ["first descent"])}
 
 
+NOT_SAID = re.compile("^theirs_|^mnist_(lr|sgd|mse|init8|branch|exact_branch)|^digits_(mse|init8)|_seed[2-9]$")
+
+
 def test_phases_of_the_recorded_runs():
     """With rounding, or at depth 6, an MLP from PyTorch's weights descends, ascends, descends; otherwise see above."""
     found = {path.stem: names(statistics.total_complexity(read_history(path)))[:3]
-             for path in (ROOT / "results").glob("*.json")}
+             for path in (ROOT / "results").glob("*.json") if not NOT_SAID.search(path.stem)}
     assert len(found) > 30
     assert found == {name: PHASES.get(name, [*FALLS_RISES, "second descent"]) for name in found}
 
