@@ -17,9 +17,10 @@ SECONDS_BETWEEN_LINES = 60
 SECONDS_BEFORE_ESTIMATE, STEPS_BEFORE_ESTIMATE = 5, 10
 MOST_EPSILONS = 6
 WIDTH = 100
-# Flags of an experiment that the header names in words of its own, or that the table shows.
-SHOWN = {"model", "depth", "width", "activation", "batch_norm", "dataset", "train_size", "adv_size", "optimizer", "lr",
-         "weight_decay", "loss", "batch_size", "dtype", "seed", "branch_from", "epsilons"}
+# The flags that the header lists if they were given: those that it does not name in words of its own.
+SWITCHES = {"compile"} | flags_of(EXPERIMENT, MEASUREMENT) - SCHEDULE - {
+    "model", "depth", "width", "activation", "dataset", "train_size", "adv_size", "optimizer", "lr", "weight_decay",
+    "loss", "batch_size", "dtype", "seed", "branch_from", "epsilons"}
 
 
 class Console:
@@ -43,28 +44,25 @@ class Console:
         """Print what is trained, on which data, where, and into which files."""
         config, sizes, derived, environment = (history[key] for key in ("config", "sizes", "derived", "environment"))
         depth = f" depth {config['depth']}" if config["depth"] else ""
-        norm = ", batch norm" if config["batch_norm"] else ""
         processes = f", {environment['processes']} processes" if environment["processes"] > 1 else ""
-        compiled = ", compiled by torch.compile" if config["compile"] == "on" else ""
         branch = history.get("branch")
         parent = f"branch   from step {branch['step']:,}, {branch['of']}\n" if branch else ""
         if branch and branch.get("schedule_from") and (config["warmup_steps"] or config["lr_schedule"] != "constant"):
             parent += "         warm-up and learning rate schedule count from that step\n"
-        switches = [name if config[name] is True else f"{name} {flag_text(config[name])}" for name in history["asked"]
-                    if name in flags_of(EXPERIMENT, MEASUREMENT) - SCHEDULE - SHOWN]
-        also = textwrap.fill(f"with {', '.join(switches)}", WIDTH, initial_indent=" " * 9,
-                             subsequent_indent=" " * 9) + "\n" if switches else ""
+        given = ", ".join(name if config[name] is True else f"{name} {flag_text(config[name])}"
+                          for name in history["asked"] if name in SWITCHES)
+        also = f"with     {given}\n" if given else ""
         threads = f"\nthreads  {derived['threads']} in training, {derived['eval_threads']} in log steps" * (
             config["device"] == "cpu")
         self.note(
-            f"model    {config['model']}{depth} width {config['width']} {config['activation']}{norm}: "
+            f"model    {config['model']}{depth} width {config['width']} {config['activation']}: "
             f"{sizes['parameters']:,} parameters\n"
             f"data     {config['dataset']}: {sizes['train']:,} train, {sizes['test']:,} test ({sizes['attacked']:,} "
             f"attacked), {' x '.join(map(str, sizes['in_shape']))}, {sizes['num_classes']} classes\n"
             f"training {config['n_steps']:,} steps of {config['batch_size']} images, {config['optimizer']} "
             f"lr {config['lr']:g} weight decay {config['weight_decay']:g},\n"
             f"         loss {config['loss']}, {config['dtype']}, seed {config['seed']}\n{also}{parent}"
-            f"device   {environment['device']}{processes}{compiled}{threads}\n"
+            f"device   {environment['device']}{processes}{threads}\n"
             f"files    {config['log_dir']}/training_history.json, {config['save_dir']}/checkpoint_epoch_*.pt\n")
 
     def start(self, epsilons: list[float], step: int, n_steps: int, log_steps_left: int) -> None:
@@ -100,13 +98,13 @@ class Console:
             self.log_step_took, self.measuring_since = time.monotonic() - self.measuring_since, None
         self.log_steps_left -= 1
         layers = next(iter(row["local_complexity"].get("train", {}).values()), [math.nan])
-        robust = {key: percent(row["robust_acc"][key]) for key in self.keys}
-        self.print_row(str(row["step"]), f"{row['train_loss']:.2e}", percent(row["train_acc"]),
-                       percent(row["test_acc"]), *robust.values(), percent(row["adv_acc"][self.middle]),
+        robust = {key: in_percent(row["robust_acc"][key]) for key in self.keys}
+        self.print_row(str(row["step"]), f"{row['train_loss']:.2e}", in_percent(row["train_acc"]),
+                       in_percent(row["test_acc"]), *robust.values(), in_percent(row["adv_acc"][self.middle]),
                        decimals(sum(layers)), decimals(row["weight_norm"]), f"{row['seconds']:.0f}")
         for remark in remarks:
             self.note(textwrap.fill(f"note: {remark}", WIDTH, subsequent_indent="      "))
-        self.latest = f"test {percent(row['test_acc'])} robust {robust[self.middle]}"
+        self.latest = f"test {in_percent(row['test_acc'])} robust {robust[self.middle]}"
 
     def measuring(self, what: str, share: float) -> None:
         """Show what a log step measures and which share of it is done, if the log step is long."""
@@ -166,7 +164,7 @@ def thin(values: list[str], most: int) -> list[str]:
     return [values[round(i * (len(values) - 1) / (most - 1))] for i in range(most)]
 
 
-def percent(fraction: float) -> str:
+def in_percent(fraction: float) -> str:
     return f"{100 * fraction:.1f}"
 
 

@@ -5,16 +5,15 @@ import datetime
 import errno
 import os
 import secrets
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO
 
-if sys.platform == "win32":
-    import msvcrt
-else:
+try:
     import fcntl
+except ImportError:  # Windows, which then counts as a file system without locks
+    fcntl = None  # type: ignore[assignment]
 
 HISTORY_PATTERN = "training_history.*"  # the history, its rows and its figures
 TRACKED = ("tensorboard/events.out.*", "wandb_id")  # what trackers keep in the folder of the history
@@ -54,10 +53,10 @@ def write_through(file: IO[bytes], content: bytes | memoryview) -> None:
     supported(os.fsync, file.fileno())
 
 
-def supported(system_call: Callable, descriptor: int) -> bool:
+def supported(system_call: Callable, *arguments: int) -> bool:
     """Make a system call on an open file or folder; return False if its file system does not have it."""
     try:
-        system_call(descriptor)
+        system_call(*arguments)
         return True
     except OSError as error:
         if error.errno not in NOT_SUPPORTED:
@@ -134,27 +133,15 @@ def lock(descriptor: int, folder: Path) -> bool:
     """Lock an open file of the folder; return False if its file system has no locks. ValueError if another run holds
     the lock."""
     # A file server may hold the lock of a dead node for a minute or two after SLURM has requeued its job.
-    patience = 1 if os.environ.get("SLURM_RESTART_COUNT", "0") == "0" else 150
-    deadline = time.monotonic() + patience
+    deadline = time.monotonic() + (1 if os.environ.get("SLURM_RESTART_COUNT", "0") == "0" else 150)
     while True:
         try:
-            return supported(try_to_lock, descriptor)
+            return fcntl is not None and supported(fcntl.flock, descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             if time.monotonic() > deadline:
                 raise ValueError(f"another run is writing to {folder}: wait for it, or give this one its own "
                                  "--log_dir and --save_dir") from None
         time.sleep(0.1)
-
-
-def try_to_lock(descriptor: int) -> None:
-    """Lock an open file until it is closed; BlockingIOError if another process holds the lock."""
-    if sys.platform == "win32":
-        try:
-            msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
-        except PermissionError as error:
-            raise BlockingIOError(*error.args) from None
-    else:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 def move_aside(log_dir: str | Path, save_dir: str | Path | None = None) -> list[Path]:

@@ -101,14 +101,6 @@ def steps_left(folder):
     return sorted(checkpoints.step_in_name(path) for path in checkpoints.saved_checkpoints(folder))
 
 
-@pytest.mark.parametrize("keep, left", [("all", [1, 2, 3, 4]), ("last", [4]), (1, [4]), (2, [3, 4]), (9, [1, 2, 3, 4])])
-def test_so_many_checkpoints_are_kept(tmp_path, keep, left):
-    for step in (1, 2, 3, 4):
-        rolling = save_rolling(tmp_path, make_state(step))
-        checkpoints.save_checkpoint(tmp_path, make_state(step), keep)
-    assert steps_left(tmp_path) == left and not rolling.exists()
-
-
 @pytest.mark.parametrize("keep, sound", [("last", [5]), (1, [5]), (2, [4, 5]), (3, [2, 4, 5])])
 def test_damaged_checkpoints_do_not_count_among_those_kept(tmp_path, keep, sound):
     """A run went back from a damaged step 9 to 4 (3 is damaged, too) and now writes 5."""
@@ -369,10 +361,3 @@ def test_weights_that_do_not_fit_are_refused(edit):
     with pytest.raises(ValueError, match="^5.pt: its weights do not fit the network") as error:
         checkpoints.load_weights(network(), checkpoint, "5.pt")
     one_line(error)
-
-
-def test_a_rolling_checkpoint_names_no_step(tmp_path):
-    path = checkpoints.save_checkpoint(tmp_path, make_state(7))  # in the midst of its fourth epoch
-    assert checkpoints.step_in_name(path) == 7 and path.name == "checkpoint_epoch_0000003_step_000000007.pt"
-    path = save_rolling(tmp_path, make_state(7))
-    assert checkpoints.step_in_name(path) is None and path.name == "rolling.pt"

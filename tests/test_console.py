@@ -40,7 +40,7 @@ def test_each_value_is_below_its_label(history, capsys):
     console.row(row(1000, {}))
     console.end()
     printed = capsys.readouterr().out
-    assert "\n         with augment, label_smoothing 0.1\n" in printed
+    assert "\nwith     augment, label_smoothing 0.1\n" in printed
     assert "95,410 parameters" in printed and "1 x 8 x 8" in printed
     assert "threads  2 in training, 1 in log steps\n" in printed
     head, first, remark, last = printed.splitlines()[-4:]

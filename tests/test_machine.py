@@ -14,6 +14,7 @@ from conftest import FORKS, PATIENCE, SMALL, history_of, run_here
 
 from compute import device as devices
 from compute import signals
+from records import files
 
 TOO_OLD = ("The NVIDIA driver on your system is too old (found version 11040). Please update your GPU driver by "
            "downloading and installing a new version from the URL: http://www.nvidia.com/Download/index.aspx")
@@ -207,6 +208,7 @@ def test_a_run_needs_nothing_that_windows_lacks_and_leaves_no_handlers(former, t
         for name in ("SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU"):
             windows.delattr(signal, name)
         windows.delattr(os, "sched_getaffinity")
+        windows.setattr(files, "fcntl", None)
         assert small_run(tmp_path) == 0
     assert {signal.getsignal(number) for number in NUMBERS} == {former}
     assert history_of(tmp_path)["step"] == [0, 1, 2]
