@@ -182,6 +182,8 @@ FOLDER = {"type": parse_folder, "metavar": "DIR"}
 MLP = "with --model=mlp", lambda config: config.model == "mlp"
 MODULAR = "with --dataset=modular_*", lambda config: config.dataset in MODULAR_SETS
 SIZED = "with --dataset=imagenette or imagefolder", lambda config: config.dataset in ("imagenette", "imagefolder")
+SGD = "with --optimizer=sgd", lambda config: config.optimizer == "sgd"
+ADAM = "with --optimizer=adamw or adam", lambda config: config.optimizer != "sgd"
 LOG_POINTS = "without --log_interval", lambda config: config.log_interval is None
 COMPLEXITY = "without --lc_samples=0", lambda config: config.lc_samples > 0
 GROUPS = {"model": "the network", "dataset": "the data", "optimizer": "training", "log_points": "the log steps",
@@ -192,79 +194,80 @@ GROUPS = {"model": "the network", "dataset": "the data", "optimizer": "training"
 class Config:
     """The flags of a run. The types are those of a complete config (train.complete); None means: not decided yet."""
 
-    preset: str | None = flag(None, EXECUTION, "a named line of flags, which those given beside it override; its files "
-                              "go to runs/NAME/logs and runs/NAME/checkpoints; list shows all presets, as below",
-                              choices=[*PRESETS, "list"])
+    preset: str | None = flag(
+        None, EXECUTION, "a named line of flags, listed below; flags given beside it override it; its files go to "
+        "runs/NAME/; --preset=list only prints the list", choices=[*PRESETS, "list"])
 
-    model: str = flag("mlp", EXPERIMENT, "the architecture", choices=["mlp", "cnn", "resnet18"])
+    model: str = flag("mlp", EXPERIMENT, "the network", choices=["mlp", "cnn", "resnet18"])
     depth: int | None = flag(None, EXPERIMENT, "linear layers of the MLP (default 4)", **whole(2), only=MLP)
     width: int = flag(None, EXPERIMENT, "hidden units, or channels of the first stage (default: mlp 200, cnn 32, "
                       "resnet18 16)", **whole(1))
-    activation: str = flag("relu", EXPERIMENT, "with relu and leaky_relu the network is piecewise linear",
-                           choices=["relu", "gelu", "leaky_relu", "tanh"])
+    activation: str = flag("relu", EXPERIMENT, "activation function; with relu and leaky_relu the network is piecewise "
+                           "linear", choices=["relu", "gelu", "leaky_relu", "tanh"])
     batch_norm: bool = flag(False, EXPERIMENT, "batch norm before each activation; in the paper it prevents grokking")
     init_scale: float = flag(1.0, EXPERIMENT, "factor on the initial weights; 8 with --loss=mse delays generalisation",
                              **real(above=0))
 
-    dataset: str = flag("mnist", EXPERIMENT, "digits and modular_* need no download; imagefolder reads DATA_DIR/train "
-                        "and DATA_DIR/test (or val), npz the arrays in the file DATA_DIR", choices=[
-                            *LIKE_MNIST, *COLOUR_SETS, "digits", *MODULAR_SETS, "imagefolder", "npz"])
-    modulus: int | None = flag(None, EXPERIMENT, "modular arithmetic's data are the pairs of numbers below it (default "
-                               "97)", **whole(2, "P"), only=MODULAR)
-    train_fraction: float | None = flag(None, EXPERIMENT, "share of modular arithmetic's pairs to train on (default "
-                                        "0.5)", **real(above=0, high=1), only=MODULAR)
+    dataset: str = flag(
+        "mnist", EXPERIMENT, "digits and modular_* need no download; imagefolder reads DATA_DIR/train and "
+        "DATA_DIR/test (or val), npz the arrays in the file DATA_DIR",
+        choices=[*LIKE_MNIST, *COLOUR_SETS, "digits", *MODULAR_SETS, "imagefolder", "npz"])
+    modulus: int | None = flag(None, EXPERIMENT, "the p of modular arithmetic, such as (a + b) mod p (default 97)",
+                               **whole(2, "P"), only=MODULAR)
+    train_fraction: float | None = flag(None, EXPERIMENT, "fraction of modular arithmetic's p * p pairs to train on "
+                                        "(default 0.5)", **real(above=0, high=1), only=MODULAR)
     data_dir: str = flag("data", EXECUTION, "where the data sets are kept", **FOLDER)
-    train_size: int = flag(None, EXPERIMENT, "training images, drawn at random by seed (default: 1000 for digits and "
+    train_size: int = flag(None, EXPERIMENT, "number of training images, drawn at random (default: 1000 for digits and "
                            "the sets like MNIST, otherwise all)", type=count_or("all"), metavar="N|all")
-    label_noise: float = flag(0.0, EXPERIMENT, "share of the training labels replaced by random ones; 1 is the "
+    label_noise: float = flag(0.0, EXPERIMENT, "fraction of the training labels to replace by random ones; 1 is the "
                               "random-label experiment", **real("FRACTION", low=0, high=1))
-    image_size: int | None = flag(None, EXPERIMENT, "side of the images, for imagenette and imagefolder (default: "
-                                  "imagenette 128, imagefolder as they are, or 128 if they differ)",
-                                  **whole(1, "PX"), only=SIZED)
+    image_size: int | None = flag(None, EXPERIMENT, "side of the images in pixels (default: imagenette 128, "
+                                  "imagefolder as they are, or 128 if they differ)", **whole(1, "PX"), only=SIZED)
 
-    optimizer: str = flag("adamw", EXPERIMENT, "adam adds the weight decay to the gradient and does not grok",
+    optimizer: str = flag("adamw", EXPERIMENT, "adam adds the weight decay to the gradient, and does not grok",
                           choices=["adamw", "adam", "sgd"])
     loss: str = flag("ce", EXPERIMENT, "ce: cross-entropy as PyTorch computes it; exact_ce: the same function without "
                      "its rounding; mse: squared error on one-hot targets; stablemax: cross-entropy of a softmax that "
                      "does not saturate", choices=["ce", "exact_ce", "mse", "stablemax"])
-    label_smoothing: float = flag(0.0, EXPERIMENT, "share of the target spread over all classes, for ce and exact_ce",
-                                  **real(low=0, high=0.999))
-    lr: float = flag(0.001, EXPERIMENT, "learning rate, the highest one of a schedule", **real(above=0))
-    lr_schedule: str = flag("constant", EXPERIMENT, "after the warm-up: constant, or down to 0 at the last step, along "
-                            "a line (triangle) or half a cosine", choices=["constant", "triangle", "cosine"])
-    warmup_steps: int = flag(0, EXPERIMENT, "steps in which the learning rate rises from 0 to --lr along a line",
+    label_smoothing: float = flag(0.0, EXPERIMENT, "share of the target that is spread over all classes, for ce and "
+                                  "exact_ce", **real(low=0, high=0.999))
+    lr: float = flag(0.001, EXPERIMENT, "learning rate; with a schedule, the highest", **real(above=0))
+    lr_schedule: str = flag("constant", EXPERIMENT, "the learning rate after the warm-up: constant, or falling to 0 at "
+                            "the last step, linearly (triangle) or along half a cosine",
+                            choices=["constant", "triangle", "cosine"])
+    warmup_steps: int = flag(0, EXPERIMENT, "steps over which the learning rate rises linearly from 0 to --lr",
                              **whole(0))
     momentum: float = flag(0.0, EXPERIMENT, "momentum of sgd; adamw and adam have their own",
-                           **real(low=0, high=0.9999),
-                           only=("with --optimizer=sgd", lambda config: config.optimizer == "sgd"))
-    weight_decay: float = flag(0.01, EXPERIMENT, "drives the late phase of an MLP; the paper uses 0 for CNN and ResNet",
-                               **real(low=0))
+                           **real(low=0, high=0.9999), only=SGD)
+    weight_decay: float = flag(0.01, EXPERIMENT, "weight decay; it drives the late phase of an MLP; the paper uses 0 "
+                               "for CNN and ResNet", **real(low=0))
     adam_eps: float = flag(1e-8, EXPERIMENT, "epsilon of Adam and AdamW; slows training once gradients are smaller",
-                           **real(low=0), only=("with --optimizer=adamw or adam", lambda c: c.optimizer != "sgd"))
-    orthogonal_gradient: bool = flag(False, EXPERIMENT, "remove each gradient's component along the tensor's weights")
+                           **real(low=0), only=ADAM)
+    orthogonal_gradient: bool = flag(False, EXPERIMENT, "remove from each tensor's gradient the component along its "
+                                     "weights")
     augment: bool = flag(False, EXPERIMENT, "shift each training image at random by up to an eighth of its side, and "
                          "mirror half of those of cifar10, cifar100 and imagenette")
     branch_from: str | None = flag(None, EXPERIMENT, "start from this checkpoint of another run: its weights, "
                                    "optimizer state and step, with the flags given here", type=parse_folder,
                                    metavar="CHECKPOINT")
-    batch_size: int = flag(200, EXPERIMENT, "images a step, over all processes", **whole(1))
+    batch_size: int = flag(200, EXPERIMENT, "images per step, over all processes", **whole(1))
     n_epochs: int = flag(100_000, LENGTH, "length of the run in passes over the training images", **whole(1))
-    n_steps: int = flag(None, LENGTH, "length in steps, in place of --n_epochs; grokking takes 10^5", **whole(1))
-    dtype: str = flag("float32", EXPERIMENT, "precision of everything; float64 shows what is rounding",
-                      choices=["float32", "float64"])
+    n_steps: int = flag(None, LENGTH, "length of the run in steps, instead; grokking takes about 100,000", **whole(1))
+    dtype: str = flag("float32", EXPERIMENT, "floating-point numbers of training and measuring; float64 shows which "
+                      "effects are due to rounding", choices=["float32", "float64"])
     seed: int = flag(42, EXPERIMENT, "seed of everything random: weights, batches, subset, attack starts",
                      **whole(0, high=2**32 - 1))
 
-    log_points: int = flag(60, MEASUREMENT, "log steps, spaced evenly in log(step), with the first and the last step "
-                           "among them", **whole(3, high=1_000_000), only=LOG_POINTS)
-    log_from: int = flag(1, MEASUREMENT, "the first log step after step 0; the even spacing begins there", **whole(1),
-                         only=LOG_POINTS)
-    log_interval: int | None = flag(None, MEASUREMENT, "log every N epochs, in place of --log_points", **whole(1))
-    epsilons: list[float] = flag(None, MEASUREMENT, "radii of the attack in pixel units of [0, 1], such as 0.1 or "
+    log_points: int = flag(60, MEASUREMENT, "number of log steps, evenly spaced in log(step); the first and the last "
+                           "step are among them", **whole(3, high=1_000_000), only=LOG_POINTS)
+    log_from: int = flag(1, MEASUREMENT, "the first log step after step 0, from which the even spacing begins",
+                         **whole(1), only=LOG_POINTS)
+    log_interval: int | None = flag(None, MEASUREMENT, "log every N epochs instead", **whole(1))
+    epsilons: list[float] = flag(None, MEASUREMENT, "radii of the attacks in pixel units of [0, 1], such as 0.1 or "
                                  "8/255 (default: 0.03 0.06 0.10 0.13 0.16 0.20 for grey images, 1/255 2/255 4/255 "
                                  "8/255 for colour)", type=parse_epsilons, nargs="+", metavar="EPS")
-    pgd_steps: int = flag(10, MEASUREMENT, "steps of the attack behind adv_acc; the most toward one class behind "
-                          "robust_acc", **whole(1))
+    pgd_steps: int = flag(10, MEASUREMENT, "steps of the attack behind adv_acc; the attack behind robust_acc makes at "
+                          "most as many toward one class", **whole(1))
     pgd_step_size: float | None = flag(None, MEASUREMENT, "step size of the attack behind adv_acc in pixel units, such "
                                        "as 0.01 or 0.8/255 (default: 2.5 epsilon / steps)", type=parse_step_size,
                                        metavar="X")
@@ -273,31 +276,31 @@ class Config:
                           "gradient there is exactly zero", choices=["random", "image"])
     pgd_restarts: int = flag(1, MEASUREMENT, "random starts of the attack behind adv_acc; the worst counts", **whole(1),
                              only=("with --pgd_start=random", lambda config: config.pgd_start == "random"))
-    adv_size: int = flag(1000, MEASUREMENT, "test images to attack, the same at every log step", type=count_or("all"),
-                         metavar="N|all")
+    adv_size: int = flag(1000, MEASUREMENT, "number of test images to attack, the same at every log step",
+                         type=count_or("all"), metavar="N|all")
     robust_budget: str = flag("default", MEASUREMENT, "effort of the attack behind robust_acc",
                               choices=["low", "default", "high"])
     certify: int = flag(0, MEASUREMENT, "certify this many of the attacked images, to bound robust_acc from below: for "
                         "an mlp with relu or leaky_relu; 0 turns it off", **whole(0))
-    lc_samples: int = flag(1024, MEASUREMENT, "train, test and random points of local complexity; 0 turns it off",
-                           **whole(0))
-    lc_directions: int = flag(25, MEASUREMENT, "directions of the cross-polytope (2P vertices) around each point",
-                              **whole(1, "P"), only=COMPLEXITY)
-    lc_radius: list[float] = flag(None, MEASUREMENT, "distance of the vertices in pixel units, one or several "
-                                  "(default: 0.05 for grey images, 0.005 for colour)",
+    lc_samples: int = flag(1024, MEASUREMENT, "local complexity is measured around so many training, test and random "
+                           "points each; 0 turns it off", **whole(0))
+    lc_directions: int = flag(25, MEASUREMENT, "number of random directions in which it is measured: 2P vertices "
+                              "around each point", **whole(1, "P"), only=COMPLEXITY)
+    lc_radius: list[float] = flag(None, MEASUREMENT, "distance of the vertices from the point in pixel units, one or "
+                                  "several (default: 0.05 for grey images, 0.005 for colour)",
                                   type=listed(number(float, above=0, high=1e6)), nargs="+", metavar="R",
                                   only=COMPLEXITY)
 
     log_dir: str = flag("logs", EXECUTION, "folder of the history and the figure", **FOLDER)
     save_dir: str = flag("checkpoints", EXECUTION, "folder of the checkpoints", **FOLDER)
     resume: bool = flag(False, EXECUTION, "continue from the newest sound checkpoint in SAVE_DIR, if there is one")
-    checkpoint_minutes: float = flag(10.0, EXECUTION, "save the state this often between log steps", **real(low=0))
-    keep_checkpoints: int | str = flag("all", EXECUTION, "how many log steps' checkpoints to keep",
+    checkpoint_minutes: float = flag(10.0, EXECUTION, "between log steps, save the state this often", **real(low=0))
+    keep_checkpoints: int | str = flag("all", EXECUTION, "how many of the log steps' checkpoints to keep",
                                        type=count_or("all", "last"), metavar="all|last|N")
     on_nan: str = flag("stop", EXECUTION, "what to do when the loss is not finite", choices=["stop", "continue"])
     plot: bool = flag(True, EXECUTION, "draw no figure", option="--no_plot")
-    tracker: list[str] | None = flag(None, EXECUTION, "send each log step to these trackers, too", nargs="+",
-                              choices=["tensorboard", "wandb"])
+    tracker: list[str] | None = flag(None, EXECUTION, "also send each log step to these trackers", nargs="+",
+                                     choices=["tensorboard", "wandb"])
     quiet: bool = flag(False, EXECUTION, "print errors only")
 
     device: str = flag("auto", EXECUTION, "auto is a CUDA GPU if there is one, otherwise the CPU",
@@ -305,11 +308,12 @@ class Config:
     threads: int | None = flag(None, EXECUTION, "CPU threads (default: measured at the start)", **whole(1, high=1024))
     compile: str = flag("off", EXECUTION, "compile the network of the training steps with torch.compile",
                         nargs="?", const="on", choices=["on", "off"])
-    cuda_graph: bool = flag(True, EXECUTION, "launch the kernels of each step one by one: slower, for comparison",
-                            option="--no_cuda_graph")
-    deterministic: bool = flag(False, EXECUTION, "only deterministic GPU kernels: a resumed run repeats bit for bit")
-    eval_batch_size: int | None = flag(None, EXECUTION, "network inputs at once in a log step; bounds its memory "
-                                       "(default: by the network's size)", **whole(1))
+    cuda_graph: bool = flag(True, EXECUTION, "launch the kernels of a step one by one, not as a CUDA graph: slower, "
+                            "for comparison", option="--no_cuda_graph")
+    deterministic: bool = flag(False, EXECUTION, "use deterministic GPU kernels only, so that a resumed run repeats "
+                               "bit for bit")
+    eval_batch_size: int | None = flag(None, EXECUTION, "number of images in the network at once in a log step; bounds "
+                                       "its memory (default: by the network's size)", **whole(1))
 
 
 FIELDS = {field.name: field for field in dataclasses.fields(Config)}

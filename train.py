@@ -30,17 +30,8 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
 from typing import Any, cast
 
-from flags import (
-    COLOUR_EPSILONS,
-    COLOUR_RADIUS,
-    GREY_EPSILONS,
-    GREY_RADIUS,
-    IMPLIED,
-    Config,
-    asked,
-    implied,
-    parse_args,
-)
+import flags
+from flags import IMPLIED, Config, asked, implied, parse_args
 
 if __name__ == "__main__":  # importing PyTorch takes seconds: answer Ctrl-C, --help and a wrong flag before
     signal.signal(signal.SIGINT, lambda *_: (print("train.py: interrupted", file=sys.stderr), os._exit(130)))
@@ -347,8 +338,8 @@ def complete(args: Config, dataset: data.Dataset, device: torch.device) -> Confi
     decided: dict[str, Any] = {name: implied(name, vars(args)) for name in IMPLIED if getattr(args, name) is None}
     decided |= dict(
         device=str(device), train_size=n_train, adv_size=n_test if args.adv_size == "all" else args.adv_size,
-        epsilons=sorted(args.epsilons or (GREY_EPSILONS if grey else COLOUR_EPSILONS)),
-        lc_radius=args.lc_radius or (GREY_RADIUS if grey else COLOUR_RADIUS),
+        epsilons=sorted(args.epsilons or (flags.GREY_EPSILONS if grey else flags.COLOUR_EPSILONS)),
+        lc_radius=args.lc_radius or (flags.GREY_RADIUS if grey else flags.COLOUR_RADIUS),
         n_steps=args.n_steps or args.n_epochs * (n_train // args.batch_size),
         n_epochs=None if args.n_steps else args.n_epochs)
     config = dataclasses.replace(args, **decided)

@@ -173,7 +173,7 @@ def step_rows(label: str, argv: list[str], shape: tuple[int, int, int], device: 
 
 def log_step_rows(device: torch.device, turns: int) -> list[list[str]]:
     """Return the rows of a log step's parts on the MNIST MLP: PGD, robust accuracy, local complexity."""
-    dataset, epsilons = random_images(GREY), train.GREY_EPSILONS
+    dataset, epsilons = random_images(GREY), flags.GREY_EPSILONS
     dataset = train.resident(dataclasses.replace(dataset, x_train=dataset.x_test, y_train=dataset.y_test), device)
     x, y = data.pixels(dataset.x_test, torch.float32), dataset.y_test
     config = train.complete(flags.parse_args([*MNIST, "--n_steps=200", "--lr=0.003"]), dataset, device)

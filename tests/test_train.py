@@ -534,6 +534,28 @@ def test_a_value_given_as_it_is_meant_makes_no_other_folder(given, left_out):
     assert flags.folder_name(parse_args(given)) == flags.folder_name(parse_args(left_out))
 
 
+OTHER = {"depth": 3, "modulus": 7, "train_fraction": 0.3, "image_size": 8, "momentum": 0.5, "adam_eps": 0.1,
+         "log_points": 60, "log_from": 1, "lc_directions": 25, "lc_radius": 0.05}
+USELESS = {"modulus", "train_fraction", "image_size", "momentum"}
+
+
+@pytest.mark.parametrize("mode, useless", [
+    ("--dataset=digits", USELESS), ("--model=cnn", USELESS | {"depth"}), ("--preset=first", USELESS),
+    ("--optimizer=sgd", USELESS - {"momentum"} | {"adam_eps"}),
+    ("--lc_samples=0", USELESS | {"lc_directions", "lc_radius"}),
+    ("--log_interval=1", USELESS | {"log_points", "log_from"}), ("--dataset=imagefolder", USELESS - {"image_size"}),
+    ("--preset=modular", USELESS - {"modulus", "train_fraction"})])
+def test_a_flag_without_effect_is_refused(mode, useless, capsys):
+    refused = set()
+    for name, value in OTHER.items():
+        try:
+            assert getattr(parse_args([mode, f"--{name}={value}"]), name) in (value, [value])
+        except SystemExit:
+            refused.add(name)
+            assert capsys.readouterr().err.startswith(f"train.py: error: --{name} has an effect only with")
+    assert refused == useless
+
+
 def test_a_schedule_may_span_a_length_given_at_its_default():
     assert parse_args(["--n_epochs=100000", "--lr_schedule=cosine"]).lr_schedule == "cosine"
 
