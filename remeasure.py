@@ -298,7 +298,7 @@ def first_sound(paths: list[Path]) -> dict:
 def show(run: Remeasured, console: Console) -> None:
     """Print a table of the rows."""
     made = run.history()
-    console.start(run.config.epsilons, 0, len(run.rows), 0)
+    console.start(run.config.epsilons, run.config.lc_radius, 0, len(run.rows), 0)
     console.end()
     for step in made["step"]:
         console.row(run.rows[step], [warning["text"] for warning in made["warnings"] if warning["step"] == step])

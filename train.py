@@ -297,7 +297,8 @@ def train(run: Run, dataset: data.Dataset, probes: measure.Probes, stop: signals
     run, or 0 if it is complete. figure: on rank 0 only."""
     config, schedule, device = run.config, schedule_for(run.config), dataset.x_train.device
     stretch = STRETCH * 10 if device.type == "cuda" and distributed.world_size() == 1 else STRETCH
-    run.console.start(config.epsilons, run.step, config.n_steps, len(schedule) + 1 - bisect_left(schedule, run.step))
+    run.console.start(config.epsilons, config.lc_radius, run.step, config.n_steps,
+                      len(schedule) + 1 - bisect_left(schedule, run.step))
     while True:
         following = bisect_right(schedule, run.step)  # the first log step after this one
         due = run.step == config.n_steps or (following > 0 and schedule[following - 1] == run.step)

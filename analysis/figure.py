@@ -150,6 +150,10 @@ def add_legend(fig: Figure, groups: Sequence[Sequence[dict]], with_complexity: b
         Line2D([], [], color="0.3", lw=1.0, ls=(0, (3, 1.5)), label="adv_acc at ε: PGD on cross-entropy as computed")]
     if any(panels.shared(group, "rounding") for group in groups):
         handles.append(Patch(color="0.85", label="filled: the part of adv_acc that is rounding"))
+    if any(panels.shared(group, "certified_acc") for group in groups):
+        n = min(groups[0][0]["config"].get("certify", 0), groups[0][0]["sizes"]["attacked"])
+        handles.append(Line2D([], [], color="0.3", lw=1.4, ls=(0, (1, 1)),
+                              label=f"certified_acc at ε: no attack can succeed ({n:,} images)"))
     if with_complexity:
         handles.append(Patch(color="0.75", label="train points, layer upon layer (first at the bottom)"))
     shown = {name for group in groups for name in panels.shown_shares(group)}

@@ -141,7 +141,7 @@ def epsilon_colours(histories: Sequence[dict]) -> dict[str, Any]:
 
 def accuracy_panel(ax: Axes, group: Sequence[dict], colours: dict[str, Any]) -> None:
     """Train, test, robust_acc (full lines) and adv_acc (dashed, in the same colours) against the step; below adv_acc,
-    filled, what of it is rounding. colours: of each epsilon."""
+    filled, what of it is rounding; dotted certified_acc. colours: of each epsilon."""
     def column(name: str, key: str | None) -> Callable[[dict], np.ndarray]:
         return lambda history: column_of(history[name] if key else history, key or name)
 
@@ -160,6 +160,8 @@ def accuracy_panel(ax: Axes, group: Sequence[dict], colours: dict[str, Any]) -> 
             ax.fill_between(steps, adv - rounding, adv, color=colours[key], alpha=0.18, lw=0)
         if key in attacked:
             draw("adv_acc", key=key, band=False, color=colours[key], lw=1.0, ls=(0, (3, 1.5)))
+        if key in shared(group, "certified_acc"):
+            draw("certified_acc", key=key, band=False, color=colours[key], lw=1.4, ls=(0, (1, 1)))
         draw("robust_acc", f"ε {epsilon_label(key)}", key=key, color=colours[key], lw=1.6)
     draw("test_acc", "test", color=TEST, lw=1.6)
     ax.set_ylim(-0.02, 1.02)

@@ -65,7 +65,8 @@ def summary(history: dict) -> str:
         return "no log step yet"
     rises = rises_of(history)
     sentences = [fitting_text(history), generalisation_text(history, rises["test"]), *robustness_texts(history, rises),
-                 gap_text(history), complexity_text(history), *spike_texts(history)]
+                 gap_text(history),
+                 certified_text(history), complexity_text(history), *spike_texts(history)]
     return "\n".join([*(textwrap.fill(text, WIDTH, subsequent_indent="  ") for text in sentences if text), "",
                       *accuracy_table(history, rises), "",
                       *(textwrap.fill(note, WIDTH) for note in notes(history, rises))])
@@ -131,7 +132,8 @@ def robustness_texts(history: dict, rises: dict[str, Rise]) -> list[str]:
         parts.append([column[highest] - column[start] for column in (rounding, values)])
     if not np.isfinite(parts).all():
         return [text, f"{seen.capitalize()}; how much of that is rounding was not measured."]
-    cause = "Numerical" if all(part > rise / 2 for part, rise in parts) else "By the weaker attack"
+    part, rise = np.sum(parts, axis=0)
+    cause = "Numerical" if part > rise / 2 else "By the weaker attack"
     shares = listing(f"{100 * part:.0f} of {100 * rise:.0f}" for part, rise in parts)
     return [text, f"{cause}: {seen}; of its rise to its highest value, {shares} points are rounding."]
 
@@ -142,16 +144,32 @@ def rounding_of(history: dict, key: str) -> np.ndarray:
 
 
 def gap_text(history: dict) -> str:
-    """Return a sentence on how far adv_acc ends above robust_acc where that is most, and what the difference is."""
+    """Return how far adv_acc ends above robust_acc and how much of that is rounding, where each is most."""
     parts = {key: [100 * (history["adv_acc"][key][-1] - history["robust_acc"][key][-1]),
                    100 * rounding_of(history, key)[-1]]
              for key in own_epsilons(history) if np.isfinite(rounding_of(history, key)[-1])}
     if not parts:
         return ""
-    key = max(parts, key=lambda key: parts[key][0])
-    gap, rounding = map(round, parts[key])
-    return "" if gap < 1 else (f"At the end adv_acc exceeds robust_acc by {gap} points at ε = {epsilon_label(key)}: "
-                               f"{rounding} of them rounding, {gap - rounding} the weaker attack.")
+    widest, rounded = (max(parts, key=lambda key: parts[key][i]) for i in (0, 1))
+    gap, rounding = map(round, parts[widest])
+    text = (f"At the end adv_acc exceeds robust_acc by {gap} points at ε = {epsilon_label(widest)}: {rounding} of them "
+            f"rounding, {gap - rounding} the weaker attack.") * (gap > 0)
+    gap, most = map(round, parts[rounded])
+    return text + f" Rounding is most at ε = {epsilon_label(rounded)}: {most} of {gap} points." * (most > rounding)
+
+
+def certified_text(history: dict) -> str:
+    """Return between which bounds the robust accuracy of the certified images lies at the end."""
+    outcomes, grid = history.get("outcomes", {}), sorted({0.0, *map(float, own_epsilons(history))})
+    proved, withstood = ((outcomes.get(name) or [None])[-1] for name in ("certified", "robust"))
+    if not proved or not withstood:
+        return ""
+    parts = []
+    for key in own_epsilons(history):
+        least = chr(48 + grid.index(float(key)))  # codes above it withstand this epsilon
+        low, high = (np.mean([code > least for code in text[:len(proved)]]) for text in (proved, withstood))
+        parts.append(f"at ε = {epsilon_label(key)} between {low:.0%} and {high:.0%}")
+    return f"Certified: {listing(parts)} of {len(proved):,} images withstand every attack."
 
 
 def listing(words: Iterable[str]) -> str:

@@ -118,7 +118,7 @@ class Rise(NamedTuple):
     compared: int = 0  # how many later log points could be compared with interpolation, image by image
     largest: float = np.nan  # largest later value
     level: float = np.nan  # highest later level that is held for HOLD log points
-    dip: float = np.nan  # lowest later level that is held, NaN unless it lies below start
+    dip: float = np.nan  # lowest later level that is held, NaN unless below start and not above level
     half: int | None = None  # from here on the curve holds half of the rise to level, if that rise counts
     recovery: int | None = None  # from here on it holds half of the way out of the dip, if that recovery counts
     brief: bool = False  # whether no rise counts, but a single log point is high enough and beyond chance
@@ -152,7 +152,7 @@ def delayed_rise(curve: Curve, start: int | None, statements: int = 1) -> Rise:
     rise = rise._replace(level=floors.max(), p=p_rise.min())
     if one_counts(p_rise, floors - rise.start):
         rise = rise._replace(half=later[first_half(floors, rise.start)], brief=False)
-    if ceilings[foot] < rise.start:
+    if ceilings[foot] < rise.start and ceilings[foot] <= rise.level:
         rise = rise._replace(dip=ceilings[foot])
         after = foot + HOLD  # the first stretch that begins when the lowest one is over
         floors = floors[after:]

@@ -65,7 +65,7 @@ class Console:
             f"device   {environment['device']}{processes}{threads}\n"
             f"files    {config['log_dir']}/training_history.json, {config['save_dir']}/checkpoint_epoch_*.pt\n")
 
-    def start(self, epsilons: list[float], step: int, n_steps: int, log_steps_left: int) -> None:
+    def start(self, epsilons: list[float], radii: list[float], step: int, n_steps: int, log_steps_left: int) -> None:
         """Print the table's head, and begin to measure the time. log_steps_left: the number of log steps to come,
         including one at this step."""
         self.n_steps, self.log_steps_left = n_steps, log_steps_left
@@ -77,15 +77,20 @@ class Console:
         keys = [*map(history_key, epsilons)]
         column = max(5, *(len(epsilon_label(key)) for key in keys)) + 1
         adv = max(7, column - 1)
-        room = min(WIDTH, shutil.get_terminal_size((WIDTH, 24)).columns) - 53 - adv  # beside them stand 53 characters
+        self.radii = thin([*map(history_key, radii)], 2)
+        complexity = [f"r {radius}" for radius in self.radii] if len(radii) > 1 else ["compl."]
+        lengths = [max(7, len(label)) for label in complexity]
+        # Beside the accuracies under attack stand 45 characters and local complexity.
+        room = min(WIDTH, shutil.get_terminal_size((WIDTH, 24)).columns) - 45 - sum(lengths) - len(lengths) - adv
         self.keys = thin(keys, max(2, min(MOST_EPSILONS, room // column)))
-        self.middle = self.keys[len(self.keys) // 2]
-        self.widths = [8, 8, 5, 5, *[column - 1] * len(self.keys), adv, 7, 7, 6]
+        self.middle = self.keys[(len(self.keys) - 1) // 2]  # as in the table of plot.py
+        self.widths = [8, 8, 5, 5, *[column - 1] * len(self.keys), adv, *lengths, 7, 6]
         robust = column * len(self.keys)
         title = next(text for text in ("robust_acc at epsilon", "robust_acc", "rob.") if len(text) < robust)
-        self.note(f"{'':29} {title:{robust}}{'adv_acc':>{adv}} {'local':>7}")
+        local = "local compl." if len(radii) > 1 else "local"
+        self.note(f"{'':29} {title:{robust}}{'adv_acc':>{adv}} {local:>{sum(lengths) + len(lengths) - 1}}")
         self.print_row("step", "loss", "train", "test", *map(epsilon_label, self.keys), epsilon_label(self.middle),
-                       "compl.", "|w|", "s")
+                       *complexity, "|w|", "s")
         if not self.quiet and sys.stderr.isatty() and not in_notebook():
             self.bar = tqdm(total=n_steps, initial=step, unit="step", dynamic_ncols=True, leave=False)
 
@@ -97,11 +102,12 @@ class Console:
         if self.measuring_since is not None:
             self.log_step_took, self.measuring_since = time.monotonic() - self.measuring_since, None
         self.log_steps_left -= 1
-        layers = next(iter(row["local_complexity"].get("train", {}).values()), [math.nan])
+        counted = row["local_complexity"].get("train", {})
+        complexity = [decimals(sum(counted.get(radius, [math.nan]))) for radius in self.radii]
         robust = {key: in_percent(row["robust_acc"][key]) for key in self.keys}
         self.print_row(str(row["step"]), f"{row['train_loss']:.2e}", in_percent(row["train_acc"]),
                        in_percent(row["test_acc"]), *robust.values(), in_percent(row["adv_acc"][self.middle]),
-                       decimals(sum(layers)), decimals(row["weight_norm"]), f"{row['seconds']:.0f}")
+                       *complexity, decimals(row["weight_norm"]), f"{row['seconds']:.0f}")
         for remark in remarks:
             self.note(textwrap.fill(f"note: {remark}", WIDTH, subsequent_indent="      "))
         self.latest = f"test {in_percent(row['test_acc'])} robust {robust[self.middle]}"

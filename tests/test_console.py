@@ -35,7 +35,7 @@ def row(step, complexity):
 def test_each_value_is_below_its_label(history, capsys):
     console = Console()
     console.header(history)
-    console.start(EPSILONS, 0, 1000, 2)
+    console.start(EPSILONS, [0.05], 0, 1000, 2)
     console.row(row(0, {"train": {"0.05": [1.5, 2.0]}}), ["a remark"])
     console.row(row(1000, {}))
     console.end()
@@ -53,6 +53,15 @@ def test_each_value_is_below_its_label(history, capsys):
     assert max(map(len, printed.splitlines())) <= 100
 
 
+def test_two_radii_are_two_labelled_columns(history, capsys):
+    console = Console()
+    console.start(EPSILONS, [0.01, 0.1], 0, 1000, 2)
+    console.row(row(0, {"train": {"0.01": [0.5, 0.25], "0.1": [7.0, 5.0]}}))
+    titles, head, first = capsys.readouterr().out.splitlines()
+    assert "local compl." in titles and head.split()[-6:-2] == ["r", "0.01", "r", "0.1"]
+    assert first.split()[-4:-2] == ["0.75", "12.00"] and len(head) == len(first)
+
+
 @pytest.mark.parametrize("variable, value", [("JPY_PARENT_PID", "7"), (None, None),
                                              ("MPLBACKEND", "module://matplotlib_inline.backend_inline")])
 def test_a_notebook_has_rows_and_a_terminal_a_bar(history, monkeypatch, variable, value):
@@ -62,7 +71,7 @@ def test_a_notebook_has_rows_and_a_terminal_a_bar(history, monkeypatch, variable
         monkeypatch.setenv(variable, value)
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     console = Console()
-    console.start(EPSILONS, 0, 1000, 2)
+    console.start(EPSILONS, [0.05], 0, 1000, 2)
     console.end()
     assert (console.bar is None) == (variable is not None)
 
@@ -71,7 +80,7 @@ def test_without_a_bar_a_line_a_minute_says_what_is_to_go(history, monkeypatch, 
     clock = {"now": 100.0}
     monkeypatch.setattr(time, "monotonic", lambda: clock["now"])
     console = Console()
-    console.start(EPSILONS, 0, 1000, 1)
+    console.start(EPSILONS, [0.05], 0, 1000, 1)
     capsys.readouterr()
     for step in range(10, 500, 10):
         clock["now"] += 2 if step > 10 else 60  # the first steps compile the network
@@ -92,7 +101,7 @@ def test_without_a_bar_a_line_a_minute_says_what_is_to_go(history, monkeypatch, 
 def test_quiet_prints_nothing(history, capsys):
     console = Console(quiet=True)
     console.header(history)
-    console.start(EPSILONS, 0, 1000, 2)
+    console.start(EPSILONS, [0.05], 0, 1000, 2)
     console.row(row(0, {}))
     assert capsys.readouterr() == ("", "")
 

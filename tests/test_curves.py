@@ -311,6 +311,18 @@ def test_summary_says_what_of_the_gap_is_rounding():
         assert ("At the end adv_acc exceeds robust_acc by 40 points at ε = 0.1: 38 of them rounding, 2 the weaker "
                 "attack.") in text
     assert "the weaker attack" not in report.summary(known_history())
+    history = known_history(rounding={"0.1": [0.0] * 7 + [0.05], "0.0313725": [0.0] * 7 + [0.2]})
+    assert "points at ε = 0.1: 5 of them rounding, 35 the weaker attack. Rounding is most at ε = 8/255: 20 of 30 " \
+           "points." in sentences(report.summary(history))
+
+
+def test_summary_gives_the_bounds_of_the_certified_images():
+    history = make_history([0, 1], [0.5, 1], [0.9, 0.9], {"0.03": [0.5, 0.5], "0.1": [0.4, 0.4]}, images=10)
+    history["outcomes"] |= {"robust": ["3333222111", "3333222111"], "certified": [None, "3221"]}
+    assert ("Certified: at ε = 0.03 between 75% and 100% and at ε = 0.1 between 25% and 100% of 4 images withstand "
+            "every attack.") in sentences(report.summary(history))
+    history["outcomes"]["certified"] = ["3221", None]
+    assert "Certified" not in report.summary(history)
 
 
 def test_summary_explains_only_what_it_shows():

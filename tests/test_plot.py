@@ -179,6 +179,15 @@ def test_what_of_adv_acc_is_rounding_is_filled_where_it_was_measured(one_run):
     assert filled(grokking()) == []
 
 
+def test_what_is_certified_is_dotted_in_the_epsilons_colour():
+    history = grokking(certify=200)
+    fig = figure.figure([history | {"certified_acc": {"0.1": [None, *history["robust_acc"]["0.1"][1:]]}}])
+    colour = panels.epsilon_colours([history])["0.1"]
+    assert lines(fig.axes[0], colour)[1][1] == [None, *history["robust_acc"]["0.1"][1:]]
+    assert "certified_acc at ε: no attack can succeed (200 images)" in texts(fig)
+    assert_readable(fig)
+
+
 def test_a_history_measured_again_says_so_and_has_its_runs_interpolation():
     fig = figure.figure([grokking() | {"interpolation": 77}])
     assert marks(fig.axes[0], "0.35") == [77] and any("training images, measured again" in text for text in texts(fig))
