@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from typing import Any, TypedDict
 
 import numpy as np
 import torch
@@ -21,6 +22,30 @@ from losses import build_loss
 
 Progress = Callable[[str, float], None]  # is told what is being measured, and which share of it is done
 POINTS_AT_ONCE = 128  # of local complexity on a CPU, so that its progress shows
+
+
+class Row(TypedDict, total=False):
+    """What a log step records; docs/files.md says what each column holds."""
+
+    epoch: float
+    step: int
+    train_loss: float
+    train_acc: float
+    train_saturated: float
+    test_loss: float
+    test_acc: float
+    adv_acc: dict[str, float]
+    rounding: dict[str, float]
+    robust_acc: dict[str, float]
+    certified_acc: dict[str, float]
+    saturated: float
+    zero_gradient: float
+    local_complexity: dict[str, dict[str, list[float]]]
+    weight_norm: float
+    max_batch_loss: float
+    lr: float
+    seconds: float
+    outcomes: dict[str, Any]
 
 
 @dataclass
@@ -82,10 +107,10 @@ def draw_probes(config: Config, dataset: data.Dataset) -> Probes:
 
 @torch.inference_mode()
 def clean(model: nn.Module, dataset: data.Dataset, probes: Probes, config: Config, batch_size: int,
-          progress: Progress) -> dict:
+          progress: Progress) -> Row:
     """Return loss and accuracy on all images, and train_saturated: the share of the training images on which the
     softmax rounds to 1 at the true class, so that the gradient of cross-entropy has lost that class's term."""
-    row: dict = {}
+    row: Any = {}
     loss_function = build_loss(config.loss, config.label_smoothing)
     for split in ("train", "test"):
         n = len(getattr(dataset, f"y_{split}"))
@@ -104,11 +129,12 @@ def clean(model: nn.Module, dataset: data.Dataset, probes: Probes, config: Confi
         row |= {f"{split}_loss": loss / n, f"{split}_acc": correct.sum().item() / n}
         if split == "train":
             row["train_saturated"] = saturated / n
-    return {**row, "outcomes": {"test": hex_of(correct)}}
+    row["outcomes"] = {"test": hex_of(correct)}
+    return row
 
 
 def under_attack(model: nn.Module, dataset: data.Dataset, probes: Probes, config: Config, batch_size: int,
-                 progress: Progress) -> dict:
+                 progress: Progress) -> Row:
     """Return adv_acc, the paper's measure (PGD on cross-entropy as PyTorch computes it, last iterate); rounding, the
     share of the attacked images that withstand this attack but not the same attack on the exact objective; robust_acc,
     from how many radii each image withstands; saturated, the share on which the softmax rounds to exactly 1;
@@ -162,7 +188,7 @@ def withstands(model: nn.Module, x: Tensor, y: Tensor, starts: Tensor, epsilon: 
 
 
 def certified(model: nn.Module, dataset: data.Dataset, probes: Probes, config: Config, batch_size: int,
-              progress: Progress) -> dict:
+              progress: Progress) -> Row:
     """Return certified_acc, the share of the first config.certify attacked images that are certified; nothing if that
     is 0."""
     if config.certify == 0:
@@ -179,7 +205,7 @@ def certified(model: nn.Module, dataset: data.Dataset, probes: Probes, config: C
 
 
 def complexity(model: nn.Module, dataset: data.Dataset, probes: Probes, config: Config, batch_size: int,
-               progress: Progress) -> dict:
+               progress: Progress) -> Row:
     """Return local_complexity: {set of points: {radius: [mean count of each layer]}}, NaN for a layer with a
     pre-activation that is NaN."""
     means = {}
@@ -198,7 +224,7 @@ def complexity(model: nn.Module, dataset: data.Dataset, probes: Probes, config: 
     return {"local_complexity": means}
 
 
-def weight_norm(model: nn.Module, *_: object) -> dict:
+def weight_norm(model: nn.Module, *_: object) -> Row:
     """Return weight_norm, the norm of all parameters together."""
     return {"weight_norm": nn.utils.get_total_norm([p.detach().cpu().double() for p in model.parameters()]).item()}
 
@@ -207,14 +233,14 @@ METRICS = (clean, under_attack, certified, complexity, weight_norm)
 
 
 def measure(model: nn.Module, dataset: data.Dataset, probes: Probes, config: Config,
-            progress: Progress = lambda what, share: None, metrics: Sequence[Callable] = METRICS) -> dict:
+            progress: Progress = lambda what, share: None, metrics: Sequence[Callable] = METRICS) -> Row:
     """Return one row of the history: what a log step records of the network, except for its step and time.
 
     config: the flags as used. progress: called with what is being measured and which share of it is done (0 to 1).
     metrics: those of METRICS to measure.
     """
     batch_size = config.eval_batch_size or default_eval_batch_size(model, dataset.x_train.shape[1:])
-    row: dict = {}
+    row: Row = {}
     with models.evaluating(model):
         for metric in metrics:
             columns = metric(model, dataset, probes, config, batch_size, progress)
@@ -245,7 +271,7 @@ def default_eval_batch_size(model: nn.Module, in_shape: torch.Size) -> int:
 
 # ---- what a row says to the reader ----------------------------------------------------------------------------------
 
-def remarks(row: dict, config: Config) -> dict[str, str]:
+def remarks(row: Row, config: Config) -> dict[str, str]:
     """Return {kind: line} of what a reader of this row should know; a run prints each kind once."""
     found = {}
     if row["zero_gradient"] > 0.01:

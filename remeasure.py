@@ -32,7 +32,6 @@ MACHINE = frozenset({"data_dir", "device", "threads", "eval_batch_size", "quiet"
 ASKED_HERE = (flags_of(MEASUREMENT) - SCHEDULE) | DATA | MACHINE
 # Columns that a log step's checkpoint holds and that measuring it again does not change.
 KNOWN = ("train_loss", "train_acc", "train_saturated", "test_loss", "test_acc", "weight_norm", "max_batch_loss")
-Row = dict[str, Any]
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -163,7 +162,7 @@ class Remeasured:
         self.empty["derived"] |= train.choose_threads(self.config, self.model, self.dataset, None)
         torch.set_num_threads(self.empty["derived"]["eval_threads"])
         self.file = history.HistoryFile(Path(args.log_dir) / history.HISTORY_NAME)
-        self.rows: dict[int, Row] = {}
+        self.rows: dict[int, measure.Row] = {}
 
     def is_mine(self, record: dict) -> bool:
         """Return whether a history holds measurements of this run with these flags."""
@@ -184,14 +183,14 @@ class Remeasured:
             (moved,) = files.move_aside(self.file.path.parent)
             note(f"measurements of another run or with other flags are now in {moved}")
 
-    def measured(self, path: Path, progress: measure.Progress) -> Row:
+    def measured(self, path: Path, progress: measure.Progress) -> measure.Row:
         """Return the row of a checkpoint. ValueError, in one line, if it is damaged or of another run."""
         state = checkpoints.load_checkpoint(path)
         other = checkpoints.differences(state["config"], self.config, flags_of(EXPERIMENT))
         if other:
             raise ValueError(f"{path} is of another run: {'; '.join(other)}")
         checkpoints.load_weights(self.model, state, path)
-        row = {name: state[name] for name in KNOWN if name in state}
+        row: Any = {name: state[name] for name in KNOWN if name in state}
         k, right = index_of(state, self.own), self.own.get("outcomes", {}).get("test")
         outcomes = right[k] if right and k is not None else None
         metrics = [metric for metric in measure.METRICS if metric not in (measure.clean, measure.weight_norm)]
@@ -213,12 +212,12 @@ class Remeasured:
                 remarks.setdefault(kind, {"step": step, "kind": kind, "text": text})
         return {**made, "warnings": [*remarks.values()]}
 
-    def add(self, rows: dict[int, Row]) -> None:
+    def add(self, rows: dict[int, measure.Row]) -> None:
         self.rows |= rows
         self.file.begin(self.history())
 
 
-def rows_of(record: dict) -> dict[int, Row]:
+def rows_of(record: dict) -> dict[int, measure.Row]:
     """Return {step: row} of a history."""
     return {row["step"]: row for row in map(history.with_nan, history.rows_of(record))}
 

@@ -7,11 +7,11 @@ import sys
 import textwrap
 import time
 from collections.abc import Callable, Iterable
-from typing import Any
 
 from tqdm import tqdm
 
 from flags import EXPERIMENT, MEASUREMENT, SCHEDULE, epsilon_label, flag_text, flags_of, history_key
+from measure import Row
 
 SECONDS_BETWEEN_LINES = 60
 SECONDS_BEFORE_ESTIMATE, STEPS_BEFORE_ESTIMATE = 5, 10
@@ -97,7 +97,7 @@ class Console:
     def print_row(self, *cells: str) -> None:
         self.note(" ".join(f"{cell:>{width}}" for cell, width in zip(cells, self.widths, strict=True)))
 
-    def row(self, row: dict[str, Any], remarks: Iterable[str] = ()) -> None:
+    def row(self, row: Row, remarks: Iterable[str] = ()) -> None:
         """Print the table row of a log step, accuracies in percent, and the remarks below it."""
         if self.measuring_since is not None:
             self.log_step_took, self.measuring_since = time.monotonic() - self.measuring_since, None

@@ -8,7 +8,7 @@ joins them, so that a kill at any moment loses nothing.
 import json
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ BESIDE = {"version", "config", "asked", "derived", "environment", "sizes", "laye
           "interpolation"}
 
 
-def append(history: dict, row: dict) -> None:
+def append(history: dict, row: Mapping[str, Any]) -> None:
     """Append a log step's row to the history's columns; nested objects line up with nested columns. A column that the
     row lacks gets None, a new column is None up to here, and so is a number that is not finite."""
     columns = columns_of(history)
@@ -51,7 +51,7 @@ def row_at(columns: Any, k: int) -> Any:
     return {name: row_at(column, k) for name, column in columns.items()} if isinstance(columns, dict) else columns[k]
 
 
-def flat(row: dict, layers: Sequence[str] = ()) -> dict[str, Any]:
+def flat(row: Mapping[str, Any], layers: Sequence[str] = ()) -> dict[str, Any]:
     """Return {name: value} of a row, such as robust_acc/0.1 and local_complexity/train/0.05/layer1, without outcomes.
 
     layers: what to call the layers in place of layer1, layer2, ...
@@ -128,13 +128,13 @@ class HistoryFile:
         write_atomically(self.rows_path, b"".join(lines))
         self.flush(history)
 
-    def log(self, history: dict, row: dict) -> None:
+    def log(self, history: dict, row: Mapping[str, Any]) -> None:
         """Store a row that has just been appended to history. Rewriting the JSON takes at most a tenth of the time."""
         append_line(self.rows_path, self.line(history, row))
         if time.monotonic() - self.written_at > max(1.0, 10 * self.took):
             self.flush(history)
 
-    def line(self, history: dict, row: dict) -> bytes:
+    def line(self, history: dict, row: Mapping[str, Any]) -> bytes:
         return encoded({**row, "warnings": [entry for entry in history["warnings"] if entry["step"] == row["step"]]})
 
     def flush(self, history: dict) -> None:

@@ -11,6 +11,7 @@ import torch
 
 from compute import distributed
 from flags import MEASUREMENT, SCHEDULE, Config, flags_of
+from measure import Row
 from records import checkpoints, files, history
 from records.console import Console, attempt
 from records.trackers import Trackers
@@ -139,14 +140,14 @@ class Run:
                 "model_state_dict": self.model.state_dict(),
                 "optimizer_state_dict": self.trainer.optimizer.state_dict()}
 
-    def record(self, row: dict, remarks: dict[str, str]) -> None:
+    def record(self, row: Row, remarks: dict[str, str]) -> None:
         """Append a log step's row to the history; write the history, a checkpoint and the row of the table."""
         self.history["warnings"] += [{"step": self.step, "kind": kind, "text": text} for kind, text in remarks.items()]
         history.append(self.history, row)
         distributed.run_on_rank0(lambda: self.write_log_step(row, remarks))
         self.saved_at, self.saved_step = time.perf_counter(), self.step
 
-    def write_log_step(self, row: dict, remarks: dict[str, str]) -> None:
+    def write_log_step(self, row: Row, remarks: dict[str, str]) -> None:
         self.locks.check()
         self.history_file.log(self.history, row)
         metrics = {name: value for name, value in row.items() if name != "outcomes"}

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from measure import Row
 from records.console import attempt
 from records.history import flat
 
@@ -20,7 +21,7 @@ GROUPS = {"train_acc": "accuracy/train", "test_acc": "accuracy/test", "train_los
           "train_saturated": "saturation/training_images", "zero_gradient": "saturation/zero_gradient"}
 
 
-def scalars(row: dict) -> dict[str, float]:
+def scalars(row: Row) -> dict[str, float]:
     """Return {name: value} of a log step's numbers, some of them in groups."""
     return {GROUPS.get(name, name): float(value) for name, value in flat(row).items()
             if name != "step" and isinstance(value, (int, float)) and math.isfinite(value)}
@@ -106,7 +107,7 @@ class Trackers:
         self.active = {name: tracker for name, tracker in self.active.items()
                        if attempt(functools.partial(work, tracker), f"{name} failed", self.note)}
 
-    def log(self, row: dict) -> None:
+    def log(self, row: Row) -> None:
         """Send a log step's row to each tracker."""
         values = scalars(row)
         self.each(lambda tracker: tracker.log(values, row["step"]))
