@@ -170,6 +170,7 @@ class Trainer:
             steps = torch.arange(block * self.block_steps, (block + 1) * self.block_steps)
             tables.append((self.rates, learning_rates(config, steps, self.schedule_from)))
         for place, values in tables:
+            values = values.to(place.dtype)
             # From pinned memory the copy waits its turn on the GPU, and the host does not wait for it.
             place.copy_(values.pin_memory() if place.is_cuda else values, non_blocking=True)
 
