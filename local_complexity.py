@@ -78,7 +78,8 @@ def layer_units(model: nn.Module, in_shape: Sequence[int]) -> dict[str, int]:
         functions.module_input = args[0]
 
     with evaluating(model), torch.no_grad(), pre_hooks(names, note), functions:
-        model(next(model.parameters()).new_zeros(1, *in_shape))
+        weights = (tensor for tensor in (*model.parameters(), *model.buffers()) if tensor.is_floating_point())
+        model(next(weights, torch.zeros(())).new_zeros(1, *in_shape))
     if not units:
         raise ValueError("the model has no activation module, such as nn.ReLU: there is no layer to count")
     if functions.called:

@@ -9,6 +9,7 @@ from typing import Any, TypedDict
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import attacks
 import certify
@@ -239,7 +240,8 @@ def measure(model: nn.Module, dataset: data.Dataset, probes: Probes, config: Con
     config: the flags as used. progress: called with what is being measured and which share of it is done (0 to 1).
     metrics: those of METRICS to measure.
     """
-    batch_size = config.eval_batch_size or default_eval_batch_size(model, dataset.x_train.shape[1:])
+    batch_size = config.eval_batch_size or default_eval_batch_size(
+        model, data.pixels(dataset.x_train[:1], getattr(torch, config.dtype)))
     row: Row = {}
     with models.evaluating(model):
         for metric in metrics:
@@ -254,19 +256,34 @@ def hex_of(bits: Tensor) -> str:
     return packed[:-(-len(bits) // 4)]
 
 
-def default_eval_batch_size(model: nn.Module, in_shape: torch.Size) -> int:
-    """Return how many inputs of this shape the network can take at once within about 1 GB of activations, or 4 GB on a
-    GPU. What is free there does not count: a resumed run has to evaluate in the same batches."""
-    elements: list[int] = []
-    parameter = next(model.parameters())
-    with torch.inference_mode(), models.evaluating(model), ExitStack() as hooks:
-        for module in model.modules():
-            if not any(module.children()):
-                hooks.enter_context(module.register_forward_hook(lambda *args: elements.append(args[2].numel())))
-        model(parameter.new_zeros(1, *in_shape))
-    memory, most = (2**32, 10_000) if parameter.device.type == "cuda" else (2**30, 1000)
+class Outputs(TorchDispatchMode):
+    """Counts the elements of what PyTorch's operators return."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        returned = result if isinstance(result, (tuple, list)) else [result]
+        self.elements += sum(tensor.numel() for tensor in returned if isinstance(tensor, Tensor))
+        return result
+
+
+def default_eval_batch_size(model: nn.Module, image: Tensor) -> int:
+    """Return how many inputs like image, (1, C, H, W), the network can take at once within about 1 GB of activations,
+    or 4 GB on a GPU. What is free there does not count: a resumed run has to evaluate in the same batches."""
+    outputs = Outputs()
+    with torch.no_grad(), models.evaluating(model), ExitStack() as watching:
+        if isinstance(model, models.Network):  # by the modules' outputs: other batches would change the last bits
+            for module in model.modules():
+                if not any(module.children()):
+                    watching.enter_context(module.register_forward_hook(
+                        lambda *args: setattr(outputs, "elements", outputs.elements + args[2].numel())))
+        else:
+            watching.enter_context(outputs)
+        model(image)
+    memory, most = (2**32, 10_000) if image.device.type == "cuda" else (2**30, 1000)
     # Twice: a backward pass holds the activations and their gradients.
-    return max(1, min(memory // (2 * sum(elements) * parameter.element_size()), most))
+    return max(1, min(memory // (2 * max(1, outputs.elements) * image.element_size()), most))
 
 
 # ---- what a row says to the reader ----------------------------------------------------------------------------------

@@ -16,11 +16,17 @@ signal n.
 import argparse
 import contextlib
 import dataclasses
+import importlib.util
+import itertools
 import math
-import runpy
+import os
+import pickle
+import re
 import signal
 import sys
-from collections.abc import Callable, Iterable
+import time
+import warnings
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +36,8 @@ from flags import EXPERIMENT, MEASUREMENT, SCHEDULE, Config, flags_of, history_k
 DATA = frozenset({"dataset", "train_size", "label_noise", "image_size", "modulus", "train_fraction", "seed"})
 MACHINE = frozenset({"data_dir", "device", "threads", "eval_batch_size", "quiet"})
 ASKED_HERE = (flags_of(MEASUREMENT) - SCHEDULE) | DATA | MACHINE
+HERE = Path(__file__).resolve().parent
+WRAPPERS = re.compile(r"(?<![^.])(module|_orig_mod)\.")  # in the names of weights: DataParallel's, torch.compile's
 # Columns that a log step's checkpoint holds and that measuring it again does not change.
 KNOWN = ("train_loss", "train_acc", "train_saturated", "test_loss", "test_acc", "weight_norm", "max_batch_loss")
 
@@ -40,27 +48,40 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         prog="remeasure.py", allow_abbrev=False, description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="Omitted flags default to the run's; with --network, to train.py's.")
-    parser.add_argument("paths", nargs="*", metavar="PATH",
+    parser.add_argument("paths", nargs="*", metavar="PATH", type=flags.parse_folder,
                         help="checkpoints, folders of checkpoints, or folders of runs (with checkpoints/ in them)")
-    parser.add_argument("--every", type=flags.number(int, low=1), default=1, metavar="N",
+    parser.add_argument("--every", type=flags.number(int, low=1), metavar="N",
                         help="measure each Nth checkpoint, and the last (default 1)")
     parser.add_argument("--steps", type=flags.listed(flags.number(int, low=0)), metavar="N,N",
                         help="measure the checkpoints of these steps")
-    parser.add_argument("--log_dir", type=flags.parse_folder, default="remeasured", metavar="DIR",
-                        help="folder of the history (default remeasured)")
-    parser.add_argument("--network", metavar="FILE.py:FUNCTION", help="measure the network that FUNCTION() of FILE.py "
-                        "returns: a torch.nn.Module from images in [0, 1] to logits. The file is run")
-    parser.add_argument("--weights", metavar="FILE", help="state dict for --network, a .pt or .safetensors file")
+    parser.add_argument("--log_dir", type=flags.parse_folder, metavar="DIR",
+                        help="folder of the history (default: remeasured; with --network, none is written)")
+    parser.add_argument("--network", metavar="FILE.py:FUNCTION", type=flags.parse_folder, help="measure the "
+                        "network that FUNCTION() of FILE.py returns: a torch.nn.Module from images in [0, 1] to "
+                        "logits. The file is run")
+    parser.add_argument("--weights", metavar="FILE", type=flags.parse_folder,
+                        help="state dict for --network, a .pt or .safetensors file")
     flags.add_flags(parser, ASKED_HERE, show_defaults=False)
     args = parser.parse_args(argv)
     flags.flattened(parser, vars(args))
     given = DATA & vars(args).keys()
     if bool(args.paths) == bool(args.network):
         parser.error("name checkpoints or their folder, or one --network")
-    if args.weights and not args.network:
+    if args.network:
+        file = args.network.rpartition(":")[0]
+        if not (file.endswith(".py") and Path(file).is_file()):
+            parser.error(f"--network={args.network}: give FILE.py:FUNCTION, where FILE.py exists")
+        if args.weights and not Path(args.weights).is_file():
+            parser.error(f"--weights: there is no file {args.weights}")
+        for name in ("every", "steps", "certify"):
+            if vars(args).get(name):
+                parser.error(f"--{name} is for checkpoints of train.py, not for --network")
+    elif args.weights:
         parser.error("--weights is for --network: a checkpoint has its own")
-    if given and not args.network:
+    elif given:
         parser.error(f"--{min(given)} is for --network: a checkpoint knows its data, at most --data_dir changes")
+    else:
+        args.log_dir = args.log_dir or "remeasured"
     return args
 
 
@@ -71,6 +92,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+import attacks
 import data
 import local_complexity
 import measure
@@ -91,41 +113,47 @@ def flags_given(args: argparse.Namespace) -> dict[str, Any]:
 # ---- which checkpoints ----------------------------------------------------------------------------------------------
 
 def find_checkpoints(paths: list[str]) -> list[Path]:
-    """Return the checkpoints that the paths name, in the order of their steps. FileNotFoundError if one is missing or a
-    folder holds no checkpoint of a log step."""
+    """Return the checkpoints that the paths name. FileNotFoundError if one is missing or a folder holds none."""
     found: list[Path] = []
     for path in map(Path, paths):
         if not path.exists():
             raise FileNotFoundError(f"there is no checkpoint or folder {path}")
         inside = [path] if path.is_file() else (
-            checkpoints.saved_checkpoints(path) or checkpoints.saved_checkpoints(path / "checkpoints"))
+            checkpoints.saved_checkpoints(path) or checkpoints.saved_checkpoints(path / "checkpoints")
+            or sorted(path.glob("*.pt")))  # renamed ones
         if not inside:
             raise FileNotFoundError(f"there are no checkpoints (checkpoint_epoch_*.pt) in {path}")
         found += inside
-    return sorted(dict.fromkeys(found), key=step_of)
+    return list(dict.fromkeys(found))
 
 
-def step_of(path: Path) -> int:
-    """Return the step of a checkpoint, from its name if it was not renamed; -1 for a damaged one."""
-    step = checkpoints.step_in_name(path)
-    if step is None:
-        with contextlib.suppress(ValueError):
-            step = checkpoints.load_checkpoint(path)["step"]
-    return -1 if step is None else step
+def time_of(path: Path) -> tuple[int, float]:
+    """Return (step, seconds) of a checkpoint as it says itself, whatever its name; (step in its name, NaN) if it is
+    damaged."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)  # does not read the weights
+        return state["step"], state["seconds"]
+    except Exception:  # it is named when its turn comes
+        step = checkpoints.step_in_name(path)
+        return -1 if step is None else step, math.nan
 
 
-def chosen(found: list[Path], every: int, steps: list[int] | None) -> dict[int, Path]:
-    """Return {step: checkpoint} as --every and --steps choose. ValueError if a step is missing or double."""
-    by_step: dict[int, Path] = {}
+def chosen(found: list[Path], every: int | None, steps: list[int] | None) -> list[tuple[int, Path]]:
+    """Return (step, checkpoint), in order, as --every and --steps choose; of copies the first. ValueError if a step is
+    missing, or is there with two networks."""
+    by_time: dict[tuple[int, float], Path] = {}
     for path in found:
-        other = by_step.setdefault(step_of(path), path)
-        if other != path:
-            raise ValueError(f"{other} and {path} are of the same step: give the checkpoints of one run")
-    missing = {*(steps or [])} - by_step.keys()
+        by_time.setdefault(time_of(path), path)  # NaN: each damaged one is of its own
+    in_order = sorted(by_time.items(), key=lambda item: item[0][0])
+    sound = [(step, path) for (step, seconds), path in in_order if not math.isnan(seconds)]
+    for (step, path), (following, other) in itertools.pairwise(sound):
+        if step == following:
+            raise ValueError(f"{path} and {other} are of the same step: give the checkpoints of one run")
+    missing = {*(steps or [])} - {step for (step, _), _ in in_order}
     if missing:
         raise ValueError(f"--steps: there is no checkpoint of step {', '.join(map(str, sorted(missing)))}")
-    wanted = [step for step in by_step if steps is None or step in steps]
-    return {step: by_step[step] for step in wanted[::-every][::-1]}
+    wanted = [(step, path) for (step, _), path in in_order if steps is None or step in steps]
+    return wanted[::-(every or 1)][::-1]
 
 
 # ---- one run's checkpoints ------------------------------------------------------------------------------------------
@@ -238,11 +266,11 @@ def index_of(state: dict, own: dict) -> int | None:
     return next((k for k, pair in enumerate(known) if pair == (state["step"], state["seconds"])), None)
 
 
-def measure_all(run: Remeasured, todo: dict[int, Path], note: Callable) -> tuple[list[str], int]:
+def measure_all(run: Remeasured, todo: list[tuple[int, Path]], note: Callable) -> tuple[list[str], int]:
     """Measure checkpoints; return those that could not be, and the signal that ended it or 0."""
     failed = []
     with (signals.Stop(can_interrupt=True) as stop,
-          tqdm(todo.items(), unit="checkpoint", disable=True if run.config.quiet or not todo else None) as bar):
+          tqdm(todo, unit="checkpoint", disable=True if run.config.quiet or not todo else None) as bar):
         for step, path in bar:
             def progress(what: str, share: float, step: int = step) -> None:
                 bar.set_postfix_str(f"step {step}, {what} {100 * share:.0f}%")
@@ -265,16 +293,16 @@ def measure_all(run: Remeasured, todo: dict[int, Path], note: Callable) -> tuple
 def measure_run(args: argparse.Namespace) -> int:
     """Measure the checkpoints that the command line names; return the exit status."""
     found = chosen(find_checkpoints(args.paths), args.every, args.steps)
-    first = first_sound(list(found.values()))
-    for path in found.values():
+    first = first_sound([path for _, path in found])
+    for _, path in found:
         own = history_of(path, first["config"])
         if own and own.parent.resolve() == Path(args.log_dir).resolve():
             raise ValueError(f"--log_dir={args.log_dir} holds the run's own history: choose another folder")
-    run = Remeasured(args, first, own_history(found.values(), first))
+    run = Remeasured(args, first, own_history([path for _, path in found], first))
     console = Console(quiet=run.config.quiet)
     locks = files.FolderLocks(args.log_dir, note=console.note)
     run.take_over(console.note)
-    todo = {step: path for step, path in found.items() if step not in run.rows}
+    todo = [(step, path) for step, path in found if step not in run.rows]
     console.note(f"{len(found)} checkpoints, {len(found) - len(todo)} of them measured already")
     failed, stopped_by = measure_all(run, todo, console.note)
     locks.release()
@@ -306,92 +334,175 @@ def show(run: Remeasured, console: Console) -> None:
 
 # ---- networks of others ---------------------------------------------------------------------------------------------
 
-def load_network(where: str, weights: str | None) -> nn.Module:
-    """Return the network that FILE.py:FUNCTION makes, with the weights in a file. ValueError, in one line, if not."""
-    file, _, name = where.rpartition(":")
-    if not Path(file).is_file():
-        raise ValueError(f"--network={where}: give FILE.py:FUNCTION, where FILE.py exists")
-    sys.path.append(str(Path(file).resolve().parent))  # for the modules that it imports
+def modules_in(folder: Path) -> list[str]:
+    """Return the names of the imported modules that lie in folder, with those inside of its packages."""
+    def place(name: str) -> Path:
+        spec = getattr(sys.modules.get(name.partition(".")[0]), "__spec__", None)
+        return Path(next(iter(spec.submodule_search_locations or [spec.origin or ""]), "")).parent if spec else Path()
+    return [name for name in sys.modules if place(name) == folder]
+
+
+@contextlib.contextmanager
+def as_in_its_own_process(file: Path) -> Iterator[None]:
+    """Let somebody's file find its own modules and sys.argv: its folder comes first, and modules of ours, such as
+    models and data, are out of the way. Afterwards ours are back, and the file's folder is the last one."""
+    ours, path, argv, here = {name: sys.modules[name] for name in modules_in(HERE)}, sys.path[:], sys.argv, os.getcwd()
+    for name in ours:
+        del sys.modules[name]
+    sys.path[:] = [str(file.parent), *(entry for entry in path if Path(entry).resolve() != HERE)]
+    sys.argv = [str(file)]
     try:
-        network = runpy.run_path(file)[name]()
-    except Exception as error:  # whatever somebody's code raises
-        raise ValueError(f"--network={where}: {type(error).__name__}: {error}") from error
+        yield
+    finally:
+        os.chdir(here)
+        sys.argv = argv
+        sys.path[:] = [*path, *(entry for entry in sys.path if entry not in path)]
+        for name in modules_in(file.parent):
+            del sys.modules[name]
+        sys.modules |= ours
+
+
+def imported(where: str) -> nn.Module:
+    """Return the network that FILE.py:FUNCTION makes. ValueError, in one line, if not."""
+    name, file = where.rpartition(":")[2], Path(where.rpartition(":")[0]).resolve()
+    spec = importlib.util.spec_from_file_location(file.stem, file)
+    assert spec and spec.loader  # parse_args() has checked that it is a .py file
+    module = importlib.util.module_from_spec(spec)
+    with as_in_its_own_process(file):
+        sys.modules[file.stem] = module
+        try:
+            spec.loader.exec_module(module)
+            network = getattr(module, name)
+            network = network if isinstance(network, nn.Module) else network()
+        except (Exception, SystemExit) as error:  # whatever somebody's code raises
+            raise ValueError(f"--network={where}: {type(error).__name__}: {error}") from error
     if not isinstance(network, nn.Module):
         raise ValueError(f"--network={where}: it returns {type(network).__name__}, not a torch.nn.Module")
-    if weights:
-        try:
-            network.load_state_dict(load_weights(Path(weights)))
-        except (RuntimeError, TypeError) as error:
-            raise ValueError(f"--weights={weights} are not those of the network: {error}") from None
     return network.float()
 
 
-def load_weights(path: Path) -> dict[str, torch.Tensor]:
-    """Return the state dict in a .pt or .safetensors file, also one inside a checkpoint."""
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no file {path}")
+def read_weights(path: Path) -> Any:
+    """Return what a .pt or .safetensors file holds. ValueError, in one line, if that is not data alone or damaged."""
     try:
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file
 
             return load_file(path)
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        return state.get("model_state_dict") or state.get("state_dict") or state
+        return torch.load(path, map_location="cpu", weights_only=True)
     except ImportError:
         raise ValueError(f"to read {path}, run: pip install safetensors") from None
-    except Exception:  # pickle, zipfile, torch and safetensors raise errors of many kinds
+    except Exception as error:  # pickle, zipfile, torch and safetensors raise errors of many kinds
+        refused = re.search(r"(?:GLOBAL|[Ff]unction|class) ([\w.]+)", str(error))
+        if isinstance(error, pickle.UnpicklingError) and refused:
+            raise ValueError(
+                f"{path} holds a {refused[1]}, and to read that can run code; if you trust the file, extract the state "
+                f"dict from it: state = torch.load({str(path)!r}, weights_only=False); "
+                "torch.save(state['model'], 'weights.pt'), or whatever its key is") from None
         raise ValueError(f"{path} is damaged, not a state dict, or holds more than tensors") from None
 
 
-def check_network(network: nn.Module, dataset: data.Dataset) -> None:
-    """Raise ValueError unless the network maps images of the data set to logits of its classes."""
-    x = data.pixels(dataset.x_test[:2], torch.float32)
+def load_weights_of_others(network: nn.Module, saved: Any, path: str) -> None:
+    """Load a state dict, or one that lies in a dict under any name, such as a checkpoint's, with the prefixes of
+    DataParallel, torch.compile or a module around the network. ValueError, in one short line, if none fits."""
+    own = {WRAPPERS.sub("", name): name for name in network.state_dict()}
+    outer = [saved, *saved.values()] if isinstance(saved, dict) else []
+    candidates = []
+    for entry in outer:
+        if not (isinstance(entry, dict) and entry and all(isinstance(key, str) for key in entry)):
+            continue
+        bare = {WRAPPERS.sub("", key): value for key, value in entry.items()}
+        head = next(iter(bare)).partition(".")[0] + "."  # Lightning's "model.", say
+        for fitting in (bare, {key.removeprefix(head): value for key, value in bare.items()}):
+            candidates.append({own.get(key, key): value for key, value in fitting.items() if key != "n_averaged"})
+    if not candidates:
+        raise ValueError(f"--weights={path} are not those of the network: the file holds no state dict")
+    best = max(candidates, key=lambda candidate: len({*own.values()} & candidate.keys()))
     try:
-        with torch.inference_mode():
+        missing, unexpected = network.load_state_dict(best, strict=False)
+        faults = [f"{len(names)} {what} ({', '.join(names[:2])}{', ...' * (len(names) > 2)})" for names, what in (
+            (missing, "are missing"), (unexpected, "are not in it")) if names]
+    except Exception as error:  # of shapes, or of what is not a tensor
+        shape = re.search(r"size mismatch for (\S+): .*?Size\((.*?)\) from checkpoint.*?Size\((.*?)\)", str(error))
+        faults = [f"{shape[1]} is {shape[2]}, not {shape[3]}" if shape else f"{error:.200}"]
+    if faults:
+        raise ValueError(f"--weights={path} are not those of the network: {', '.join(faults)}")
+
+
+def check_network(network: nn.Module, dataset: data.Dataset) -> None:
+    """Raise ValueError unless the network maps images of the data set to logits of its classes and can be attacked."""
+    x, y = data.pixels(dataset.x_test[:2], torch.float32), dataset.y_test[:2]
+    try:
+        with torch.no_grad():  # not inference mode: lazy modules make their weights here
             logits = network.eval()(x)
     except Exception as error:  # of whatever layer does not fit
         raise ValueError(f"the network does not take images of shape {tuple(x.shape)}: {error}") from None
     shape = tuple(logits.shape) if isinstance(logits, torch.Tensor) else ()
-    if len(shape) != 2 or shape[0] != 2 or shape[1] < dataset.num_classes:
+    if shape != (2, dataset.num_classes):
         raise ValueError(f"for 2 images the network returns {shape or type(logits).__name__}, not logits "
                          f"(2, {dataset.num_classes})")
+    try:
+        attacks.pgd(network, x, y, 0.01, steps=1)
+    except RuntimeError as error:
+        raise ValueError(f"the network has no gradient with respect to its images: {error}") from None
 
 
 def measure_network(args: argparse.Namespace) -> int:
-    """Measure the network that --network names, and print its row; return the exit status."""
+    """Measure the network that --network names, print its row, and write it if --log_dir is given; return the exit
+    status."""
     given = flags_given(args)
     device = devices.choose_device(given.get("device", "auto"))
+    network = imported(args.network)
+    if args.weights:
+        load_weights_of_others(network, read_weights(Path(args.weights)), args.weights)
     wanted = Config(**{"batch_size": 1, **given})
     if wanted.threads:
         torch.set_num_threads(wanted.threads)
+    locks, path = files.FolderLocks(args.log_dir, args.log_dir) if args.log_dir else None, Path(
+        args.log_dir or "", history.HISTORY_NAME)
+    if locks and path.exists() and "weights" not in history.read_history(path)["config"]:
+        raise ValueError(f"--log_dir={args.log_dir} holds the history of a run: choose another folder")
     dataset = data.from_config(dataclasses.asdict(wanted))
-    config = train.complete(wanted, dataset, device)
-    dataset = train.resident(dataset, device)
-    network = load_network(args.network, args.weights).to(device)
+    config, fingerprint, notes = train.complete(wanted, dataset, device), data.fingerprint(dataset), []
+    dataset, network, units = train.resident(dataset, device), network.to(device), {}
     check_network(network, dataset)
-    try:
-        units = local_complexity.layer_units(network, tuple(dataset.x_test.shape[1:])) if config.lc_samples else {}
-    except ValueError as error:
-        raise ValueError(f"{error}; --lc_samples=0 measures everything but local complexity") from None
+    if config.lc_samples:
+        try:
+            with warnings.catch_warnings(record=True) as caught:
+                units = local_complexity.layer_units(network, tuple(dataset.x_test.shape[1:]))
+            notes = [str(warning.message) for warning in caught]
+        except ValueError as error:
+            notes = [f"local complexity is not measured: {error}"]
+            config = dataclasses.replace(config, lc_samples=0)
+    began = time.perf_counter()
     with tqdm(total=100, bar_format="{desc}", disable=True if config.quiet else None, leave=False) as bar:
         row = measure.measure(network, dataset, measure.draw_probes(config, dataset), config,
                               lambda what, share: bar.set_description_str(f"{what} {100 * share:.0f}%"))
     print(f"{args.network} on {config.dataset}: {sum(p.numel() for p in network.parameters()):,} parameters, "
           f"{measure.attacked(config, dataset):,} test images attacked")
     print(f"\n{'accuracy':<24}{'train':>10}{'test':>10}\n{'':<24}{row['train_acc']:>10.2%}{row['test_acc']:>10.2%}")
-    certified = row.get("certified_acc", {})
-    print(f"\n{'under attack':<24}{'adv_acc':>10}{'robust_acc':>12}{'certified_acc' if certified else '':>15}")
+    print(f"\n{'under attack':<24}{'adv_acc':>10}{'robust_acc':>12}")
     for key, robust in row["robust_acc"].items():
-        print(f"{'epsilon ' + flags.epsilon_label(key):<24}{row['adv_acc'][key]:>10.2%}{robust:>12.2%}"
-              + (f"{certified[key]:>15.2%}" if certified else ""))
+        print(f"{'epsilon ' + flags.epsilon_label(key):<24}{row['adv_acc'][key]:>10.2%}{robust:>12.2%}")
     for radius in map(history_key, config.lc_radius if units else []):
         counted = row["local_complexity"]
         print(f"\n{'local complexity, r ' + radius:<24}" + "".join(f"{points:>10}" for points in counted))
         for i, name in enumerate(units):
             counts = [means[radius][i] for means in counted.values()]
             print(f"{name:<24}" + "".join(f"{count:>10.2f}" for count in counts) + f"  of {units[name]} units")
-    for text in measure.remarks(row, config).values():
+    for text in [*notes, *measure.remarks(row, config).values()]:
         print(f"note: {text}")
+    if locks:
+        made = train.empty_history(config, wanted, dataset, network, fingerprint, units)
+        made["config"] |= {"model": args.network, "weights": args.weights, "depth": None, "width": None}
+        made |= {"asked": sorted({*given, "model", "weights"}), "interpolation": None, "warnings": [
+            {"step": 0, "kind": kind, "text": text} for kind, text in measure.remarks(row, config).items()]}
+        history.append(made, {"epoch": 0, "step": 0, **row, "max_batch_loss": math.nan,
+                              "seconds": time.perf_counter() - began})
+        for moved in files.move_aside(args.log_dir):
+            print(f"an earlier measurement is now in {moved}")
+        history.write_history(path, made)
+        locks.release()
+        print(f"wrote {path}; compare several with 'python plot.py --table'")
     return 0
 
 

@@ -390,11 +390,11 @@ def build_model(config: Config, dataset: data.Dataset) -> torch.nn.Module:
     return model
 
 
-def empty_history(config: Config, args: Config, dataset: data.Dataset, model: torch.nn.Module, fingerprint: str
-                  ) -> dict:
-    """Return the history of a run before its first log step. fingerprint: of the data."""
+def empty_history(config: Config, args: Config, dataset: data.Dataset, model: torch.nn.Module, fingerprint: str,
+                  layers: dict[str, int] | None = None) -> dict:
+    """Return the history of a run before its first log step. fingerprint: of the data. layers: of local complexity."""
     in_shape = tuple(dataset.x_test.shape[1:])
-    layers = local_complexity.layer_units(model, in_shape)
+    layers = local_complexity.layer_units(model, in_shape) if layers is None else layers
     n = measure.attacked(config, dataset)
     return {
         "version": history.HISTORY_VERSION, "step": [], "config": dataclasses.asdict(config), "asked": asked(args),

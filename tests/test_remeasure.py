@@ -1,9 +1,11 @@
 """remeasure.py: a run's checkpoints, and any network, measured again."""
 
+import argparse
 import os
 import re
 import shutil
 import signal
+import sys
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ from torch import nn
 import attacks
 import data
 import models
+import plot
 import remeasure
 from records.history import read_history, write_history
 
@@ -35,6 +38,12 @@ def plain():
 
 def larger():
     return nn.Sequential(nn.Flatten(), nn.Linear(100, 32), nn.ReLU(), nn.Linear(32, 10))
+
+def more():
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, 1000))
+
+def softmax():
+    return nn.Sequential(build(), nn.Softmax(1))
 
 def fewer():
     return nn.Sequential(nn.Flatten(), nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 3))
@@ -197,8 +206,7 @@ def test_wrong_input_gets_one_line(run, words, message, monkeypatch, capsys):
     (run.parent / "empty").mkdir()
     (last,) = (run / "checkpoints").glob("*_step_000000300.pt")
     state = torch.load(last, weights_only=True)
-    if "run/copy.pt" in words:
-        shutil.copy(last, "run/copy.pt")
+    torch.save({**state, "seconds": 1e6}, "run/copy.pt")
     (run / "damaged.pt").write_bytes(last.read_bytes()[:1000])
     torch.save({**state, "derived": {**state["derived"], "data": "0" * 16}}, "run/other.pt")
     assert exit_status(words) == 2
@@ -224,6 +232,12 @@ def network(tmp_path, monkeypatch):
     other = nn.Sequential(nn.Flatten(), nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 10))
     torch.save({"state_dict": other.state_dict()}, "net.pt")
     torch.save({"state_dict": 5}, "number.pt")
+    torch.save({"model": other.state_dict(), "args": argparse.Namespace(lr=1)}, "args.pt")
+    torch.save({0: torch.ones(1)}, "integers.pt")
+    torch.save({**other.state_dict(), "1.weight": torch.ones(16, 64)}, "narrow.pt")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "training_history.json").write_text(
+        '{"version": 1, "step": [], "warnings": [], "config": {}, "sizes": {}}')
     (tmp_path / "damaged.safetensors").write_bytes(b"damaged")
     return other
 
@@ -258,12 +272,19 @@ def test_weights_from_safetensors(network, capsys):
     (["--network=net.py:pair"], "for 2 images the network returns tuple, not logits (2, 10)"),
     (["--network=net.py:fewer"], "for 2 images the network returns (2, 3), not logits (2, 10)"),
     (["--network=net.py:larger"], "the network does not take images of shape (2, 1, 8, 8)"),
-    (["--network=net.py:plain"], "no activation module, such as nn.ReLU: there is no layer to count; --lc_samples=0"),
-    (["--network=net.py:nothing"], "KeyError: 'nothing'"),
+    (["--network=net.py:more"], "for 2 images the network returns (2, 1000), not logits (2, 10)"),
+    (["--network=net.py:softmax"], "the model returns probabilities"),
+    (["--network=net.py:nothing"], "AttributeError: module 'net' has no attribute 'nothing'"),
+    (["--every=2"], "--every is for checkpoints of train.py, not for --network"),
+    (["--certify=5"], "--certify is for checkpoints"),
+    (["--log_dir=run"], "--log_dir=run holds the history of a run"),
+    (["--weights=args.pt"], "args.pt holds a argparse.Namespace"),
+    (["--weights=integers.pt"], "the file holds no state dict"),
+    (["--weights=narrow.pt"], "1.weight is [16, 64], not [32, 64]"),
     (["--network=net.py"], "--network=net.py: give FILE.py:FUNCTION"),
     (["--weights=missing.pt"], "there is no file missing.pt"),
     (["--weights=net.py"], "net.py is damaged, not a state dict, or holds more than tensors"),
-    (["--weights=number.pt"], "--weights=number.pt are not those of the network"),
+    (["--weights=number.pt"], "are not those of the network: 4 are missing (1.weight, 1.bias, ...), 1 are not in it"),
     (["--weights=damaged.safetensors"], "damaged.safetensors is damaged"),
     (["--network=net.py:plain", "--weights=net.pt"], "--weights=net.pt are not those of the network"),
 ])
@@ -271,6 +292,88 @@ def test_a_network_that_does_not_fit_gets_one_line(network, words, message, caps
     assert exit_status([*FLAGS, *words]) == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize("saved", [
+    lambda state: {"epoch": 3, "net": state}, lambda state: {f"module._orig_mod.{key}": state[key] for key in state},
+    lambda state: {"state_dict": {f"model.{key}": state[key] for key in state}},
+    lambda state: {"args": {"lr": 1}, "model": state, "model_ema": {**state, "n_averaged": torch.tensor(3)}}])
+def test_weights_as_they_are_saved(network, saved, capsys):
+    torch.save(saved(network.state_dict()), "saved.pt")
+    for weights in ("net.pt", "saved.pt"):
+        assert remeasure.main([*FLAGS, f"--weights={weights}"]) == 0
+    printed = capsys.readouterr().out
+    assert printed[:len(printed) // 2] == printed[len(printed) // 2:]
+
+
+OTHERS = """
+import argparse, os, sys
+from models.blocks import Net  # the names of this program's modules
+from data import SIZE
+from utils import Functional, LSTM, Parameters, torch, nn
+
+os.chdir("/")
+assert argparse.ArgumentParser().parse_args() and len(sys.argv) == 1
+network = Net(SIZE)
+lazy = lambda: nn.Sequential(nn.Flatten(), nn.LazyLinear(16), nn.ReLU(), nn.LazyLinear(10))
+scripted = lambda: torch.jit.script(Net(SIZE))
+traced = lambda: torch.jit.trace(Net(SIZE), torch.rand(3, 1, 8, 8))
+"""
+UTILS = """
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+class Functional(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fixed = torch.linspace(-1, 1, 640).view(10, 64).sin()
+
+    def forward(self, x):
+        return F.relu(x.flatten(1)) @ self.fixed.T
+
+class Parameters(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weights = nn.ParameterList([torch.randn(32, 64), torch.randn(10, 32)])
+
+    def forward(self, x):
+        return F.linear(F.relu(F.linear(x.flatten(1), self.weights[0])), self.weights[1])
+
+class LSTM(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.lstm, self.head = nn.LSTM(8, 16, batch_first=True), nn.Linear(16, 10)
+
+    def forward(self, x):
+        return self.head(self.lstm(x[:, 0])[0][:, -1])
+"""
+
+
+@pytest.mark.parametrize("name", ["network", "lazy", "scripted", "traced", "Functional", "LSTM", "Parameters"])
+def test_networks_as_researchers_have_them(tmp_path, monkeypatch, name, capsys):
+    theirs = tmp_path / "theirs"
+    (theirs / "models").mkdir(parents=True)
+    (theirs / "main.py").write_text(OTHERS)
+    (theirs / "utils.py").write_text(UTILS)
+    (theirs / "data.py").write_text("SIZE = 8 * 8")
+    (theirs / "models" / "__init__.py").write_text("")
+    (theirs / "models" / "blocks.py").write_text(
+        "from torch import nn\n\ndef Net(n):\n    return nn.Sequential(nn.Flatten(), nn.Linear(n, 16), nn.ReLU(), "
+        "nn.Linear(16, 10))\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    flags = [f"--network=theirs/main.py:{name}", *FLAGS[1:], f"--log_dir={name}"]
+    assert remeasure.main(flags) == 0 and remeasure.main(flags) == 0
+    printed = capsys.readouterr().out
+    assert ("local complexity, r" in printed) == (name in ("network", "lazy"))
+    assert ("note: local complexity is not measured" in printed) == (name not in ("network", "lazy"))
+    assert sys.modules["models"] is models and sys.modules["data"] is data and "utils" not in sys.modules
+    assert "an earlier measurement is now in" in printed
+    capsys.readouterr()
+    assert plot.main(["--table", f"{name}/training_history.json"]) == 0
+    accuracy = f"{100 * read_history(f'{name}/training_history.json')['test_acc'][0]:.1f}%"
+    assert accuracy in capsys.readouterr().out
 
 
 def test_a_pickle_is_never_run(network, capsys):
