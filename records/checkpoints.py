@@ -134,7 +134,7 @@ def continue_from(config: Config, fingerprint: str, note: Callable[[str], None])
         names = [path.name for path in all_checkpoints(config.save_dir)]
         if names:
             listed = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if names[3:] else "")
-            raise ValueError(f"none of the checkpoints in {config.save_dir} can be used ({listed}): mend or "
+            raise ValueError(f"none of the checkpoints in {config.save_dir} can be used ({listed}): repair or "
                              "remove them, or start anew without --resume")
         note(f"nothing to resume in {config.save_dir}: starting")
         return None

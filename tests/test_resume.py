@@ -781,6 +781,7 @@ def test_a_run_goes_on_with_a_flag_and_a_column_that_it_did_not_know(tmp_path, f
         del history[column]
     checkpoints.save_state(saved(tmp_path)[0], state)
     write_history(path, history)
+    run_here(copied(tmp_path, tmp_path / "again"), *(flag for flag in RUN if flag != "--threads=1"), "--resume")
     run_here(tmp_path, *RUN, "--resume")
     after, whole = history_of(tmp_path), history_of(finished(*RUN))
     assert after["train_loss"] == whole["train_loss"]
