@@ -282,8 +282,8 @@ def test_eval_batch_size_bounds_what_a_log_step_holds_at_once(tmp_path, monkeypa
             return function(self, x)
 
         monkeypatch.setattr(models.MLP, name, watched)
-    run_here(tmp_path, *FLAGS, "--n_steps=1", "--eval_batch_size=7")
-    assert max(held) == 7
+    run_here(tmp_path, *FLAGS, "--n_steps=1", "--eval_batch_size=9")
+    assert max(held) == 9
     held.clear()
     run_here(tmp_path, *FLAGS, "--n_steps=1")
     assert max(held) > 100
