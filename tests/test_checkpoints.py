@@ -49,16 +49,12 @@ def one_line(error):
 
 # ---- the files ------------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("edit", [{"step": None}, {"seconds": "1"}, {"config": None}, {"model_state_dict": 5},
-                                  {"optimizer_state_dict": {}}], ids=str)
-def test_an_edited_checkpoint_is_refused_in_one_line(tmp_path, edit):
+def test_a_checkpoint_of_another_program_is_refused_in_one_line(tmp_path):
     path = checkpoints.save_checkpoint(tmp_path, make_state(5))
-    torch.save({**make_state(5), **edit}, path)
-    with pytest.raises(ValueError, match="is not a checkpoint of this program") as error:
-        checkpoints.load_checkpoint(path)
-    assert str(path) in one_line(error)
+    torch.save({"epoch": 5, "model_state_dict": {}}, path)
     notes = []
-    assert checkpoints.newest_checkpoint(tmp_path, notes.append) == (None, None) and len(notes) == 1
+    assert checkpoints.newest_checkpoint(tmp_path, notes.append) == (None, None)
+    assert notes == [f"{path} is not a checkpoint of this program; passed over"]
 
 
 def test_a_checkpoint_that_cannot_be_read_says_why(tmp_path):
