@@ -126,18 +126,12 @@ def draw_group(axes: Sequence[Axes], group: Sequence[dict], radii: list[str], st
                 ax.axvline(step, alpha=max(0.3, 1 / len(group)), zorder=1, **style)
 
 
-def spike_steps(group: Sequence[dict]) -> list[int]:
-    return [history["step"][index] for history in group for index in phases.spikes(history)]
-
-
-def branch_steps(group: Sequence[dict]) -> list[int]:
-    return [history["branch"]["step"] for history in group if "branch" in history]
-
-
 # Vertical lines through all panels: the steps of a group's runs, the style, the words in the legend.
 MARKS: list[tuple[Callable, dict[str, Any], str]] = [
-    (spike_steps, {"color": SPIKE, "lw": 0.7}, "a spike of the training loss"),
-    (branch_steps, {"color": BRANCH, "lw": 0.9, "ls": "-."}, "a branch leaves its parent run")]
+    (lambda group: [history["step"][i] for history in group for i in phases.spikes(history)],
+     {"color": SPIKE, "lw": 0.7}, "a spike of the training loss"),
+    (lambda group: [history["branch"]["step"] for history in group if "branch" in history],
+     {"color": BRANCH, "lw": 0.9, "ls": "-."}, "a branch leaves its parent run")]
 
 
 def add_legend(fig: Figure, groups: Sequence[Sequence[dict]], with_complexity: bool) -> None:

@@ -9,10 +9,8 @@ import itertools
 import logging
 import math
 import subprocess
-import sys
 import tempfile
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -260,7 +258,7 @@ def film(paths: Sequence[str | Path], out: Path, data_dir: str | None = None) ->
         part = Path(folder) / out.name
         try:
             with writer.saving(fig, str(part), FILM_DPI):
-                for i in progress(order):
+                for i in tqdm(order, unit="frame", leave=False, disable=None):
                     checkpoint, network = load(paths[i])
                     show(paint(*boundaries(network, plane, raster)), checkpoint["step"])
                     writer.grab_frame()
@@ -269,16 +267,6 @@ def film(paths: Sequence[str | Path], out: Path, data_dir: str | None = None) ->
         except subprocess.CalledProcessError as error:
             raise OSError(f"ffmpeg could not write {out}: {error.stderr.strip()[-200:]!r}") from None
         files.write_atomically(out, part.read_bytes())
-
-
-def progress(items: Sequence[int]) -> Iterator[int]:
-    """Yield the items behind a progress bar, or, where standard error is not a terminal, a line every ten seconds."""
-    said = time.monotonic()
-    for done, item in enumerate(tqdm(items, unit="frame", leave=False, disable=None)):
-        if time.monotonic() - said > 10 and sys.stderr is not None and not sys.stderr.isatty():
-            print(f"frame {done} of {len(items)}", file=sys.stderr, flush=True)
-            said = time.monotonic()
-        yield item
 
 
 def film_figure(found: Sequence[dict], plane: Plane, raster: int, n_layers: int) -> tuple[Figure, Callable]:

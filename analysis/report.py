@@ -10,18 +10,7 @@ import numpy as np
 from analysis import statistics
 from analysis.phases import SPIKE, phases, spikes
 from analysis.runs import asked, differing_flags, shown_value
-from analysis.statistics import (
-    CONFIDENCE,
-    HOLD,
-    LEAST,
-    Rise,
-    column_of,
-    interpolation_of,
-    interpolation_step,
-    own_epsilons,
-    rises_of,
-    total_complexity,
-)
+from analysis.statistics import HOLD, LEAST, Rise, column_of, interpolation_of, rises_of, total_complexity
 from flags import epsilon_label
 from records.history import flat, rows_of
 
@@ -45,8 +34,8 @@ def untested(history: dict, *rises: Rise) -> str:
     return "not tested (which images were right is not recorded)"
 
 
-def factor(step: int, interpolation_step: int) -> str:
-    return f"{step / interpolation_step:,.1f}x" if interpolation_step else "-"
+def factor(step: int, start: int) -> str:
+    return f"{step / start:,.1f}x" if start else "-"
 
 
 def of_measure(measure: str, rises: dict[str, Rise]) -> dict[str, Rise]:
@@ -73,7 +62,7 @@ def summary(history: dict) -> str:
 
 
 def fitting_text(history: dict) -> str:
-    step, last = interpolation_step(history), history["step"][-1]
+    step, last = statistics.interpolation_step(history), history["step"][-1]
     planned = max(last, history["config"].get("n_steps") or 0)
     end = f"ends at step {last:,}" if last == planned else f"has come to step {last:,} of {planned:,}"
     if step is not None:
@@ -147,25 +136,26 @@ def gap_text(history: dict) -> str:
     """Return how far adv_acc ends above robust_acc and how much of that is rounding, where each is most."""
     parts = {key: [100 * (history["adv_acc"][key][-1] - history["robust_acc"][key][-1]),
                    100 * rounding_of(history, key)[-1]]
-             for key in own_epsilons(history) if np.isfinite(rounding_of(history, key)[-1])}
+             for key in statistics.own_epsilons(history) if np.isfinite(rounding_of(history, key)[-1])}
     if not parts:
         return ""
     widest, rounded = (max(parts, key=lambda key: parts[key][i]) for i in (0, 1))
     gap, rounding = map(round, parts[widest])
-    text = (f"At the end adv_acc exceeds robust_acc by {gap} points at ε = {epsilon_label(widest)}: {rounding} of them "
-            f"rounding, {gap - rounding} the weaker attack.") * (gap > 0)
+    text = (f"At the end adv_acc exceeds robust_acc by {gap} point{'s' * (gap > 1)} at ε = {epsilon_label(widest)}: "
+            f"{rounding} of them rounding, {gap - rounding} the weaker attack.") * (gap > 0)
     gap, most = map(round, parts[rounded])
-    return text + f" Rounding is most at ε = {epsilon_label(rounded)}: {most} of {gap} points." * (most > rounding)
+    text += f" Rounding is most at ε = {epsilon_label(rounded)}: {most} of {gap} points." * (most > rounding)
+    return text.strip()
 
 
 def certified_text(history: dict) -> str:
     """Return between which bounds the robust accuracy of the certified images lies at the end."""
-    outcomes, grid = history.get("outcomes", {}), sorted({0.0, *map(float, own_epsilons(history))})
+    outcomes, grid = history.get("outcomes", {}), sorted({0.0, *map(float, statistics.own_epsilons(history))})
     proved, withstood = ((outcomes.get(name) or [None])[-1] for name in ("certified", "robust"))
     if not proved or not withstood:
         return ""
     parts = []
-    for key in own_epsilons(history):
+    for key in statistics.own_epsilons(history):
         least = chr(48 + grid.index(float(key)))  # codes above it withstand this epsilon
         low, high = (np.mean([code > least for code in text[:len(proved)]]) for text in (proved, withstood))
         parts.append(f"at ε = {epsilon_label(key)} between {low:.0%} and {high:.0%}")
@@ -264,10 +254,10 @@ def notes(history: dict, rises: dict[str, Rise]) -> list[str]:
         "half: of the rise to the highest; 1.5x: at 1.5 times the step of interpolation.": compared}
     chance = (f"A rise or recovery counts if it is held, by {100 * LEAST:.0f} points or more, and beyond chance (an "
               "exact sign test on the images that changed, corrected for all lines and log points together; "
-              f"{CONFIDENCE:.0%} confidence). That is chance in which test images were drawn, not in training: only "
-              "other seeds can tell whether another run does the same. ") if compared else ""
+              f"{statistics.CONFIDENCE:.0%} confidence). That is chance in which test images were drawn, not in "
+              "training: only other seeds can tell whether another run does the same. ") if compared else ""
     images = history["sizes"]["attacked"]
-    low, high = stats.binomtest(images // 2, images).proportion_ci(CONFIDENCE, method="wilson")
+    low, high = stats.binomtest(images // 2, images).proportion_ci(statistics.CONFIDENCE, method="wilson")
     return [" ".join(word for word, shown in words.items() if shown), chance + f"Measured on {images:,} images, "
             f"{percentage(images // 2 / images)} means {percentage(low)} to {percentage(high)}."]
 
@@ -276,7 +266,7 @@ def notes(history: dict, rises: dict[str, Rise]) -> list[str]:
 
 def middle_epsilon(history: dict) -> str:
     """Return the label of the middle epsilon of a run's grid, "-" if the grid is empty."""
-    labels = [epsilon_label(key) for key in own_epsilons(history)] or ["-"]
+    labels = [epsilon_label(key) for key in statistics.own_epsilons(history)] or ["-"]
     return labels[(len(labels) - 1) // 2]
 
 
@@ -285,9 +275,10 @@ def table_row(history: dict) -> list[str]:
     if not history["step"]:
         return ["0"] + ["-"] * 12
     steps, start, rises = history["step"], interpolation_of(history), rises_of(history)
+    fitted = statistics.interpolation_step(history)
     epsilon, total = middle_epsilon(history), total_complexity(history)
     row = [f"{steps[-1]:,}", percentage(history["train_acc"][-1]), percentage(rises["test"].final),
-           "-" if start is None else f"{steps[start]:,}", epsilon]
+           "-" if fitted is None else f"{fitted:,}", epsilon]
     for measure in ("robust", "adv"):
         rise = rises.get(f"{measure} ε {epsilon}", UNKNOWN)
         delay = "-" if untested(history, rise) else "brief" if rise.brief else "none"

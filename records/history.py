@@ -51,25 +51,17 @@ def row_at(columns: Any, k: int) -> Any:
     return {name: row_at(column, k) for name, column in columns.items()} if isinstance(columns, dict) else columns[k]
 
 
-def flat(row: Mapping[str, Any], layers: Sequence[str] = ()) -> dict[str, Any]:
+def flat(row: Mapping[str, Any], layers: Sequence[str] = (), within: str = "") -> dict[str, Any]:
     """Return {name: value} of a row, such as robust_acc/0.1 and local_complexity/train/0.05/layer1, without outcomes.
 
-    layers: what to call the layers in place of layer1, layer2, ...
+    layers: what to call the layers in place of layer1, layer2, ... within: begins each name.
     """
-    found = {}
-
-    def add(name: str, value: Any) -> None:
+    found: dict[str, Any] = {}
+    for name, value in row.items():
         if isinstance(value, list):
             value = {layers[i] if i < len(layers) else f"layer{i + 1}": entry for i, entry in enumerate(value)}
-        if isinstance(value, dict):
-            for key, entry in value.items():
-                add(f"{name}/{key}", entry)
-        else:
-            found[name] = value
-
-    for name, value in row.items():
         if name != "outcomes":
-            add(name, value)
+            found |= flat(value, layers, f"{within}{name}/") if isinstance(value, dict) else {within + name: value}
     return found
 
 
