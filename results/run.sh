@@ -94,6 +94,7 @@ resnet18_batch_norm     CIFAR --model=resnet18 --n_steps=20000 --batch_norm --lo
 theirs_orthogonal       THEIRS --orthogonal_gradient --n_steps=20000
 theirs_ce               THEIRS --n_steps=20000
 theirs_exact            THEIRS --loss=exact_ce --n_steps=20000
+theirs_stablemax        THEIRS --loss=stablemax --n_steps=20000
 END
 }
 
