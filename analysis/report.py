@@ -96,8 +96,8 @@ def robustness_texts(history: dict, rises: dict[str, Rise]) -> list[str]:
     if start is None or not robust:
         return []
     halves = {epsilon: rise.half for epsilon, rise in robust.items() if rise.half is not None}
-    text = (f"Delayed robustness: not seen; robust accuracy holds no level {100 * LEAST:.0f} points above its value at "
-            f"interpolation for {HOLD} log points.")
+    text = (f"Delayed robustness: not seen; robust accuracy holds no level beyond chance and {100 * LEAST:.0f} points "
+            f"above its value at interpolation for {HOLD} log points.")
     if why := untested(history, *robust.values()):
         text = f"Delayed robustness: {why}."
     if halves:
@@ -259,7 +259,8 @@ def notes(history: dict, rises: dict[str, Rise]) -> list[str]:
     images = history["sizes"]["attacked"]
     low, high = stats.binomtest(images // 2, images).proportion_ci(statistics.CONFIDENCE, method="wilson")
     return [" ".join(word for word, shown in words.items() if shown), chance + f"Measured on {images:,} images, "
-            f"{percentage(images // 2 / images)} means {percentage(low)} to {percentage(high)}."]
+            f"{percentage(images // 2 / images)} means {percentage(low)} to {percentage(high)}.",
+            "docs/summary.md explains each line."]
 
 
 # ---- the tables -----------------------------------------------------------------------------------------------------

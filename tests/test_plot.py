@@ -422,5 +422,10 @@ def test_closed_output_gives_one_line(stdout, two_runs, capsys, monkeypatch):
     assert_one_line(capsys)
 
 
+def test_the_summary_in_the_documentation_is_what_is_printed(capsys):
+    assert plot.main(["--summary", str(ROOT / "results" / "mnist.json")]) == 0
+    assert capsys.readouterr().out in (ROOT / "docs" / "summary.md").read_text()
+
+
 def test_the_tables_of_the_results_are_those_of_the_histories():
     assert run_command(ROOT, script="results/runs.py").stdout == (ROOT / "results" / "runs.md").read_text()
