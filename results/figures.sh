@@ -69,7 +69,6 @@ curves from_image mnist_from_image mnist_stablemax_from_image
 curves variants mnist_adam mnist_adam_exact mnist_batch_norm mnist_batch_norm_exact
 curves large_init digits_large_init mnist_large_init
 curves cnn cnn cnn_exact cnn_decay cnn_batch_norm
-curves resnet18 resnet18 resnet18_batch_norm
 late_phase late_phase_decay
 late_phase late_phase_images
 late_phase late_phase_width
