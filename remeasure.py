@@ -343,13 +343,13 @@ def modules_in(folder: Path) -> list[str]:
 
 
 @contextlib.contextmanager
-def as_in_its_own_process(file: Path) -> Iterator[None]:
-    """Let somebody's file find its own modules and sys.argv: its folder comes first, and modules of ours, such as
-    models and data, are out of the way. Afterwards ours are back, and the file's folder is the last one."""
+def as_in_its_own_process(file: Path, root: Path) -> Iterator[None]:
+    """Let a file find its own modules and sys.argv: its folder, and root, the folder of its package, come first,
+    and modules of ours, such as models and data, are out of the way. Afterwards ours are back, and its folders last."""
     ours, path, argv, here = {name: sys.modules[name] for name in modules_in(HERE)}, sys.path[:], sys.argv, os.getcwd()
     for name in ours:
         del sys.modules[name]
-    sys.path[:] = [str(file.parent), *(entry for entry in path if Path(entry).resolve() != HERE)]
+    sys.path[:] = [str(file.parent), str(root), *(entry for entry in path if Path(entry).resolve() != HERE)]
     sys.argv = [str(file)]
     try:
         yield
@@ -357,22 +357,25 @@ def as_in_its_own_process(file: Path) -> Iterator[None]:
         os.chdir(here)
         sys.argv = argv
         sys.path[:] = [*path, *(entry for entry in sys.path if entry not in path)]
-        for name in modules_in(file.parent):
-            del sys.modules[name]
+        for name in [*modules_in(file.parent), *modules_in(root)]:
+            sys.modules.pop(name, None)
         sys.modules |= ours
 
 
 def imported(where: str) -> nn.Module:
     """Return the network that FILE.py:FUNCTION makes. ValueError, in one line, if not."""
     name, file = where.rpartition(":")[2], Path(where.rpartition(":")[0]).resolve()
-    spec = importlib.util.spec_from_file_location(file.stem, file)
-    assert spec and spec.loader  # parse_args() has checked that it is a .py file
-    module = importlib.util.module_from_spec(spec)
-    with as_in_its_own_process(file):
-        sys.modules[file.stem] = module
+    # A file of a package is imported as a part of it, for "from .layers import ...".
+    root = next(folder for folder in file.parents if not (folder / "__init__.py").exists())
+    within = ".".join([*file.parent.relative_to(root).parts, file.stem]).removesuffix(".__init__")
+    with as_in_its_own_process(file, root):
         try:
-            spec.loader.exec_module(module)
-            network = getattr(module, name)
+            if root == file.parent:
+                spec = importlib.util.spec_from_file_location(within, file)
+                assert spec and spec.loader  # parse_args() has checked that it is a .py file
+                sys.modules[within] = importlib.util.module_from_spec(spec)
+                spec.loader.exec_module(sys.modules[within])
+            network = getattr(importlib.import_module(within), name)
             network = network if isinstance(network, nn.Module) else network()
         except (Exception, SystemExit) as error:  # whatever somebody's code raises
             raise ValueError(f"--network={where}: {type(error).__name__}: {error}") from error

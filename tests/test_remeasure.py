@@ -5,11 +5,12 @@ import os
 import re
 import shutil
 import signal
+import subprocess
 import sys
 
 import pytest
 import torch
-from conftest import ROOT, SMALL, columns, history_of, run_here
+from conftest import ENVIRONMENT, ROOT, SMALL, columns, history_of, run_here
 from torch import nn
 
 import attacks
@@ -350,24 +351,27 @@ class LSTM(nn.Module):
 """
 
 
-@pytest.mark.parametrize("name", ["network", "lazy", "scripted", "traced", "Functional", "LSTM", "Parameters"])
+@pytest.mark.parametrize("name", [
+    "network", "Net", "again", "lazy", "scripted", "traced", "Functional", "LSTM", "Parameters"])
 def test_networks_as_researchers_have_them(tmp_path, monkeypatch, name, capsys):
     theirs = tmp_path / "theirs"
     (theirs / "models").mkdir(parents=True)
     (theirs / "main.py").write_text(OTHERS)
     (theirs / "utils.py").write_text(UTILS)
     (theirs / "data.py").write_text("SIZE = 8 * 8")
-    (theirs / "models" / "__init__.py").write_text("")
+    (theirs / "models" / "size.py").write_text("SIZE = 64")
+    (theirs / "models" / "__init__.py").write_text("from .blocks import Net")
     (theirs / "models" / "blocks.py").write_text(
-        "from torch import nn\n\ndef Net(n):\n    return nn.Sequential(nn.Flatten(), nn.Linear(n, 16), nn.ReLU(), "
-        "nn.Linear(16, 10))\n")
+        "from torch import nn\nfrom .size import SIZE\n\ndef Net(n=SIZE):\n"
+        "    return nn.Sequential(nn.Flatten(), nn.Linear(n, 16), nn.ReLU(), nn.Linear(16, 10))\n")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [*sys.path])
-    flags = [f"--network=theirs/main.py:{name}", *FLAGS[1:], f"--log_dir={name}"]
+    file = {"Net": "models/blocks.py", "again": "models/__init__.py"}.get(name, "main.py")
+    flags = [f"--network=theirs/{file}:{name.replace('again', 'Net')}", *FLAGS[1:], f"--log_dir={name}"]
     assert remeasure.main(flags) == 0 and remeasure.main(flags) == 0
-    printed = capsys.readouterr().out
-    assert ("local complexity, r" in printed) == (name in ("network", "lazy"))
-    assert ("note: local complexity is not measured" in printed) == (name not in ("network", "lazy"))
+    printed, seen = capsys.readouterr().out, name in ("network", "Net", "again", "lazy")
+    assert ("local complexity, r" in printed) == seen
+    assert ("note: local complexity is not measured" in printed) != seen
     assert sys.modules["models"] is models and sys.modules["data"] is data and "utils" not in sys.modules
     assert "an earlier measurement is now in" in printed
     capsys.readouterr()
@@ -386,12 +390,15 @@ def test_a_pickle_is_never_run(network, capsys):
     assert not os.path.exists("was_run")
 
 
-def test_the_example_of_the_library_runs_as_written():
+def test_the_example_of_the_library_runs_beside_other_modules_of_the_same_names(tmp_path):
     text = (ROOT / "docs" / "remeasuring.md").read_text()
-    (example,) = re.findall(r"## As a library\n+```python\n(.*?)```", text, re.DOTALL)
-    names = {}
-    exec(example, names)
-    assert names["adversarial"].shape == names["x"].shape
-    assert (names["adversarial"] - names["x"]).abs().max() <= 8 / 255 + 1e-6
-    assert len(names["robust"]) == 2 and names["counts"].dtype == torch.int64 and len(names["counts"]) == 8
-    assert len(names["proved"]) == 2
+    (example,) = re.findall(r"## As a library\n.*?```python\n(.*?)```", text, re.DOTALL)
+    (tmp_path / "data.py").write_text("import models")
+    (tmp_path / "models.py").write_text("own = 5")
+    (tmp_path / "script.py").write_text(example.replace("/path/to/this/repository", str(ROOT)) + """
+assert models.own == data.models.own == 5
+assert adversarial.shape == x.shape and (adversarial - x).abs().max() <= 8 / 255 + 1e-6
+assert len(robust) == 2 and counts.dtype == torch.int64 and len(counts) == 8 and len(proved) == 2
+""")
+    environment = {key: value for key, value in ENVIRONMENT.items() if key != "PYTHONPATH"}
+    subprocess.run([sys.executable, "script.py"], cwd=tmp_path, env=environment, check=True)
