@@ -95,6 +95,7 @@ theirs_orthogonal       THEIRS --orthogonal_gradient --n_steps=20000
 theirs_ce               THEIRS --n_steps=20000
 theirs_exact            THEIRS --loss=exact_ce --n_steps=20000
 theirs_stablemax        THEIRS --loss=stablemax --n_steps=20000
+theirs_float64          THEIRS --dtype=float64 --n_steps=20000
 END
 }
 
