@@ -17,6 +17,7 @@ SPIKE, BRANCH = "#CC79A7", "#009E73"
 PAGE_WIDTH, PAGE_HEIGHT = 9.4, 13.4
 LABELS = 0.85  # above and below the panels of a configuration: its title, the ticks
 ENDS = 1.35  # left and right of a panel: ticks and names
+CROP = 1.5  # a panel of local complexity reaches to this many times what follows a first descent
 STRIP = 0.15  # at the top of a panel of local complexity: the names of the phases
 
 
@@ -31,6 +32,17 @@ def complexity_panel(ax: Axes, group: Sequence[dict], radius: str) -> None:
             panels.draw_curve(ax, group, total, points, color=colour, lw=1.8)
     ax.yaxis.set_major_locator(matplotlib.ticker.MaxNLocator(5))
     ax.set_ylabel(f"local complexity\nr = {radius}", fontsize=SMALL + 1)
+
+
+def top_of(ax: Axes, group: Sequence[dict], radius: str) -> float:
+    """Return how high a panel reaches: to its highest curve, unless a first descent would hide what follows it."""
+    steps, complexity, _, _ = runs.together(group, lambda history: total_complexity(history, "train", radius))
+    known, highest = np.isfinite(complexity), ax.dataLim.y1
+    name, _, last = next(iter(phases.phases(complexity[known])), ("", 0, 0))
+    if name != "first descent":
+        return highest
+    curves = [np.asarray(line.get_ydata()) for line in ax.lines if len(np.asarray(line.get_xdata())) == len(steps)]
+    return min(highest, CROP * float(np.nanmax(np.array(curves)[:, steps >= steps[known][last]])))
 
 
 def name_phases(ax: Axes, group: Sequence[dict], radius: str) -> None:
@@ -96,7 +108,8 @@ def figure(histories: Sequence[dict]) -> Figure:
         axes[0].set_title(title.strip(), fontsize=SMALL + 1, pad=13)
         for ax in axes if column else []:
             ax.set_ylabel("")
-    tops = np.array([[ax.dataLim.y1 for ax in axes[1:]] for axes in drawn])
+    tops = np.array([[top_of(ax, group, radius) for ax, radius in zip(axes[1:], radii, strict=True)]
+                     for axes, group in zip(drawn, groups, strict=True)])
     tops[~(tops > 0)] = 1  # nothing is known, or all is 0
     if radii and tops.max() < 5 * tops.min():  # one scale, as long as it hides nothing
         tops[:] = tops.max(axis=0)

@@ -179,6 +179,13 @@ def test_what_of_adv_acc_is_rounding_is_filled_where_it_was_measured(one_run):
     assert filled(grokking()) == []
 
 
+def test_a_first_descent_does_not_hide_what_follows_it():
+    for height, top in ((8.0, 1.5 * 2.0), (1.2, 2 * 1.2)):  # around random points it is twice as high
+        curve = [height] * 4 + [1.0] * 6
+        ax = figure.figure([make_history(2 ** np.arange(10), [0.5] * 10, [0.5] * 10, complexity=curve)]).axes[1]
+        assert ax.get_ylim()[1] == pytest.approx(1.04 * top / (1 - figure.STRIP / 1.9))
+
+
 def test_what_is_certified_is_dotted_in_the_epsilons_colour():
     history = grokking(certify=200)
     fig = figure.figure([history | {"certified_acc": {"0.1": [None, *history["robust_acc"]["0.1"][1:]]}}])
