@@ -135,7 +135,7 @@ def time_of(path: Path) -> tuple[int, float]:
         return state["step"], state["seconds"]
     except Exception:  # it is named when its turn comes
         step = checkpoints.step_in_name(path)
-        return -1 if step is None else step, math.nan
+        return -1 if step is None else step, float("nan")  # which equals no other, not even itself
 
 
 def chosen(found: list[Path], every: int | None, steps: list[int] | None) -> list[tuple[int, Path]]:
@@ -143,7 +143,7 @@ def chosen(found: list[Path], every: int | None, steps: list[int] | None) -> lis
     missing, or is there with two networks."""
     by_time: dict[tuple[int, float], Path] = {}
     for path in found:
-        by_time.setdefault(time_of(path), path)  # NaN: each damaged one is of its own
+        by_time.setdefault(time_of(path), path)
     in_order = sorted(by_time.items(), key=lambda item: item[0][0])
     sound = [(step, path) for (step, seconds), path in in_order if not math.isnan(seconds)]
     for (step, path), (following, other) in itertools.pairwise(sound):
@@ -398,9 +398,11 @@ def read_weights(path: Path) -> Any:
         refused = re.search(r"(?:GLOBAL|[Ff]unction|class) ([\w.]+)", str(error))
         if isinstance(error, pickle.UnpicklingError) and refused:
             raise ValueError(
-                f"{path} holds a {refused[1]}, and to read that can run code; if you trust the file, extract the state "
-                f"dict from it: state = torch.load({str(path)!r}, weights_only=False); "
-                "torch.save(state['model'], 'weights.pt'), or whatever its key is") from None
+                f"{path} holds an object of {refused[1]}, and reading that can run code; if you trust it, extract the "
+                f"state dict: state = torch.load({str(path)!r}, weights_only=False); torch.save(state['model'], "
+                "'weights.pt'), with the key that it has there, or state.state_dict() if it is a module") from None
+        if "TorchScript" in str(error):
+            raise ValueError(f"{path} is a TorchScript network: let --network return torch.jit.load of it") from None
         raise ValueError(f"{path} is damaged, not a state dict, or holds more than tensors") from None
 
 

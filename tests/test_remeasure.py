@@ -117,6 +117,19 @@ def test_chosen_checkpoints(run, flags, positions):
     assert measured(run, *flags, "--lc_samples=0")["step"] == [steps[k] for k in positions]
 
 
+def test_copies_and_renamed_checkpoints_are_what_they_say_themselves(run, capsys):
+    steps, picked = history_of(run)["step"], run.parent / "picked"
+    picked.mkdir()
+    for k, path in enumerate(sorted((run / "checkpoints").glob("*.pt"))[:3]):
+        shutil.copy(path, picked / f"{k}_step_00000{9 - k}.pt")
+        shutil.copy(path, picked / f"again{k}.pt")
+    (picked / "damaged.pt").write_bytes(b"")
+    (picked / "damaged too.pt").write_bytes(b"")
+    made = measured(picked, status=1)
+    assert made["step"] == steps[:3] and made["test_acc"] == history_of(run)["test_acc"][:3]
+    assert capsys.readouterr().out.count("passed over") == 2
+
+
 def test_interpolation_is_the_runs_own(run):
     path = run / "logs" / "training_history.json"
     own = {**history_of(run), "train_acc": [0.1, 0.5, 0.98, 0.99, 1, 1]}
@@ -279,7 +292,7 @@ def test_weights_from_safetensors(network, capsys):
     (["--every=2"], "--every is for checkpoints of train.py, not for --network"),
     (["--certify=5"], "--certify is for checkpoints"),
     (["--log_dir=run"], "--log_dir=run holds the history of a run"),
-    (["--weights=args.pt"], "args.pt holds a argparse.Namespace"),
+    (["--weights=args.pt"], "args.pt holds an object of argparse.Namespace"),
     (["--weights=integers.pt"], "the file holds no state dict"),
     (["--weights=narrow.pt"], "1.weight is [16, 64], not [32, 64]"),
     (["--network=net.py"], "--network=net.py: give FILE.py:FUNCTION"),
