@@ -53,8 +53,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         parser.error("--data_dir is for --partition only")
     if args.partition and (args.table or args.summary or args.csv):
         parser.error("--partition draws checkpoints; --table, --summary and --csv are for histories")
-    if args.csv and (args.table or args.summary):
-        parser.error("--csv prints a table for programs: ask for --table and --summary in commands of their own")
+    if args.csv and (args.table or args.summary or args.out):
+        parser.error("--csv prints a table for programs: ask for --table, --summary or --out in another command")
     return args
 
 

@@ -67,17 +67,6 @@ def test_plateaus_belong_to_no_phase():
     assert [place for _, *place in phases.phases(steep / 1000)] == [[20, 50]]
 
 
-@given(st.lists(st.integers(-5, 5), min_size=1, max_size=40))
-def test_smoothing_removes_what_is_shorter_than_three_points_and_nothing_else(values):
-    smooth = phases.smoothed(np.array(values))
-    np.testing.assert_array_equal(phases.smoothed(smooth), smooth)
-    lengths = np.diff(np.flatnonzero(np.concatenate([[True], np.diff(smooth) != 0, [True]])))
-    levels = smooth[np.cumsum([0, *lengths[:-1]])]
-    for k in range(1, len(lengths) - 1):
-        assert (levels[k] - levels[k - 1]) * (levels[k + 1] - levels[k]) > 0 or lengths[k] >= 3
-    np.testing.assert_array_equal(phases.smoothed(np.sort(values))[:-2], np.sort(values)[:-2])
-
-
 FALLS_RISES = ["first descent", "ascent"]
 PHASES = {**dict.fromkeys(["digits_large_init", "mnist_large_init", "modular_ce", "modular_ce_seed0",
                            "modular_ce_seed1"], ["ascent", "descent"]),

@@ -291,14 +291,6 @@ def test_extremes_are_readable(case):
     assert_readable(fig)
 
 
-def test_labels_are_spaced_without_changing_their_order():
-    for wanted in (np.random.default_rng(0).uniform(size=9), np.zeros(9), np.ones(1)):
-        places = panels.spaced(wanted, 0.05, 0.0, 1.0)
-        assert places.min() >= -1e-9 and places.max() <= 1 + 1e-9
-        assert np.all(np.diff(places[np.argsort(wanted, kind="stable")]) >= 0.05 - 1e-9)
-    np.testing.assert_allclose(panels.spaced([0.9, 0.5, 0.5], 0.1, 0, 1), [0.9, 0.45, 0.55])  # no further than needed
-
-
 def assert_written(paths):
     png, svg = paths
     assert png.suffix == ".png" and matplotlib.image.imread(png).std() > 0.01  # there is something to see
@@ -404,6 +396,9 @@ def test_bad_options_give_one_line(tmp_path, capsys, monkeypatch):
     with pytest.raises(SystemExit, match="2"):
         plot.main(["--partition", "x.pt", "--table"])
     assert "--table" in assert_one_line(capsys)
+    with pytest.raises(SystemExit, match="2"):
+        plot.main(["h.json", "--csv", "--out=x"])
+    assert "another command" in assert_one_line(capsys)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["h.json", "sub"]
 
 
