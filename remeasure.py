@@ -469,13 +469,15 @@ def measure_network(args: argparse.Namespace) -> int:
     dataset = data.from_config(dataclasses.asdict(wanted))
     config, fingerprint, notes = train.complete(wanted, dataset, device), data.fingerprint(dataset), []
     dataset, network, units = train.resident(dataset, device), network.to(device), {}
+    # cuDNN's recurrent layers have no gradient in eval mode.
+    torch.backends.cudnn.enabled = not any(isinstance(module, nn.RNNBase) for module in network.modules())
     check_network(network, dataset)
     if config.lc_samples:
         try:
             with warnings.catch_warnings(record=True) as caught:
                 units = local_complexity.layer_units(network, tuple(dataset.x_test.shape[1:]))
             notes = [str(warning.message) for warning in caught]
-        except ValueError as error:
+        except Exception as error:  # what somebody's modules do with a hook
             notes = [f"local complexity is not measured: {error}"]
             config = dataclasses.replace(config, lc_samples=0)
     began = time.perf_counter()
@@ -521,9 +523,11 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         return fail(error, 2, "remeasure.py")
     except (MemoryError, RuntimeError) as error:
-        if not devices.out_of_memory(error):
+        if devices.out_of_memory(error):
+            return fail("not enough memory: lower --adv_size, --lc_samples or --eval_batch_size", 1, "remeasure.py")
+        if not args.network:
             raise
-        return fail("not enough memory: lower --adv_size, --lc_samples or --eval_batch_size", 1, "remeasure.py")
+        return fail(f"the network cannot be measured: {error}", 2, "remeasure.py")  # in larger batches, say
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
 

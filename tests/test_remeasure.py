@@ -43,6 +43,9 @@ def larger():
 def more():
     return nn.Sequential(nn.Flatten(), nn.Linear(64, 1000))
 
+def two_at_a_time():
+    return nn.Sequential(nn.Unflatten(0, (-1, 2)), nn.Flatten(0, 1), build())
+
 def softmax():
     return nn.Sequential(build(), nn.Softmax(1))
 
@@ -287,6 +290,7 @@ def test_weights_from_safetensors(network, capsys):
     (["--network=net.py:fewer"], "for 2 images the network returns (2, 3), not logits (2, 10)"),
     (["--network=net.py:larger"], "the network does not take images of shape (2, 1, 8, 8)"),
     (["--network=net.py:more"], "for 2 images the network returns (2, 1000), not logits (2, 10)"),
+    (["--network=net.py:two_at_a_time", "--adv_size=31"], "the network cannot be measured"),
     (["--network=net.py:softmax"], "the model returns probabilities"),
     (["--network=net.py:nothing"], "AttributeError: module 'net' has no attribute 'nothing'"),
     (["--every=2"], "--every is for checkpoints of train.py, not for --network"),
