@@ -500,7 +500,8 @@ def measure_network(args: argparse.Namespace) -> int:
         print(f"note: {text}")
     if locks:
         made = train.empty_history(config, wanted, dataset, network, fingerprint, units)
-        made["config"] |= {"model": args.network, "weights": args.weights, "depth": None, "width": None}
+        made["config"] |= {"model": args.network, "weights": args.weights, "n_steps": 0} | dict.fromkeys(
+            ("depth", "width", "n_epochs"))
         made |= {"asked": sorted({*given, "model", "weights"}), "interpolation": None, "warnings": [
             {"step": 0, "kind": kind, "text": text} for kind, text in measure.remarks(row, config).items()]}
         history.append(made, {"epoch": 0, "step": 0, **row, "max_batch_loss": math.nan,
