@@ -349,7 +349,7 @@ def as_in_its_own_process(file: Path, root: Path) -> Iterator[None]:
     ours, path, argv, here = {name: sys.modules[name] for name in modules_in(HERE)}, sys.path[:], sys.argv, os.getcwd()
     for name in ours:
         del sys.modules[name]
-    sys.path[:] = [str(file.parent), str(root), *(entry for entry in path if Path(entry).resolve() != HERE)]
+    sys.path[:] = [str(file.parent), str(root), *sorted(path, key=lambda entry: Path(entry).resolve() == HERE)]
     sys.argv = [str(file)]
     try:
         yield
