@@ -8,7 +8,7 @@ from conftest import ROOT
 FLOORS = [{"flags", "losses"}, {"compute", "data", "models"}, {"attacks", "local_complexity"}, {"certify"}, {"measure"},
           {"records"}, {"analysis"}, {"train"}, {"sweep", "plot", "remeasure", "benchmarks"}]
 FLOOR_OF = {name: floor for floor, names in enumerate(FLOORS) for name in names}
-FILES = [path for name in FLOOR_OF for path in [*ROOT.glob(f"{name}.py"), *ROOT.glob(f"{name}/*.py")]]
+FILES = sorted(path for name in FLOOR_OF for path in [*ROOT.glob(f"{name}.py"), *ROOT.glob(f"{name}/*.py")])
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
