@@ -34,8 +34,9 @@ NAMES = {"first": "--preset=first", "digits": "digits", "digits_large_init": "di
 def measure(folder: Path, flags: list[str]) -> None:
     """Measure a run again and write its history to certified/NAME.json."""
     import remeasure
+    from records.checkpoints import step_in_name
 
-    steps = np.array([remeasure.step_of(path) for path in remeasure.find_checkpoints([str(folder)])])
+    steps = np.array(sorted(step_in_name(path) or 0 for path in remeasure.find_checkpoints([str(folder)])))
     wanted = np.geomspace(FROM, steps[-1], POINTS)
     chosen = sorted({int(steps[np.abs(steps - step).argmin()]) for step in wanted})
     with tempfile.TemporaryDirectory() as made:
