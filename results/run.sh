@@ -4,7 +4,8 @@
 #
 #   bash results/run.sh                      all, about a day on two cores
 #   bash results/run.sh mnist mnist_exact    these two
-#   bash results/run.sh resnet18_whole_exact after resnet18_whole, from one of whose checkpoints it starts
+#   bash results/run.sh mnist_branch_exact   after `mnist`, from one of whose checkpoints it starts (so does every line
+#                                            with --branch_from)
 #   bash results/run.sh --list               only print the names and the flags
 #   JOBS=8 DATA=/scratch/data RUNS=/scratch/runs bash results/run.sh
 set -u
@@ -96,6 +97,7 @@ theirs_ce               THEIRS --n_steps=20000
 theirs_exact            THEIRS --loss=exact_ce --n_steps=20000
 theirs_stablemax        THEIRS --loss=stablemax --n_steps=20000
 theirs_float64          THEIRS --dtype=float64 --n_steps=20000
+mnist_branch_exact      --dataset=mnist --n_steps=100000 --loss=exact_ce --branch_from=RUNS/mnist/checkpoints/checkpoint_epoch_0002169_step_000010846.pt
 END
 }
 
@@ -116,7 +118,7 @@ experiments() {
         echo "$name $flags"
         case $name in  # further seeds
             modular_*) seeds="0 1" ;;
-            first) seeds="1 2" ;;
+            first) seeds="0 1 2 3" ;;
             mnist_decay* | mnist_train* | mnist_width20* | mnist_width1000 | mnist_leaky* | mnist_gelu*) seeds=1 ;;
             *) seeds= ;;
         esac
