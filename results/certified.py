@@ -27,7 +27,8 @@ FROM = 30  # the first step measured, and where the figure's axis begins to be l
 POINTS = 8
 EPSILONS = ["0.005", "0.01", "0.02", "0.03", "0.06"]
 DRAWN = ["0.01", "0.03", "0.06"]
-NAMES = {"first": "--preset=first", "digits": "digits", "digits_large_init": "digits, large init", "mnist": "MNIST",
+NAMES = {"first": "--preset=first", "digits": "digits", "digits_exact": "digits, exact_ce",
+         "digits_large_init": "digits, large init", "mnist": "MNIST",
          "mnist_exact": "MNIST, exact_ce", "mnist_large_init": "MNIST, large init"}
 
 
