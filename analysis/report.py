@@ -247,8 +247,8 @@ def notes(history: dict, rises: dict[str, Rise]) -> list[str]:
 
     compared = not untested(history, *rises.values())
     words = {
-        "robust: right, and no attack on the exact objective succeeds.": of_measure("robust", rises),
-        "adv: right after PGD on cross-entropy as computed.": of_measure("adv", rises),
+        "robust: classified correctly, also under the strongest of our attacks.": of_measure("robust", rises),
+        "adv: classified correctly after PGD on cross-entropy.": of_measure("adv", rises),
         "at 99%: at interpolation.": interpolation_of(history) is not None,
         f"dip, highest held: the lowest later level, if it is lower, and the highest, each held for {HOLD} log points. "
         "half: of the rise to the highest; 1.5x: at 1.5 times the step of interpolation.": compared}
