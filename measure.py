@@ -136,7 +136,7 @@ def clean(model: nn.Module, dataset: data.Dataset, probes: Probes, config: Confi
 
 def under_attack(model: nn.Module, dataset: data.Dataset, probes: Probes, config: Config, batch_size: int,
                  progress: Progress) -> Row:
-    """Return adv_acc, the paper's measure (PGD on cross-entropy as PyTorch computes it, last iterate); rounding, the
+    """Return adv_acc, as in the paper (PGD on cross-entropy as PyTorch computes it, last iterate); rounding, the
     share of the attacked images that withstand this attack but not the same attack on the exact objective; robust_acc,
     from how many radii each image withstands; saturated, the share on which the softmax rounds to exactly 1;
     zero_gradient, the share whose input gradient of cross-entropy is exactly zero."""
