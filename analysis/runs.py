@@ -25,8 +25,8 @@ def asked(history: dict) -> list[str]:
 
 
 def value_of(history: dict, name: str) -> str:
-    """Return a flag's value as text, for comparisons."""
-    return repr(history["config"].get(name))
+    """Return a flag's value as text, for comparisons; the default if an older program did not have the flag."""
+    return repr(history["config"].get(name, FIELDS[name].default))
 
 
 def differing_flags(histories: Sequence[dict], also_same: Collection[str] = ()) -> list[str]:

@@ -15,6 +15,9 @@ export DATA=${DATA:-data} RUNS=${RUNS:-runs/results} PYTHON=${PYTHON:-python}
 listed() {
     cat <<'END'
 first                   --preset=first
+first_init1             --preset=first --init_scale=1
+first_decay0            --preset=first --weight_decay=0
+first_ce                --preset=first --loss=ce
 mnist                   --dataset=mnist --n_steps=100000
 mnist_exact             --dataset=mnist --n_steps=100000 --loss=exact_ce
 digits                  --dataset=digits --n_steps=100000
@@ -98,6 +101,7 @@ theirs_exact            THEIRS --loss=exact_ce --n_steps=20000
 theirs_stablemax        THEIRS --loss=stablemax --n_steps=20000
 theirs_float64          THEIRS --dtype=float64 --n_steps=20000
 mnist_branch_exact      --dataset=mnist --n_steps=100000 --loss=exact_ce --branch_from=RUNS/mnist/checkpoints/checkpoint_epoch_0002169_step_000010846.pt
+mnist_exact_branch_ce   --dataset=mnist --n_steps=100000 --branch_from=RUNS/mnist_exact/checkpoints/checkpoint_epoch_0002169_step_000010846.pt
 END
 }
 

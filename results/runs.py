@@ -42,7 +42,7 @@ here are those of the experiment.
 - *Half of the rise by step*: where half of a rise of `robust_acc` above its value at interpolation is reached. "-": the
   rise is less than {100 * LEAST:.0f} points or does not last for {HOLD} log steps, or the choice of test images can
   explain it (95% confidence for all curves of a run, see [analysis/statistics.py](../analysis/statistics.py)).
-- *`rounding`*: in points, of `adv_acc` at the end; "-" where it was not measured.
+- *`rounding`*: in points, of `adv_acc` at the end, in the seeds where it was measured.
 - *Loss spikes*: how often the training loss rises to a hundred times its level after interpolation.
 - *Local complexity*: around training points, all layers together.
 - *4 seeds*: mean and range over the seeds; a rise: in how many of them.

@@ -246,6 +246,13 @@ def test_runs_of_different_length_or_data_are_not_seeds_of_one_configuration():
     assert len(runs.grouped(folders)[0]) == 2
 
 
+def test_a_run_of_an_older_program_is_a_seed_of_todays_with_the_defaults_of_flags_it_did_not_have():
+    older, today, other = chosen(["seed"]), chosen(["seed"], seed=2), chosen(["pgd_start"], pgd_start="image")
+    older["config"].pop("pgd_start", None)
+    today["config"]["pgd_start"] = "random"
+    assert runs.grouped([older, today, other]) == ([[older, today], [other]], ["pgd_start"])
+
+
 def test_mean_and_range_over_seeds_with_other_log_steps():
     group = [make_history(steps, [0] * len(steps), values) for steps, values in (
         ([0, 1, 3], [0.0, 0.2, 0.6]), ([0, 3], [0.2, 0.4]), ([0], [0.1]))]

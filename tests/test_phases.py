@@ -77,7 +77,7 @@ PHASES = {**dict.fromkeys(["digits_large_init", "mnist_large_init", "modular_ce"
                            "modular_decay_orthogonal_seed1", "mnist_width1000_exact",
                            *(f"mnist_{name}_exact{seed}" for seed in ("", "_seed1") for name in (
                                "decay0", "decay0.001", "decay0.1", "train300", "train3000", "width20", "leaky_relu")),
-                           "mnist_train10000_exact"], FALLS_RISES),
+                           "mnist_train10000_exact", "first_decay0"], FALLS_RISES),
           **dict.fromkeys(["cnn_batch_norm", "resnet18_batch_norm", "resnet18_whole", "resnet18_whole_exact"],
                           ["ascent"]),
           **dict.fromkeys([f"modular_{name}{seed}" for seed in ("", "_seed0", "_seed1") for name in (
