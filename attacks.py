@@ -69,8 +69,7 @@ def pgd(model: nn.Module, x: Tensor, y: Tensor, epsilon: float, steps: int = 10,
             for _ in range(steps):
                 logits = model(x_adv.requires_grad_())
                 loss = F.cross_entropy(logits, y, reduction="sum") if objective == "ce" else log_odds(logits, y).sum()
-                gradient, = torch.autograd.grad(loss, x_adv)
-                torch.sign(gradient, out=direction)
+                torch.sign(input_gradient(loss, x_adv), out=direction)
                 x_adv = x_adv.detach().add_(direction, alpha=step_size).clamp_(low, high)
             if restarts == 1:
                 return x_adv
@@ -89,7 +88,7 @@ def zero_gradient(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
     """
     with attacking(model, x, y, []) as (x, y):
         x.requires_grad_()
-        gradient, = torch.autograd.grad(F.cross_entropy(model(x), y, reduction="sum"), x)
+        gradient = input_gradient(F.cross_entropy(model(x), y, reduction="sum"), x)
     return (gradient == 0).flatten(1).all(1)
 
 
@@ -176,7 +175,7 @@ def drop_while_fallen(model: nn.Module, images: Images, strongest: bool, radii: 
             if strongest:
                 active.target = wrong_logits(logits.detach(), active.y).argmax(1)
             excess = pick(logits, active.target) - pick(logits, active.y)
-            gradient, = torch.autograd.grad(excess.sum(), active.points)
+            gradient = input_gradient(excess.sum(), active.points)
         fallen = ~correct(logits, active.y)
         active.withstood -= fallen.long()
         active.age.masked_fill_(fallen, 0)
@@ -232,6 +231,16 @@ def like_images(values: Tensor, x: Tensor) -> Tensor:
     return values.view(-1, *[1] * (x.dim() - 1))
 
 
+def input_gradient(loss: Tensor, x: Tensor) -> Tensor:
+    """Return the gradient of loss with respect to x, a leaf. ValueError if there is none."""
+    if loss.requires_grad:
+        loss.backward()  # not torch.autograd.grad, which reentrant checkpointing refuses
+    gradient, x.grad = x.grad, None
+    if gradient is None:
+        raise ValueError("the model's logits have no gradient with respect to its images")
+    return gradient
+
+
 @contextmanager
 def attacking(model: nn.Module, x: Tensor, y: Tensor, epsilons: Sequence[float]) -> Iterator[tuple[Tensor, Tensor]]:
     """Check the arguments (the model on a few images), hold the model ready for input gradients, and give copies of
@@ -256,15 +265,15 @@ def attacking(model: nn.Module, x: Tensor, y: Tensor, epsilons: Sequence[float])
 
 def check_model(model: nn.Module, x: Tensor, y: Tensor) -> None:
     """Raise ValueError unless an attack on the model means something. x: a few images; y: all labels."""
-    probe = torch.cat([x, 1 - x]).requires_grad_().clone()  # not a leaf: the model may change it
+    images = torch.cat([x, 1 - x]).requires_grad_()
+    probe = images.clone()  # not a leaf: the model may change it
     logits, n = model(probe), len(probe)
     if not isinstance(logits, Tensor) or logits.dim() != 2 or len(logits) != n or logits.shape[1] < 2:
         found = f"{tuple(logits.shape)} for {n} images" if isinstance(logits, Tensor) else type(logits).__name__
         raise ValueError(f"the model must return logits, one tensor (N, 2 or more classes), not {found}")
-    if not logits.requires_grad:
-        raise ValueError("the model's logits have no gradient with respect to its images")
     if probe._version > 0:
         raise ValueError("the model changes its input in place: use x - 0.5, say, not x.sub_(0.5)")
+    input_gradient(logits.sum(), images)
     if not 0 <= y.min() <= y.max() < logits.shape[1]:
         raise ValueError(f"labels must lie between 0 and {logits.shape[1] - 1}, the model's last class, not "
                          f"{y.min()} to {y.max()}")

@@ -328,7 +328,7 @@ OTHERS = """
 import argparse, os, sys
 from models.blocks import Net  # the names of this program's modules
 from data import SIZE
-from utils import Functional, LSTM, Parameters, torch, nn
+from utils import Functional, LSTM, Parameters, Reentrant, torch, nn
 
 os.chdir("/")
 assert argparse.ArgumentParser().parse_args() and len(sys.argv) == 1
@@ -340,6 +340,7 @@ traced = lambda: torch.jit.trace(Net(SIZE), torch.rand(3, 1, 8, 8))
 UTILS = """
 import torch
 import torch.nn.functional as F
+import torch.utils.checkpoint
 from torch import nn
 
 class Functional(nn.Module):
@@ -358,6 +359,13 @@ class Parameters(nn.Module):
     def forward(self, x):
         return F.linear(F.relu(F.linear(x.flatten(1), self.weights[0])), self.weights[1])
 
+class Reentrant(nn.Sequential):
+    def __init__(self):
+        super().__init__(nn.Flatten(), nn.Linear(64, 16), nn.ReLU(), nn.Linear(16, 10))
+
+    def forward(self, x):
+        return torch.utils.checkpoint.checkpoint(super().forward, x, use_reentrant=True)
+
 class LSTM(nn.Module):
     def __init__(self):
         super().__init__()
@@ -369,7 +377,7 @@ class LSTM(nn.Module):
 
 
 @pytest.mark.parametrize("name", [
-    "network", "Net", "again", "lazy", "scripted", "traced", "Functional", "LSTM", "Parameters"])
+    "network", "Net", "again", "lazy", "scripted", "traced", "Functional", "LSTM", "Parameters", "Reentrant"])
 def test_networks_as_researchers_have_them(tmp_path, monkeypatch, name, capsys):
     theirs = tmp_path / "theirs"
     (theirs / "models").mkdir(parents=True)
@@ -386,7 +394,7 @@ def test_networks_as_researchers_have_them(tmp_path, monkeypatch, name, capsys):
     file = {"Net": "models/blocks.py", "again": "models/__init__.py"}.get(name, "main.py")
     flags = [f"--network=theirs/{file}:{name.replace('again', 'Net')}", *FLAGS[1:], f"--log_dir={name}"]
     assert remeasure.main(flags) == 0 and remeasure.main(flags) == 0
-    printed, seen = capsys.readouterr().out, name in ("network", "Net", "again", "lazy")
+    printed, seen = capsys.readouterr().out, name in ("network", "Net", "again", "lazy", "Reentrant")
     assert ("local complexity, r" in printed) == seen
     assert ("note: local complexity is not measured" in printed) != seen
     assert sys.modules["models"] is models and sys.modules["data"] is data and "utils" not in sys.modules
