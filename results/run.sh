@@ -104,6 +104,7 @@ mnist_branch_exact      --dataset=mnist --n_steps=100000 --loss=exact_ce --branc
 mnist_exact_branch_ce   --dataset=mnist --n_steps=100000 --branch_from=RUNS/mnist_exact/checkpoints/checkpoint_epoch_0002169_step_000010846.pt
 digits_mse              --dataset=digits --n_steps=100000 --loss=mse --weight_decay=0.1
 digits_init8            --dataset=digits --n_steps=100000 --init_scale=8
+digits_seed1            --dataset=digits --n_steps=100000 --seed=1
 END
 }
 
