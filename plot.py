@@ -51,8 +51,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         parser.error(f"--out {args.out}: the figure can be written as {', '.join(suffixes)}")
     if args.data_dir and not args.partition:
         parser.error("--data_dir is for --partition only")
-    if args.partition and (args.table or args.summary or args.csv):
-        parser.error("--partition draws checkpoints; --table, --summary and --csv are for histories")
+    if args.partition and (args.table or args.summary or args.csv or args.histories != parser.get_default("histories")):
+        parser.error("--partition draws checkpoints: histories, --table, --summary and --csv go without it")
     if args.csv and (args.table or args.summary or args.out):
         parser.error("--csv prints a table for programs: ask for --table, --summary or --out in another command")
     return args

@@ -56,7 +56,7 @@ def parent_of(config: Config, fingerprint: str) -> dict:
     if own & {path.parent.resolve(), found.parent.resolve()}:
         raise ValueError(f"--branch_from={path} is of a run in these folders, whose files would be moved aside: give "
                          "the branch its own --log_dir and --save_dir")
-    network = {"model", "depth", "width", "activation", "batch_norm", "train_size"}
+    network = {"model", "depth", "width", "activation", "batch_norm", "init_scale", "train_size"}
     differing = checkpoints.differences(before, config, network)
     if differing or not checkpoints.is_of_data(checkpoint, fingerprint):
         raise ValueError(f"--branch_from={path} is of another network or other data "

@@ -328,7 +328,7 @@ def test_a_branch_begins_with_its_parents_columns_and_goes_its_own_way(tmp_path,
     run_here(tmp_path / "twig", *SMALL, "--n_steps=61", f"--branch_from={again}")
     assert columns(tmp_path / "twig")["branch"] == {"of": str(again), "step": 60, "schedule_from": 60,
                                                     "loss_changed": [step, 60]}
-    for flag in ("--width=8", "--activation=tanh", f"--n_steps={step}"):
+    for flag in ("--width=8", "--activation=tanh", "--init_scale=8", f"--n_steps={step}"):
         capsys.readouterr()
         run_here(tmp_path / "other", *SMALL, "--n_steps=40", flag, f"--branch_from={source}", status=2)
         assert flag.partition("=")[0] in capsys.readouterr().err
