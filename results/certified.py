@@ -45,7 +45,10 @@ def measure(folder: Path, flags: list[str]) -> None:
                            "--certify=200", "--epsilons", *EPSILONS, *flags]):
             sys.exit(1)
         (HERE / "certified").mkdir(exist_ok=True)
-        write_history(HERE / "certified" / f"{folder.name}.json", read_history(Path(made) / "training_history.json"))
+        history = read_history(Path(made) / "training_history.json")
+        places = {"data_dir": "data", "log_dir": "remeasured", "save_dir": "checkpoints"}  # not those of this machine
+        history["config"] |= places
+        write_history(HERE / "certified" / f"{folder.name}.json", history)
 
 
 def groups() -> dict[str, list[dict]]:
