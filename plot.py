@@ -32,7 +32,7 @@ def output_path(text: str) -> Path:
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = OneLineParser(prog="plot.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("histories", nargs="*", metavar="HISTORY.json", default=["logs/training_history.json"],
+    parser.add_argument("histories", nargs="*", metavar="HISTORY.json",
                         help="history files of train.py (default: logs/training_history.json)")
     parser.add_argument("--out", metavar="PATH", type=output_path, help="write PATH.png and PATH.svg (default: next to "
                         "the history; 'sweep' in the folder that several have in common; 'partition' next to the first "
@@ -51,10 +51,11 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         parser.error(f"--out {args.out}: the figure can be written as {', '.join(suffixes)}")
     if args.data_dir and not args.partition:
         parser.error("--data_dir is for --partition only")
-    if args.partition and (args.table or args.summary or args.csv or args.histories != parser.get_default("histories")):
+    if args.partition and (args.table or args.summary or args.csv or args.histories):
         parser.error("--partition draws checkpoints: histories, --table, --summary and --csv go without it")
     if args.csv and (args.table or args.summary or args.out):
         parser.error("--csv prints a table for programs: ask for --table, --summary or --out in another command")
+    args.histories = args.histories or ["logs/training_history.json"]
     return args
 
 

@@ -54,8 +54,7 @@ def summary(history: dict) -> str:
         return "no log step yet"
     rises = rises_of(history)
     sentences = [fitting_text(history), generalisation_text(history, rises["test"]), *robustness_texts(history, rises),
-                 gap_text(history),
-                 certified_text(history), complexity_text(history), *spike_texts(history)]
+                 gap_text(history), certified_text(history), complexity_text(history), *spike_texts(history)]
     return "\n".join([*(textwrap.fill(text, WIDTH, subsequent_indent="  ") for text in sentences if text), "",
                       *accuracy_table(history, rises), "",
                       *(textwrap.fill(note, WIDTH) for note in notes(history, rises))])

@@ -393,12 +393,12 @@ def test_bad_options_give_one_line(tmp_path, capsys, monkeypatch):
         with pytest.raises(SystemExit, match="2"):
             plot.main(["h.json", option])
         assert reason in assert_one_line(capsys)
-    with pytest.raises(SystemExit, match="2"):
-        plot.main(["--partition", "x.pt", "--table"])
-    assert "--table" in assert_one_line(capsys)
-    with pytest.raises(SystemExit, match="2"):
-        plot.main(["h.json", "--csv", "--out=x"])
-    assert "another command" in assert_one_line(capsys)
+    for words, reason in {"--partition x.pt --table": "--table", "h.json --partition x.pt": "histories",
+                          "logs/training_history.json --partition x.pt": "histories",
+                          "h.json --csv --out=x": "another command"}.items():
+        with pytest.raises(SystemExit, match="2"):
+            plot.main(words.split())
+        assert reason in assert_one_line(capsys)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["h.json", "sub"]
 
 
