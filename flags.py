@@ -54,7 +54,7 @@ PRESETS = {
             "core", "--model=cnn --dataset=cifar10 --train_size=5000 --width=16 --batch_size=32 --n_steps=100000 "
             "--weight_decay=0 --log_points=40 --adv_size=500 --lc_samples=128 --epsilons 0.5/255 1/255 2/255 4/255"),
     "resnet18": ("the paper's Figure 1: ResNet-18 without batch norm on CIFAR-10, attacked as its authors attack "
-                 "it", "1.6 hours on one CPU core for a quarter of its steps",
+                 "it", "about 3 hours on one CPU core",
                  "--model=resnet18 --dataset=cifar10 --width=16 --batch_size=64 --n_steps=100000 --weight_decay=0 "
                  "--log_from=100 --log_points=17 --adv_size=500 --lc_samples=128 --pgd_start=image "
                  "--pgd_step_size=0.8/255 --epsilons 0.5/255 1/255 2/255 4/255 8/255 10/255"),
