@@ -22,7 +22,7 @@ from flags import Config, epsilon_label, history_key
 from losses import build_loss
 
 Progress = Callable[[str, float], None]  # is told what is being measured, and which share of it is done
-POINTS_AT_ONCE = 128  # of local complexity on a CPU, so that its progress shows
+POINTS_AT_ONCE = 128  # of local complexity on a CPU, and of images to certify, so that the progress shows
 
 
 class Row(TypedDict, total=False):
@@ -173,7 +173,7 @@ def under_attack(model: nn.Module, dataset: data.Dataset, probes: Probes, config
         "robust_acc": dict(zip(keys, attacks.shares(counts, epsilons), strict=True)),
         "saturated": saturated.sum().item() / n,
         "zero_gradient": zero.sum().item() / n,
-        "outcomes": {"robust": "".join(map(chr, (48 + counts).tolist())),
+        "outcomes": {"robust": characters_of(counts),
                      **{name: {key: hex_of(column) for key, column in columns.items()}
                         for name, columns in by_epsilon.items()}}}
 
@@ -202,7 +202,7 @@ def certified(model: nn.Module, dataset: data.Dataset, probes: Probes, config: C
     counts = distributed.gather_shards(torch.cat(parts), min(config.certify, attacked(config, dataset)))
     keys = map(history_key, config.epsilons)
     return {"certified_acc": dict(zip(keys, attacks.shares(counts, config.epsilons), strict=True)),
-            "outcomes": {"certified": "".join(map(chr, (48 + counts).tolist()))}}
+            "outcomes": {"certified": characters_of(counts)}}
 
 
 def complexity(model: nn.Module, dataset: data.Dataset, probes: Probes, config: Config, batch_size: int,
@@ -248,6 +248,11 @@ def measure(model: nn.Module, dataset: data.Dataset, probes: Probes, config: Con
             columns = metric(model, dataset, probes, config, batch_size, progress)
             row |= {**columns, "outcomes": row.get("outcomes", {}) | columns.get("outcomes", {})}
     return row
+
+
+def characters_of(counts: Tensor) -> str:
+    """Return one character for each image: chr(48 + k) for a count of k, so "0" to "9" for those up to 9."""
+    return "".join(map(chr, (48 + counts).tolist()))
 
 
 def hex_of(bits: Tensor) -> str:
