@@ -153,40 +153,10 @@ def test_a_checkpoint_gives_its_network_back(config):
     assert all(torch.equal(v, checkpoint["model_state_dict"][name]) for name, v in model.state_dict().items())
 
 
-ABSURD = [("config", "depth", 10**6), ("config", "depth", "3"), ("config", "depth", 2.5), ("config", "width", 10**12),
-          ("config", "width", 10**30), ("config", "width", "wide"), ("config", "width", [8]),
-          ("config", "activation", ["relu"]), ("config", "model", "vgg"), ("config", "init_scale", "two"),
-          ("config", "dtype", "float99"), ("config", "dtype", "float64"), ("config", "dtype", "nn"),
-          ("sizes", "in_shape", [10**12, 1, 1]), ("sizes", "in_shape", "148"), ("sizes", "in_shape", 16),
-          ("sizes", "in_shape", [16]), ("sizes", "num_classes", 10**9), ("sizes", "num_classes", "3"),
-          ("sizes", "num_classes", None)]
-
-
-@pytest.mark.parametrize("part, name, value", ABSURD)
-def test_a_checkpoint_with_an_absurd_config_is_refused(part, name, value):
+@pytest.mark.parametrize("damage", [lambda state: state.pop("layers.0.bias"),
+                                    lambda state: state.update({"layers.0.bias": torch.zeros(3)})])
+def test_weights_that_do_not_fit_the_config_are_refused(damage):
     _, checkpoint = checkpoint_of()
-    checkpoint[part][name] = value
-    with pytest.raises(ValueError) as error:
-        load_network(checkpoint)
-    assert "\n" not in str(error.value) and ("do not fit" in str(error.value) or "unknown" in str(error.value))
-
-
-def test_a_checkpoint_that_lacks_a_part_is_refused():
-    for part, name in (("config", "model"), ("sizes", "num_classes"), ("model_state_dict", "layers.0.bias")):
-        _, checkpoint = checkpoint_of()
-        del checkpoint[part][name]
-        with pytest.raises(ValueError, match=name if part != "model_state_dict" else "do not fit"):
-            load_network(checkpoint)
-
-
-@pytest.mark.parametrize("damage", [
-    lambda weight: weight.to_sparse(), lambda weight: weight.to("meta"), lambda weight: weight.double(),
-    lambda weight: torch.quantize_per_tensor(weight, 0.1, 0, torch.qint8), lambda weight: weight[:-1],
-    lambda weight: weight.tolist()])
-@pytest.mark.filterwarnings("ignore")
-def test_weights_that_are_not_plain_tensors_are_refused(damage):
-    _, checkpoint = checkpoint_of()
-    state = checkpoint["model_state_dict"]
-    state["layers.0.weight"] = damage(state["layers.0.weight"])
+    damage(checkpoint["model_state_dict"])
     with pytest.raises(ValueError, match="do not fit"):
         load_network(checkpoint)
