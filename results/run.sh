@@ -105,6 +105,11 @@ mnist_exact_branch_ce   --dataset=mnist --n_steps=100000 --branch_from=RUNS/mnis
 digits_mse              --dataset=digits --n_steps=100000 --loss=mse --weight_decay=0.1
 digits_init8            --dataset=digits --n_steps=100000 --init_scale=8
 digits_seed1            --dataset=digits --n_steps=100000 --seed=1
+digits_init8_seed1      --dataset=digits --n_steps=100000 --init_scale=8 --seed=1
+mnist_branch_exact_seed1 --dataset=mnist --n_steps=100000 --loss=exact_ce --seed=1 --branch_from=RUNS/mnist_seed1/checkpoints/checkpoint_epoch_0002169_step_000010846.pt
+mnist_exact_branch_ce_seed1 --dataset=mnist --n_steps=100000 --seed=1 --branch_from=RUNS/mnist_exact_seed1/checkpoints/checkpoint_epoch_0002169_step_000010846.pt
+digits_exact_seed1      --dataset=digits --n_steps=100000 --loss=exact_ce --seed=1
+digits_mse_seed1        --dataset=digits --n_steps=100000 --loss=mse --weight_decay=0.1 --seed=1
 END
 }
 

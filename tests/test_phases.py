@@ -89,7 +89,8 @@ PHASES = {**dict.fromkeys(["digits_large_init", "mnist_large_init", "modular_ce"
               for seed in ("", "_seed1"))], ["first descent"])}
 
 
-NOT_SAID = re.compile("^theirs_|^mnist_(lr|sgd|mse|init8|branch|exact_branch)|^digits_(mse|init8)|_seed[2-9]$")
+NOT_SAID = re.compile("^theirs_|^mnist_(lr|sgd|mse|init8|branch|exact_branch)|^digits_(mse|init8)|_seed[2-9]$|"
+                      "^(digits_exact|digits_large_init|mnist_large_init|mnist_depth2(_exact)?)_seed")
 
 
 def test_phases_of_the_recorded_runs():
