@@ -41,12 +41,12 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--table", action="store_true", help="print one line for each run")
     parser.add_argument("--csv", action="store_true", help="print the history as a flat table for pandas.read_csv")
     parser.add_argument("--partition", nargs="+", metavar="CHECKPOINT", help="draw the network's partition of a plane "
-                        "through three test images, side by side for these checkpoints; with --out FILE.gif or "
-                        "FILE.mp4 as a film, one frame for each checkpoint")
+                        "through three test images, side by side for these checkpoints of a run; with --out "
+                        "FILE.gif one frame for each")
     parser.add_argument("--data_dir", metavar="FOLDER", help="with --partition: where the data set is (default: the "
                         "folder that the run was given, relative to the current folder)")
     args = parser.parse_args(argv)
-    suffixes = [".png", ".svg", *[".gif", ".mp4"] * bool(args.partition)]
+    suffixes = [".png", ".svg", *[".gif"] * bool(args.partition)]
     if args.out and args.out.suffix[1:2].isalpha() and args.out.suffix not in suffixes:
         parser.error(f"--out {args.out}: the figure can be written as {', '.join(suffixes)}")
     if args.data_dir and not args.partition:
@@ -64,8 +64,8 @@ def run(args: argparse.Namespace) -> None:
         from analysis import panels, partition
 
         out = args.out or Path(args.partition[0]).parent / "partition"
-        if out.suffix in (".gif", ".mp4"):
-            partition.film(args.partition, out, args.data_dir)
+        if out.suffix == ".gif":
+            partition.gif(args.partition, out, args.data_dir)
             print("wrote", out)
         else:
             print("wrote", *panels.save(partition.figure(args.partition, args.data_dir), out))

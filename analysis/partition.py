@@ -1,22 +1,23 @@
-"""Pictures and films of a network's partition of the input space, on a plane through three test images.
+"""Pictures and GIFs of a network's partition of the input space, on a plane through three test images.
 
 A ReLU network is affine on each of the regions into which the zero sets of its units cut the input space (Humayun et
 al., arXiv:2402.15555, Section 3). On a plane these are lines that bend where they cross those of earlier layers. Over
 the checkpoints of a run, the regions migrate from the training points to the decision boundary.
 """
 
+import io
 import itertools
-import logging
 import math
-import subprocess
-import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import matplotlib
 import numpy as np
 import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.image import AxesImage
+from PIL import Image
 from torch import nn
 from tqdm import tqdm
 
@@ -32,56 +33,41 @@ RASTER = 600  # pixels along each side of a panel
 MARGIN = 0.35  # how far the picture reaches beyond the three images, relative to their distance from its centre
 DECISION = (0.84, 0.37, 0.0)  # the colour of the decision boundary: vermillion, after Okabe and Ito
 BATCH_NUMBERS = 2**22  # pre-activations of one layer held at once: 16 MB in float32
-FILM_RASTER, FILM_DPI = 400, 100
-FILM_PIXELS = 6_000_000  # of the plane, in all frames of a film: a GIF stays near 3 MB
-FRAMES_PER_SECOND, LAST_FRAMES = 6, 6  # the last frame is held for a second
-
-
-# ---- checkpoints ----------------------------------------------------------------------------------------------------
-
-def load(path: str | Path) -> tuple[dict, nn.Module]:
-    """Return (checkpoint, network). ValueError names a file that is not a checkpoint or does not fit its config."""
-    checkpoint = checkpoints.load_checkpoint(path)
-    try:
-        return checkpoint, models.load_network(checkpoint)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
+GIF_RASTER, GIF_DPI, GIF_COLOURS = 400, 100, 64
+GIF_PIXELS = 6_000_000  # of the plane, in all frames of a GIF: the file stays near 2 MB
+FRAME_MS, LAST_FRAME_MS = 170, 1000
 
 
 def load_all(paths: Sequence[str | Path], data_dir: str | None = None) -> tuple[list[dict], "Plane"]:
-    """Return (checkpoints without their tensors, a plane through images of the data that they were all trained on).
+    """Return (checkpoints, plane): in the order of their steps, with "path" in place of their tensors, and the plane
+    through three images of the data that they were trained on.
 
-    The data are in data_dir, or else in the folder of the first checkpoint's config.
+    data_dir: where the data are, by default the folder in the first checkpoint's config. Raises ValueError for a file
+    that is not a checkpoint, for checkpoints of several runs, and for other data than those of the run.
     """
-    found: list[dict] = []
-    for path in paths:
-        checkpoint, _ = load(path)
-        found.append({key: value for key, value in checkpoint.items() if not key.endswith("state_dict")})
-        if any(checkpoint["config"].get(name) != found[0]["config"].get(name)
-               for name in ("dataset", "image_size", "modulus")):
-            raise ValueError(f"{path} was trained on other images than {paths[0]}: there is no plane for both")
-    config = found[0]["config"]
-    folder = data_dir or config["data_dir"]
-    if not (data_dir or data.source_of(config["dataset"]).package or Path(folder).expanduser().exists()):
-        raise ValueError(f"{paths[0]}: its data were in {folder}, which is not here: name their folder with --data_dir")
-    dataset = data.from_config(config, folder)
+    found = [{"path": path} | {key: value for key, value in checkpoints.load_checkpoint(path).items()
+                               if not key.endswith("state_dict")} for path in paths]
+    if flags := runs.differing_flags(found, also_same={"n_steps"}):
+        raise ValueError(f"these checkpoints are of several runs: they differ in --{flags[0]}")
+    dataset = data.from_config(found[0]["config"], data_dir)
     if not checkpoints.is_of_data(found[0], data.fingerprint(dataset)):
-        raise ValueError(f"the images or labels in {folder} are not those that {paths[0]} was trained on")
-    for path, checkpoint in zip(paths, found, strict=True):
-        if tuple(checkpoint["sizes"]["in_shape"]) != tuple(dataset.x_test.shape[1:]):
-            raise ValueError(f"{path} was trained on images of another shape than those of {dataset.name}")
-    return found, plane_through(*three_images(dataset))
+        raise ValueError(f"the images or labels are not those that {paths[0]} was trained on: give the folder of its "
+                         "data with --data_dir")
+    return sorted(found, key=lambda checkpoint: checkpoint["step"]), plane_through(*three_images(dataset))
+
+
+def network_in(path: str | Path) -> nn.Module:
+    """Return the network of a checkpoint. ValueError if its weights do not fit its config."""
+    try:
+        return models.load_network(checkpoints.load_checkpoint(path))
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
 
 
 # ---- the plane ------------------------------------------------------------------------------------------------------
 
 def three_images(dataset: data.Dataset) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return (x, y): three test images in [0, 1], shape (3, C, H, W), of three classes if there are that many.
-
-    Raises ValueError if there are fewer than three test images.
-    """
-    if len(dataset.y_test) < 3:
-        raise ValueError(f"a plane needs three test images, and {dataset.name} has {len(dataset.y_test)}")
+    """Return (x, y): three test images in [0, 1], shape (3, C, H, W), of three classes if there are that many."""
     order = torch.randperm(len(dataset.y_test), generator=torch.Generator().manual_seed(0)).numpy()
     first_of_class = np.sort(np.unique(dataset.y_test.numpy()[order], return_index=True)[1])
     chosen = order[[*first_of_class, *np.setdiff1d(np.arange(len(order)), first_of_class)][:3]]
@@ -100,11 +86,9 @@ class Plane(NamedTuple):
 
 
 def plane_through(x: torch.Tensor, y: torch.Tensor) -> Plane:
-    """Return the plane through three images; ValueError if they lie on a line."""
+    """Return the plane through three images x, (3, C, H, W), of the classes y."""
     centre = x.mean(0)
-    axes, triangle = torch.linalg.qr((x[1:] - x[0]).flatten(1).T)
-    if triangle.diagonal().abs().min() < 1e-6 * max(1.0, triangle.abs().max().item()):
-        raise ValueError("the three test images lie on a line: there is no plane through them")
+    axes = torch.linalg.qr((x[1:] - x[0]).flatten(1).T).Q
     places = (x - centre).flatten(1) @ axes
     return Plane(x, y, centre, axes.T.view(2, *x.shape[1:]), places, (1 + MARGIN) * places.abs().max().item())
 
@@ -164,34 +148,30 @@ def paint(layers: np.ndarray, decision: np.ndarray) -> np.ndarray:
 
 @panels.default_style
 def figure(paths: Sequence[str | Path], data_dir: str | None = None) -> Figure:
-    """Return a figure: the partition of each checkpoint on the same plane, side by side.
+    """Return a figure: the partition of each checkpoint of a run on the same plane, side by side.
 
-    data_dir: where the images are, by default the folder in the first checkpoint's config. Raises ValueError or OSError
-    for a file that is not a checkpoint, does not fit its own config, or was trained on other images than the first, and
-    where the images are missing.
+    data_dir and errors: those of load_all() and of network_in().
     """
     found, plane = load_all(paths, data_dir)
-    flags = runs.differing_flags(found, also_same={"n_steps"})
     columns = min(len(paths), 3)
     rows = -(-len(paths) // columns)
-    fig = panels.new_figure(1.2 + 3.3 * columns, 3.45 * rows + 1.1,
-                            f"{runs.run_title(found[0], flags)}: the plane through three test images")
+    fig = panels.new_figure(1.2 + 3.3 * columns, 3.45 * rows + 1.1, title_of(found))
     grid = fig.add_gridspec(1, 2, width_ratios=[0.8, 3.2 * columns])
     left, right = grid[0].subgridspec(3 * rows, 1), grid[1].subgridspec(rows, columns)
     draw_images([fig.add_subplot(left[k]) for k in range(3)], plane)
     axes = [fig.add_subplot(right[k]) for k in range(len(paths))]
-    drawn = []
-    for ax, path, checkpoint in zip(axes, paths, found, strict=True):
-        layers, decision = boundaries(load(path)[1], plane, RASTER)
-        draw_plane(ax, paint(layers, decision), plane)
-        title = f"step {checkpoint['step']:,}\n{runs.group_title([checkpoint], flags)}"
-        ax.set_title(title.strip(), fontsize=SMALL + 1, pad=4)
-        drawn.append(len(layers))
-    add_legend(fig, max(drawn), plane)
+    for ax, checkpoint in zip(axes, found, strict=True):
+        layers, decision = boundaries(network_in(checkpoint["path"]), plane, RASTER)
+        draw_plane(ax, plane, paint(layers, decision), checkpoint["step"])
+    add_legend(fig, len(layers), plane)
     panels.lay_out(fig)
     for ax in axes:
         snap(ax, RASTER)
     return fig
+
+
+def title_of(found: Sequence[dict]) -> str:
+    return f"{runs.run_title(found[0], {'n_steps'})}: the plane through three test images"
 
 
 def snap(ax: Axes, raster: int) -> None:
@@ -203,15 +183,15 @@ def snap(ax: Axes, raster: int) -> None:
 
 def draw_images(axes: Sequence[Axes], plane: Plane) -> None:
     for ax, image, label, letter in zip(axes, plane.x, plane.y, "ABC", strict=True):
-        shown = image[:3] if len(image) > 2 else image.mean(0, keepdim=True).expand(3, -1, -1)
-        ax.imshow(shown.permute(1, 2, 0).numpy(), interpolation="nearest")
+        ax.imshow((image[:3].permute(1, 2, 0) if len(image) > 2 else image[0]).numpy(), cmap="gray", vmin=0, vmax=1)
         ax.set_title(f"{letter}: class {label}", fontsize=SMALL, pad=3)
         ax.set(xticks=[], yticks=[])
 
 
-def draw_plane(ax: Axes, picture: np.ndarray, plane: Plane) -> Any:
+def draw_plane(ax: Axes, plane: Plane, picture: np.ndarray, step: int) -> AxesImage:
     """Show the picture and the places of the three images in it; returns what holds the picture."""
     ax.set(xticks=[], yticks=[])
+    ax.set_title(f"step {step:,}", fontsize=SMALL + 1, pad=4)
     for letter, (u, v) in zip("ABC", plane.places.tolist(), strict=True):
         ax.plot(u, v, "o", ms=11, mfc="white", mec="black", mew=1)
         ax.text(u, v, letter, ha="center", va="center_baseline", fontsize=SMALL)
@@ -230,68 +210,41 @@ def add_legend(fig: Figure, n_layers: int, plane: Plane) -> None:
                title_fontsize=SMALL)
 
 
-# ---- films ----------------------------------------------------------------------------------------------------------
-
 @panels.default_style
-def film(paths: Sequence[str | Path], out: Path, data_dir: str | None = None) -> None:
-    """Write a film of a run's checkpoints, one frame each in the order of their steps, to out (.gif or .mp4).
+def gif(paths: Sequence[str | Path], out: Path, data_dir: str | None = None) -> None:
+    """Write a GIF with one frame for each checkpoint of a run, in the order of their steps.
 
-    Next to the partition are the accuracies in the checkpoints, with a mark that moves. Raises ValueError or OSError as
-    figure() does, for checkpoints of several runs, and for an MP4 without ffmpeg.
+    Next to the partition are the accuracies in the checkpoints, with a mark that moves. Errors: those of figure().
     """
-    from matplotlib.animation import FFMpegWriter, PillowWriter
-
-    kind = FFMpegWriter if out.suffix == ".mp4" else PillowWriter
-    if not kind.isAvailable():
-        raise ValueError(f"{out}: an MP4 needs ffmpeg, which is not installed; a GIF does not")
     found, plane = load_all(paths, data_dir)
-    flags = runs.differing_flags(found, also_same={"n_steps"})
-    if flags:
-        raise ValueError(f"a film shows one run, and these checkpoints differ in --{flags[0]}: write a PNG")
-    order = sorted(range(len(paths)), key=lambda i: found[i]["step"])
-    raster = min(FILM_RASTER, math.isqrt(FILM_PIXELS // len(paths)))
-    n_layers = len(local_complexity.layer_units(load(paths[0])[1], tuple(plane.centre.shape)))
-    fig, show = film_figure([found[i] for i in order], plane, raster, n_layers)
-    writer = kind(fps=FRAMES_PER_SECOND)
-    logging.getLogger("matplotlib.animation").setLevel(logging.CRITICAL)  # ffmpeg's words are in the error below
-    with tempfile.TemporaryDirectory() as folder:
-        part = Path(folder) / out.name
-        try:
-            with writer.saving(fig, str(part), FILM_DPI):
-                for i in tqdm(order, unit="frame", leave=False, disable=None):
-                    checkpoint, network = load(paths[i])
-                    show(paint(*boundaries(network, plane, raster)), checkpoint["step"])
-                    writer.grab_frame()
-                for _ in range(LAST_FRAMES):
-                    writer.grab_frame()
-        except subprocess.CalledProcessError as error:
-            raise OSError(f"ffmpeg could not write {out}: {error.stderr.strip()[-200:]!r}") from None
-        files.write_atomically(out, part.read_bytes())
-
-
-def film_figure(found: Sequence[dict], plane: Plane, raster: int, n_layers: int) -> tuple[Figure, Callable]:
-    """Return (fig, show): show(picture, step) draws a frame. The accuracies are those in the checkpoints `found`."""
     history: dict = {"step": [], "adv_acc": {}, "robust_acc": {}}
     for checkpoint in found:
         append(history, {name: checkpoint.get(name) for name in (
             "step", "train_acc", "test_acc", *panels.SHARES, "adv_acc", "robust_acc")})
-    side = raster / FILM_DPI
-    fig = panels.new_figure(side + 4.8, side + 1.6, runs.run_title(found[0]), FILM_DPI)
+    raster = min(GIF_RASTER, math.isqrt(GIF_PIXELS // len(paths)))
+    side = raster / GIF_DPI
+    fig = panels.new_figure(side + 4.8, side + 1.6, title_of(found), GIF_DPI)
     axes = fig.subplot_mosaic("PLLL;PABC", width_ratios=[side, 0.95, 0.95, 0.95], height_ratios=[3, 1])
-    shown = draw_plane(axes["P"], np.ones((raster, raster, 3)), plane)
-    axes["P"].set_title("step 0", fontsize=SMALL + 1.5, pad=4)
-    curves = axes["L"]
-    panels.step_axis(curves, *panels.span([history]), 2.7)
-    panels.accuracy_panel(curves, [history], panels.epsilon_colours([history]))
-    panels.mark_interpolation([curves], [history])
-    mark = curves.axvline(0, color="black", lw=1.5, marker="^", markevery=[0], clip_on=False)
+    shown = draw_plane(axes["P"], plane, np.ones((raster, raster, 3)), 0)
+    panels.step_axis(axes["L"], *panels.span([history]), 2.7)
+    panels.accuracy_panel(axes["L"], [history], panels.epsilon_colours([history]))
+    panels.mark_interpolation([axes["L"]], [history])
+    mark = axes["L"].axvline(0, color="black", lw=1.5, marker="^", markevery=[0], clip_on=False)
     draw_images([axes[letter] for letter in "ABC"], plane)
-    add_legend(fig, n_layers, plane)
+    add_legend(fig, len(local_complexity.layer_units(network_in(paths[0]), tuple(plane.centre.shape))), plane)
     panels.lay_out(fig)
     snap(axes["P"], raster)
-
-    def show(picture: np.ndarray, step: int) -> None:
-        shown.set_data(picture)
-        mark.set_xdata([step, step])
-        axes["P"].set_title(f"step {step:,}", fontsize=SMALL + 1.5, pad=4)
-    return fig, show
+    canvas = FigureCanvasAgg(fig)
+    frames: list[Image.Image] = []
+    for checkpoint in tqdm(found, unit="frame", leave=False, disable=None):
+        shown.set_data(paint(*boundaries(network_in(checkpoint["path"]), plane, raster)))
+        mark.set_xdata([checkpoint["step"]] * 2)
+        axes["P"].set_title(f"step {checkpoint['step']:,}", fontsize=SMALL + 1, pad=4)
+        canvas.draw()
+        frame = Image.fromarray(np.array(canvas.buffer_rgba())).convert("RGB")
+        frames.append(frame.quantize(GIF_COLOURS, Image.Quantize.MAXCOVERAGE, kmeans=3,
+                                     palette=frames[0] if frames else None, dither=Image.Dither.NONE))
+    buffer = io.BytesIO()
+    frames[0].save(buffer, "GIF", save_all=True, append_images=frames[1:], loop=0,
+                   duration=[FRAME_MS] * (len(frames) - 1) + [LAST_FRAME_MS])
+    files.write_atomically(out, buffer.getvalue())

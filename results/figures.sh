@@ -21,15 +21,6 @@ image = Image.open(sys.argv[1]).convert("RGB")
 image.quantize(128, Image.Quantize.MAXCOVERAGE, kmeans=3, dither=0).save(sys.argv[1], optimize=True)' "results/$1.png"
 }
 
-shrink_film() {  # 64 colours for all frames
-    "${PYTHON:-python}" -c 'import sys; from PIL import Image, ImageSequence
-film = Image.open(sys.argv[1])
-frames, times = zip(*[(frame.convert("RGB"), frame.info["duration"]) for frame in ImageSequence.Iterator(film)])
-middle = frames[len(frames) // 2].quantize(64, Image.Quantize.MAXCOVERAGE, kmeans=3, dither=0)
-first, *others = [frame.quantize(palette=middle, dither=0) for frame in frames]
-first.save(sys.argv[1], save_all=True, append_images=others, duration=times, loop=0)' "results/$1"
-}
-
 curves() {  # the figure's name, the histories' names
     local name=$1
     shift
@@ -57,7 +48,7 @@ partition() {  # the figure's name, the run's, the checkpoints' steps
     if [[ $named == *" ${1%.*} "* ]]; then
         "${PYTHON:-python}" plot.py --out="results/$1" --partition \
             $(printf "${RUNS:-runs/results}/$2/checkpoints/checkpoint_*_step_%s.pt " "${@:3}")
-        if [[ $1 == *.gif ]]; then shrink_film "$1"; else shrink "$1"; fi
+        [[ $1 == *.gif ]] || shrink "$1"
     fi
 }
 
