@@ -7,16 +7,11 @@ Run it from the repository's root. AutoAttack (Croce and Hein 2020, arXiv:2003.0
 robust_acc and the proof run once for all epsilons, the other attacks once for each. The seconds are for all epsilons
 together: process time on a CPU, so that a busy machine counts for little, and wall-clock time on a GPU.
 """
-# ruff: noqa: E402
 
 import argparse
-import sys
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # for `python benchmarks/attacks.py`
 
 import torch
 
