@@ -93,7 +93,7 @@ def forward_and_backward(config: flags.Config, dataset: data.Dataset, device: to
         for _ in range(n):
             model.zero_grad(set_to_none=True)
             model(x).sum().backward()
-    return cuda_graph.repeater(step, report) if device.type == "cuda" else steps
+    return cuda_graph.repeater(steps, report) if device.type == "cuda" else steps
 
 
 def rows(label: str, argv: list[str], dataset: data.Dataset, device: torch.device, turns: int,
