@@ -7,6 +7,9 @@ from typing import Any
 
 import matplotlib
 import numpy as np
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
+from matplotlib.transforms import ScaledTranslation
 
 from analysis import panels, phases, runs
 from analysis.panels import RANDOM, SHARES, SMALL, TEST, TRAIN, Axes, Figure
@@ -15,62 +18,58 @@ from analysis.statistics import complexity_of, total_complexity
 SPIKE, BRANCH = "#CC79A7", "#009E73"
 # Inches. Small multiples fill a page of A4 or letter when printed at four fifths; small text is 6 points there.
 PAGE_WIDTH, PAGE_HEIGHT = 9.4, 13.4
-LABELS = 0.85  # above and below the panels of a configuration: its title, the ticks
+LABELS = 1.0  # above and below the panels of a configuration: its title, the names of the phases, the ticks
 ENDS = 1.35  # left and right of a panel: ticks and names
-CROP = 1.5  # a panel of local complexity reaches to this many times what follows a first descent
-STRIP = 0.15  # at the top of a panel of local complexity: the names of the phases
+STRIP = 0.15  # above a panel of local complexity: the names of the phases
+LETTER = 0.06  # a letter of a phase's name
+CROP = 1.5  # a panel of local complexity reaches to this many times the highest value of its later half
 
 
-def complexity_panel(ax: Axes, group: Sequence[dict], radius: str) -> None:
-    """Local complexity around random, test and train points, the layers of train stacked."""
+def complexity_panel(ax: Axes, group: Sequence[dict], radius: str, width: float) -> None:
+    """Draw local complexity around random, test and train points, the layers of train stacked, and name the phases.
+
+    The panel reaches to the highest value, unless the beginning would hide what follows it. It is `width` inches wide.
+    """
     steps, layers, _, _ = runs.together(group, lambda history: complexity_of(history, "train", radius))
     greys = matplotlib.colormaps["Greys"](np.linspace(0.42, 0.12, layers.shape[1]))
     ax.stackplot(steps, layers.T, colors=list(greys), lw=0.7, edgecolor="white")
+    highest = later = 0.0
     for points, colour in (("random", RANDOM), ("test", TEST), ("train", TRAIN)):
         if radius in group[0]["local_complexity"].get(points, {}):
             total = functools.partial(total_complexity, points=points, radius=radius)
             panels.draw_curve(ax, group, total, points, color=colour, lw=1.8)
+            high = np.nan_to_num(runs.together(group, total)[3])
+            highest, later = max(highest, high.max()), max(later, high[len(high) // 2:].max())
+    ax.set_ylim(0, 1.04 * min(highest, CROP * later) or 1)  # 1: nothing is known, or all is 0
     ax.yaxis.set_major_locator(matplotlib.ticker.MaxNLocator(5))
     ax.set_ylabel(f"local complexity\nr = {radius}", fontsize=SMALL + 1)
+    name_phases(ax, steps, layers.sum(axis=1), width)
 
 
-def top_of(ax: Axes, group: Sequence[dict], radius: str) -> float:
-    """Return how high a panel reaches: to its highest curve, unless a first descent would hide what follows it."""
-    steps, complexity, _, _ = runs.together(group, lambda history: total_complexity(history, "train", radius))
-    known, highest = np.isfinite(complexity), ax.dataLim.y1
-    name, _, last = next(iter(phases.phases(complexity[known])), ("", 0, 0))
-    if name != "first descent":
-        return highest
-    curves = [np.asarray(line.get_ydata()) for line in ax.lines if len(np.asarray(line.get_xdata())) == len(steps)]
-    return min(highest, CROP * float(np.nanmax(np.array(curves)[:, steps >= steps[known][last]])))
-
-
-def name_phases(ax: Axes, group: Sequence[dict], radius: str) -> None:
-    """Name the phases in a strip at the top of a panel that has its final size; a name too long for it is shortened."""
-    from matplotlib.textpath import TextPath
-
-    steps, complexity, _, _ = runs.together(group, lambda history: total_complexity(history, "train", radius))
-    steps, complexity = steps[np.isfinite(complexity)], complexity[np.isfinite(complexity)]
-    width, height = ax.bbox.width / ax.figure.dpi, ax.bbox.height / ax.figure.dpi
-    strip = 1 - STRIP / height
-    ax.axvspan(*ax.get_xlim(), strip, color="white", lw=0, zorder=2.5)  # marks through all panels end below it
-    to_axes = ax.transData + ax.transAxes.inverted()
-    for name, first, last in phases.phases(complexity):
+def name_phases(ax: Axes, steps: np.ndarray, complexity: np.ndarray, width: float) -> None:
+    """Name the phases in a strip above a panel about `width` inches wide; a name too long for it is shortened."""
+    known, scale = np.isfinite(complexity), ax.xaxis.get_transform()
+    inch = width / np.ptp(scale.transform(ax.get_xlim()))
+    above = ax.get_xaxis_transform() + ScaledTranslation(0, STRIP / 2, ax.figure.dpi_scale_trans)
+    for name, first, last in phases.phases(complexity[known]):
+        ends = steps[known][[first, last]]
         grey, arrow = ("0.86", "↗") if name.endswith("ascent") else ("0.94", "↘")
-        ax.axvspan(steps[first], steps[last], strip, color=grey, lw=0, zorder=2.6)
-        ax.vlines([steps[first], steps[last]], 0, strip, color="0.55", lw=0.6, ls=":",
-                  transform=ax.get_xaxis_transform())
-        start, end = (to_axes.transform((steps[index], 0))[0] for index in (first, last))
+        ax.plot(ends, [1, 1], color=grey, lw=72 * STRIP, solid_capstyle="butt", transform=above, clip_on=False)
+        ax.vlines(ends, 0, 1, color="0.55", lw=0.6, ls=":", transform=ax.get_xaxis_transform())
         short = name.replace("first", "1st").replace("second", "2nd")
+        start, end = scale.transform(ends)
         for text in (f"{name} {arrow}", f"{short} {arrow}", f"{short.split()[0]} {arrow}", arrow):
-            if TextPath((0, 0), text, size=SMALL).get_extents().width / 72 + 0.05 <= (end - start) * width:
-                ax.text((start + end) / 2, (1 + strip) / 2, text, transform=ax.transAxes, ha="center",
+            if len(text) * LETTER <= (end - start) * inch:
+                ax.text(float(scale.inverted().transform((start + end) / 2)), 1, text, transform=above, ha="center",
                         va="center_baseline", fontsize=SMALL)
                 break
 
 
-def sizes(groups: Sequence[Sequence[dict]], n_radii: int) -> tuple[int, float, list[float]]:
-    """(columns, width, heights): how many configurations side by side, the figure's width, the panels' heights."""
+def sizes(groups: Sequence[Sequence[dict]], n_radii: int, labels: float) -> tuple[int, float, list[float]]:
+    """(columns, width, heights): how many configurations side by side, the figure's width, the panels' heights.
+
+    labels: the height of what is above and below the panels of a configuration.
+    """
     n = len(groups)
     names = max(3 + len(panels.shared(group, "robust_acc")) + len(panels.shown_shares(group)) for group in groups)
     least = panels.LINE * names
@@ -78,7 +77,7 @@ def sizes(groups: Sequence[Sequence[dict]], n_radii: int) -> tuple[int, float, l
         return 1, 7.1, [max(3.1, least), *[1.9] * n_radii]
     columns = {2: 2, 4: 2}.get(n, 3 if n <= 12 else 4)
     width = max(PAGE_WIDTH, columns * (1.6 + ENDS))
-    room = (PAGE_HEIGHT - 1) / -(-n // columns) - LABELS
+    room = (PAGE_HEIGHT - 1) / -(-n // columns) - labels
     height = max(1.3, min(room / (1 + 0.62 * n_radii), 0.85 * (width / columns - ENDS)))
     return columns, width, [max(height, least), *[0.62 * height] * n_radii]
 
@@ -95,32 +94,27 @@ def figure(histories: Sequence[dict]) -> Figure:
     groups, flags = runs.grouped(histories)
     radii = panels.shared([history["local_complexity"] for history in histories], "train")
     radii = radii if len(groups) == 1 else radii[:1]
-    columns, width, heights = sizes(groups, len(radii))
+    titles = [f"{runs.group_title(group, flags)}\n{runs.runs_text(group)}".strip() for group in groups]
+    labels = LABELS + panels.LINE * max(title.count("\n") for title in titles)
+    columns, width, heights = sizes(groups, len(radii), labels)
     rows, each = -(-len(groups) // columns), len(heights)
-    fig = panels.new_figure(width, rows * (sum(heights) + LABELS) + 0.9, runs.run_title(histories[0], flags))
+    fig = panels.new_figure(width, rows * (sum(heights) + labels) + 0.9, runs.run_title(histories[0], flags))
     grid = fig.add_gridspec(rows * each, columns, height_ratios=heights * rows)
-    places = [divmod(i, columns) for i in range(len(groups))]
-    drawn = [[fig.add_subplot(grid[row * each + k, column]) for k in range(each)] for row, column in places]
     colours = panels.epsilon_colours(histories)
-    for axes, group, (_, column) in zip(drawn, groups, places, strict=True):
-        draw_group(axes, group, radii, panels.span(histories), width / columns - ENDS, colours)
-        title = f"{runs.group_title(group, flags)}\n{runs.runs_text(group)}"
-        axes[0].set_title(title.strip(), fontsize=SMALL + 1, pad=13)
-        for ax in axes if column else []:
+    drawn = []
+    for i, (group, title) in enumerate(zip(groups, titles, strict=True)):
+        row, column = divmod(i, columns)
+        drawn.append([fig.add_subplot(grid[row * each + k, column]) for k in range(each)])
+        draw_group(drawn[i], group, radii, panels.span(histories), width / columns - ENDS, colours)
+        drawn[i][0].set_title(title, fontsize=SMALL + 1, pad=13)
+        for ax in drawn[i] if column else []:
             ax.set_ylabel("")
-    tops = np.array([[top_of(ax, group, radius) for ax, radius in zip(axes[1:], radii, strict=True)]
-                     for axes, group in zip(drawn, groups, strict=True)])
-    tops[~(tops > 0)] = 1  # nothing is known, or all is 0
-    if radii and tops.max() < 5 * tops.min():  # one scale, as long as it hides nothing
-        tops[:] = tops.max(axis=0)
-    for axes, row in zip(drawn, tops, strict=True):
-        for ax, top in zip(axes[1:], row, strict=True):
-            ax.set_ylim(0, 1.04 * top / (1 - STRIP / heights[-1]))
+    if radii and len(groups) > 1:
+        tops = [axes[1].get_ylim()[1] for axes in drawn]
+        for axes in drawn if max(tops) < 2 * min(tops) else []:  # one scale, as long as it hides nothing
+            axes[1].set_ylim(0, max(tops))
     add_legend(fig, groups, bool(radii))
     panels.lay_out(fig)
-    for axes, group in zip(drawn, groups, strict=True):
-        for ax, radius in zip(axes[1:], radii, strict=True):
-            name_phases(ax, group, radius)
     return fig
 
 
@@ -131,7 +125,7 @@ def draw_group(axes: Sequence[Axes], group: Sequence[dict], radii: list[str], st
         panels.step_axis(ax, *steps, width, labelled=ax is axes[-1])
     panels.accuracy_panel(axes[0], group, colours)
     for ax, radius in zip(axes[1:], radii, strict=True):
-        complexity_panel(ax, group, radius)
+        complexity_panel(ax, group, radius, width)
     panels.mark_interpolation(axes, group)
     for steps_of, style, _ in MARKS:
         for step in steps_of(group):
@@ -149,9 +143,6 @@ MARKS: list[tuple[Callable, dict[str, Any], str]] = [
 
 def add_legend(fig: Figure, groups: Sequence[Sequence[dict]], with_complexity: bool) -> None:
     """Explain the lines below the panels."""
-    from matplotlib.lines import Line2D
-    from matplotlib.patches import Patch
-
     handles: list[Line2D | Patch] = [
         Line2D([], [], color="0.3", lw=1.6, label="robust_acc at ε: attacks on the exact objective"),
         Line2D([], [], color="0.3", lw=1.0, ls=(0, (3, 1.5)), label="adv_acc at ε: PGD on cross-entropy as computed")]
