@@ -1,9 +1,7 @@
 """Checkpoints: written whole, read without trust, and what a resumed run needs of them."""
 
-import contextlib
 import io
 import math
-import pickle
 import zipfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -15,26 +13,19 @@ from flags import EXPERIMENT, FIELDS, MEASUREMENT, Config, flags_of, implied
 from records.files import CHECKPOINT_PATTERN, ROLLING_NAME, write_atomically
 from records.history import HISTORY_NAME, forget_after, read_history
 
-# Flags that do not change what is computed, but how, and with it the last bits of the results.
-CHANGES_LAST_BITS = ("device", "threads", "compile", "eval_batch_size")
 PARTS = {"config", "sizes", "model_state_dict", "optimizer_state_dict", "epoch", "step", "logged", "seconds"}
 
 
 def save_checkpoint(folder: str | Path, state: dict, keep: str | int = "all") -> Path:
     """Write the checkpoint of a log step; return its path. keep: "all", "last", or N: this one and the N - 1 newest
-    undamaged others stay."""
+    others stay."""
     folder = Path(folder)
     name = f"checkpoint_epoch_{math.floor(state['epoch']):07d}_step_{state['step']:09d}.pt"
     path = save_state(folder / name, state)
     (folder / ROLLING_NAME).unlink(missing_ok=True)  # it is older
-    if keep == "all":
-        return path
-    left = 0 if keep == "last" else int(keep) - 1
-    for old in saved_checkpoints(folder):
-        if old != path and left > 0:
-            with contextlib.suppress(OSError):  # what cannot be read today may be sound tomorrow: it stays
-                left -= is_intact(old)
-        elif old != path:
+    if keep != "all":
+        others = [other for other in saved_checkpoints(folder) if other != path]
+        for old in others[0 if keep == "last" else int(keep) - 1:]:
             old.unlink(missing_ok=True)
     return path
 
@@ -47,35 +38,19 @@ def save_state(path: Path, state: dict) -> Path:
     return path
 
 
-def is_intact(path: Path) -> bool:
-    """Return whether the checksums of a checkpoint's file are right; torch.load does not look at them."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            return archive.testzip() is None
-    except OSError:
-        raise
-    except Exception:  # zipfile, zlib and struct raise errors of their own for a damaged file
-        return False
-
-
 def load_checkpoint(path: str | Path) -> dict:
     """Return the checkpoint in `path`, on the CPU. ValueError, in one line, if it cannot be read, is damaged or
     foreign, or holds more than data."""
-    path = Path(path)
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True) if is_intact(path) else None
-    except MemoryError:
-        raise
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()  # torch.load does not look at the checksums
+        state = None if damaged else torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error.strerror or error}") from None
-    except pickle.UnpicklingError:
-        raise ValueError(f"{path} is refused: it is not a checkpoint, or its pickle holds more than data") from None
-    except Exception:
+    except Exception:  # zipfile, zlib and pickle raise errors of their own for what is damaged or more than data
         state = None
-    if state is None:
-        raise ValueError(f"{path} is damaged or not a checkpoint")
     if not isinstance(state, dict) or not state.keys() >= PARTS:
-        raise ValueError(f"{path} is not a checkpoint of this program")
+        raise ValueError(f"{path} is damaged or not a checkpoint of this program")
     return state
 
 
@@ -83,10 +58,8 @@ def newest_checkpoint(folder: str | Path, note: Callable[[str], None], before: f
                       ) -> tuple[dict, Path] | tuple[None, None]:
     """Return (state, path) of the sound checkpoint with the most steps, fewer than `before`, or (None, None). finite:
     pass over weights that are not finite. note is called with one line for each newer file passed over."""
-    newest: tuple[dict, Path] | tuple[None, None] = None, None
     for path in all_checkpoints(folder):
-        step = step_in_name(path)  # None: the rolling file, which is looked into first
-        if step is not None and (step >= before or newest[0] and newest[0]["step"] >= step):
+        if (step_in_name(path) or 0) >= before:
             continue
         try:
             state = load_checkpoint(path)
@@ -96,10 +69,8 @@ def newest_checkpoint(folder: str | Path, note: Callable[[str], None], before: f
             note(f"{error}; passed over")
             continue
         if state["step"] < before:
-            newest = state, path
-            if step is not None:
-                break
-    return newest
+            return state, path
+    return None, None
 
 
 def all_checkpoints(folder: str | Path) -> list[Path]:
@@ -129,11 +100,9 @@ def continue_from(config: Config, fingerprint: str, note: Callable[[str], None])
     """
     checkpoint, path = newest_checkpoint(config.save_dir, note, finite=config.on_nan == "stop")
     if checkpoint is None or path is None:
-        names = [path.name for path in all_checkpoints(config.save_dir)]
-        if names:
-            listed = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if names[3:] else "")
-            raise ValueError(f"none of the checkpoints in {config.save_dir} can be used ({listed}): repair or "
-                             "remove them, or start anew without --resume")
+        if all_checkpoints(config.save_dir):
+            raise ValueError(f"none of the checkpoints in {config.save_dir} can be used: repair or remove them, or "
+                             "start anew without --resume")
         note(f"nothing to resume in {config.save_dir}: starting")
         return None
     history_path = Path(config.log_dir) / HISTORY_NAME
@@ -148,12 +117,6 @@ def continue_from(config: Config, fingerprint: str, note: Callable[[str], None])
         raise ValueError(f"--lr_schedule={config.lr_schedule} spans the run: a resumed one keeps its --n_steps")
     check_history(history_path, history, path, checkpoint)
     note(f"continuing from {path} at step {checkpoint['step']}")
-    if config.n_steps > planned:
-        note(f"--n_steps was {planned}, is {config.n_steps}: later log points are those of the longer run")
-    used = {**checkpoint["config"], "threads": checkpoint.get("derived", {}).get("threads")}
-    found = differences(used, config, [name for name in CHANGES_LAST_BITS if name != "threads" or config.threads])
-    if found:
-        note(f"{'; '.join(found)}: the last bits of the results may differ from those of an uninterrupted run")
     return {**checkpoint, "history": history, "path": path}
 
 
@@ -213,25 +176,19 @@ def load_optimizer_state(optimizer: torch.optim.Optimizer, checkpoint: dict) -> 
     (group,) = optimizer.param_groups
     parameters, state = group["params"], checkpoint["optimizer_state_dict"]["state"]
     tensors = {"exp_avg", "exp_avg_sq"} if "betas" in group else {"momentum_buffer"} if group["momentum"] else set()
-
-    def fits(entries: dict, parameter: torch.Tensor) -> bool:
-        found = {name: value for name, value in entries.items() if name != "step" and value is not None}
-        return found.keys() == tensors and all(
-            (value.shape, value.dtype) == (parameter.shape, parameter.dtype) for value in found.values())
-
-    if state:
-        fitting = [*state] == [*range(len(parameters))] and all(fits(state[k], p) for k, p in enumerate(parameters))
-    else:  # there is none before the first step, nor of SGD without momentum
-        fitting = checkpoint["step"] == 0 or not tensors
-    if fitting:
-        optimizer.load_state_dict({**optimizer.state_dict(), "state": {
-            k: {name: laid_out(value, parameters[k]) for name, value in entries.items()}
-            for k, entries in state.items()}})
-    return fitting
+    wanted = [{name: (parameter.shape, parameter.dtype) for name in tensors} for parameter in parameters]
+    found = [{name: (value.shape, value.dtype) for name, value in entries.items()
+              if name != "step" and value is not None} for entries in state.values()]
+    # There is no state before the first step, nor of SGD without momentum.
+    if found != wanted and (state or (tensors and checkpoint["step"] > 0)):
+        return False
+    optimizer.load_state_dict({**optimizer.state_dict(), "state": {
+        k: {name: laid_out(value, parameters[k]) for name, value in entries.items()} for k, entries in state.items()}})
+    return True
 
 
 def laid_out(value: Any, parameter: torch.Tensor) -> Any:
     """Return value in the memory layout of its parameter: the fused optimizers assume that they are the same."""
     if value is None or value.shape != parameter.shape:
         return value
-    return torch.empty_like(parameter, dtype=value.dtype, requires_grad=False).copy_(value)
+    return torch.empty_like(parameter).copy_(value)

@@ -47,8 +47,6 @@ class Console:
         processes = f", {environment['processes']} processes" if environment["processes"] > 1 else ""
         branch = history.get("branch")
         parent = f"branch   from step {branch['step']:,}, {branch['of']}\n" if branch else ""
-        if branch and branch.get("schedule_from") and (config["warmup_steps"] or config["lr_schedule"] != "constant"):
-            parent += "         warm-up and learning rate schedule count from that step\n"
         given = ", ".join(name if config[name] is True else f"{name} {flag_text(config[name])}"
                           for name in history["asked"] if name in SWITCHES)
         also = f"with     {given}\n" if given else ""
@@ -72,13 +70,13 @@ class Console:
         self.next_line = time.monotonic() + SECONDS_BEFORE_ESTIMATE
         self.paced_from: int | None = None  # the step from which the pace is measured
         self.trained = 0.0  # seconds of training since then
-        self.log_step_took: float | None = None  # seconds of the last one
+        self.log_step_took = 0.0  # seconds of the last one
         self.measuring_since: float | None = None
         keys = [*map(history_key, epsilons)]
         column = max(5, *(len(epsilon_label(key)) for key in keys)) + 1
         adv = max(7, column - 1)
         self.radii = thin([*map(history_key, radii)], 2)
-        complexity = [f"r {radius}" for radius in self.radii] if len(radii) > 1 else ["compl."]
+        complexity = [f"r {radius}" for radius in self.radii]
         lengths = [max(7, len(label)) for label in complexity]
         # Beside the accuracies under attack stand 45 characters and local complexity.
         room = min(WIDTH, shutil.get_terminal_size((WIDTH, 24)).columns) - 45 - sum(lengths) - len(lengths) - adv
@@ -87,8 +85,7 @@ class Console:
         self.widths = [8, 8, 5, 5, *[column - 1] * len(self.keys), adv, *lengths, 7, 6]
         robust = column * len(self.keys)
         title = next(text for text in ("robust_acc at epsilon", "robust_acc", "rob.") if len(text) < robust)
-        local = "local compl." if len(radii) > 1 else "local"
-        self.note(f"{'':29} {title:{robust}}{'adv_acc':>{adv}} {local:>{sum(lengths) + len(lengths) - 1}}")
+        self.note(f"{'':29} {title:{robust}}{'adv_acc':>{adv}} {'compl.':>{lengths[0]}}")
         self.print_row("step", "loss", "train", "test", *map(epsilon_label, self.keys), epsilon_label(self.middle),
                        *complexity, "|w|", "s")
         if not self.quiet and sys.stderr.isatty() and not in_notebook():
@@ -133,10 +130,9 @@ class Console:
             self.bar.update(step - self.bar.n)
         elif time.monotonic() > self.next_line and step >= self.paced_from + STEPS_BEFORE_ESTIMATE:
             pace, took = self.trained / (step - self.paced_from), self.log_step_took
-            left = duration(pace * (self.n_steps - step) + (took or 0) * self.log_steps_left)
-            to_go = f"{left} to go, log steps not counted" if took is None else (
-                f"{took:.1f} s for a log step, {left} to go")
-            self.line(f"step {step:,} of {self.n_steps:,}: {1 / pace:,.0f} steps/s, {to_go}")
+            left = duration(pace * (self.n_steps - step) + took * self.log_steps_left)
+            log_step = f"{took:.1f} s for a log step, " if took else ""
+            self.line(f"step {step:,} of {self.n_steps:,}: {1 / pace:,.0f} steps/s, {log_step}{left} to go")
 
     def line(self, text: str) -> None:
         self.next_line = time.monotonic() + SECONDS_BETWEEN_LINES

@@ -22,7 +22,6 @@ ROLLING_NAME = "rolling.pt"
 LOCK_NAME = ".lock"
 # How a file system says that it has no locks or does not sync files or folders.
 NOT_SUPPORTED = {errno.ENOSYS, errno.ENOLCK, errno.EINVAL, errno.EOPNOTSUPP, errno.ENOTSUP}
-FULL_DISK = {errno.ENOSPC, errno.EDQUOT}
 
 
 def write_atomically(path: str | Path, content: bytes | memoryview) -> None:
@@ -38,12 +37,17 @@ def write_atomically(path: str | Path, content: bytes | memoryview) -> None:
     except BaseException:
         part.unlink(missing_ok=True)
         raise
-    sync_folder(path.parent)
+    if hasattr(os, "O_DIRECTORY"):  # Windows does not open folders
+        folder = os.open(path.parent, os.O_DIRECTORY)
+        try:
+            supported(os.fsync, folder)
+        finally:
+            os.close(folder)
 
 
 def append_line(path: Path, line: bytes) -> None:
-    """Append line and a newline to an existing file, and fsync. OSError names the path."""
-    with naming(path), open(os.open(path, os.O_WRONLY | os.O_APPEND), "ab") as file:
+    """Append line and a newline to a file, and fsync. OSError names the path."""
+    with naming(path), open(path, "ab") as file:
         write_through(file, line + b"\n")
 
 
@@ -64,17 +68,6 @@ def supported(system_call: Callable, *arguments: int) -> bool:
         return False
 
 
-def sync_folder(folder: Path) -> None:
-    """Make a rename in folder durable where the system can; Windows does not open folders."""
-    if hasattr(os, "O_DIRECTORY"):
-        with naming(folder):
-            descriptor = os.open(folder, os.O_DIRECTORY)
-            try:
-                supported(os.fsync, descriptor)
-            finally:
-                os.close(descriptor)
-
-
 @contextlib.contextmanager
 def naming(path: str | Path) -> Iterator[None]:
     """Name path in the OSErrors of the block; the error of a full disk names no file."""
@@ -88,31 +81,25 @@ class FolderLocks:
     """The locks that a run holds on its folders; without folders, none. The kernel releases them when the process
     ends, however it ends.
 
-    Making them makes the folders. note: called with one line if a file system has no locks or does not sync. Raises
-    OSError if a folder cannot be written, ValueError if another run holds it.
+    Making them makes the folders. note: called with one line if a file system has no locks. Raises OSError if a folder
+    cannot be written, ValueError if another run holds it.
     """
 
     def __init__(self, *folders: str | Path, note: Callable[[str], None] = print):
         self.files: list[IO[bytes]] = []
-        unlocked, unsynced = [], []
+        unlocked = []
         for folder in sorted({Path(os.path.realpath(folder)) for folder in folders}):
             try:
                 folder.mkdir(parents=True, exist_ok=True)
-                flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)
-                self.files.append(open(os.open(folder / LOCK_NAME, flags, 0o666), "rb+"))
-                descriptor = self.files[-1].fileno()
-                unlocked += [] if lock(descriptor, folder) else [str(folder)]
-                unsynced += [] if supported(os.fsync, descriptor) else [str(folder)]
+                self.files.append(open(folder / LOCK_NAME, "ab"))
+                unlocked += [] if lock(self.files[-1].fileno(), folder) else [str(folder)]
             except OSError as error:
-                reason = f"cannot write to {folder}: {error.strerror or error}; choose another --log_dir or --save_dir"
-                raise OSError(error.errno, reason) if error.errno in FULL_DISK else OSError(reason) from None
+                raise OSError(f"cannot write to {folder}: {error.strerror or error}; choose another --log_dir or "
+                              "--save_dir") from None
             for part in folder.glob(f".*.{'?' * 16}.part"):  # a killed run was writing it
                 part.unlink(missing_ok=True)
         if unlocked:
             note(f"the file system of {' and '.join(unlocked)} has no locks: make sure that no second run writes there")
-        if unsynced:
-            note(f"the file system of {' and '.join(unsynced)} does not sync files: a power failure may damage those "
-                 "written last")
         paths = [Path(folder) / LOCK_NAME for folder in folders]
         self.held = {path: os.lstat(path) for path in paths}  # under the names that the user gave
 
@@ -151,11 +138,9 @@ def move_aside(log_dir: str | Path, save_dir: str | Path | None = None) -> list[
     patterns = [*((save_dir, name) for name in (CHECKPOINT_PATTERN, ROLLING_NAME) if save_dir),
                 *((log_dir, name) for name in (*TRACKED, HISTORY_PATTERN))]
     found = [(Path(folder), path) for folder, name in patterns for path in sorted(Path(folder).glob(name))]
-    stamp, again = f"earlier-{datetime.datetime.now():%Y%m%d-%H%M%S}", 1
-    name = stamp
-    while any((folder / name).exists() for folder, _ in found):
-        again += 1
-        name = f"{stamp}-{again}"
+    name = f"earlier-{datetime.datetime.now():%Y%m%d-%H%M%S}"
+    while any((folder / name).exists() for folder, _ in found):  # of the same second
+        name += "-2"
     for folder, path in found:
         aside = folder / name / path.relative_to(folder)
         aside.parent.mkdir(parents=True, exist_ok=True)

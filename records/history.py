@@ -47,7 +47,7 @@ def rows_of(history: dict) -> list[dict]:
     return [row_at(columns_of(history), k) for k in range(len(history["step"]))]
 
 
-def row_at(columns: Any, k: int) -> Any:
+def row_at(columns: Any, k: int | slice) -> Any:
     return {name: row_at(column, k) for name, column in columns.items()} if isinstance(columns, dict) else columns[k]
 
 
@@ -65,15 +65,9 @@ def flat(row: Mapping[str, Any], layers: Sequence[str] = (), within: str = "") -
     return found
 
 
-def leaves(columns: Any) -> list:
-    """Return the columns that hold the entries, from all levels."""
-    return [leaf for inner in columns.values() for leaf in leaves(inner)] if isinstance(columns, dict) else [columns]
-
-
 def forget_after(history: dict, logged: int) -> None:
     """Keep the first `logged` log points: the others were made between the last checkpoint and the run's end."""
-    for column in leaves(columns_of(history)):
-        del column[logged:]
+    history.update(row_at(columns_of(history), slice(logged)))
     last = history["step"][-1] if history["step"] else -1
     history["warnings"] = [warning for warning in history["warnings"] if warning["step"] <= last]
 
@@ -140,7 +134,7 @@ class HistoryFile:
 def read_history(path: str | Path) -> dict:
     """Return the history in the file `path`, joined with the rows file next to it if there is one.
 
-    FileNotFoundError if there is none; ValueError, in one line, if it is damaged or not a history of this version.
+    FileNotFoundError if there is none; ValueError, in one line, if it is damaged or not a history of this program.
     Columns that an older program did not write may be missing.
     """
     path = Path(path)
@@ -149,15 +143,15 @@ def read_history(path: str | Path) -> dict:
         raise FileNotFoundError(f"no history at {path}")
     try:
         history = json.loads(path.read_bytes())
-    except (ValueError, RecursionError):
+    except ValueError:
         raise ValueError(f"{path} is damaged or not a JSON file") from None
     if not (isinstance(history, dict) and history.keys() >= {"version", "step", "warnings", "config", "sizes"}):
         raise ValueError(f"{path} is not a history of this program")
     if history["version"] != HISTORY_VERSION:
-        raise ValueError(f"{path} is a history of version {history['version']!r:.20}, not {HISTORY_VERSION}")
+        raise ValueError(f"{path} is a history of another version of this program")
     if "outcomes" not in history and rows_path.is_file():
         try:
-            join_rows(history, rows_path.read_bytes().split(b"\n")[:-1])
+            join_rows(history, rows_path.read_bytes().split(b"\n")[:-1])  # without a last line that is cut off
         except (ValueError, TypeError, LookupError, AttributeError):
             raise ValueError(f"{rows_path} is damaged; remove it to go on without it") from None
     history.setdefault("environment", {})
@@ -166,14 +160,8 @@ def read_history(path: str | Path) -> dict:
 
 def join_rows(history: dict, lines: list[bytes]) -> None:
     """Add to history the outcomes in the lines of a rows file, and the rows that it lacks. The lines of another run are
-    ignored, and so is a last one that was not written to its end."""
-    rows = []
-    for line in lines:
-        try:
-            rows.append(json.loads(line))
-        except ValueError:
-            if line is not lines[-1]:
-                raise
+    ignored."""
+    rows = [json.loads(line) for line in lines]
     known = list(zip(history["step"], history.get("seconds", []), strict=False))
     if any((row["step"], row["seconds"]) != pair for row, pair in zip(rows, known, strict=False)):
         return

@@ -62,9 +62,8 @@ def parent_of(config: Config, fingerprint: str) -> dict:
         raise ValueError(f"--branch_from={path} is of another network or other data "
                          f"({', '.join(differing) or 'the images differ'}): give its flags")
     if config.n_steps <= checkpoint["step"] + config.warmup_steps:
-        warmup = f" and --warmup_steps takes {config.warmup_steps} more" if config.warmup_steps else ""
-        raise ValueError(
-            f"--branch_from={path} is at step {checkpoint['step']}{warmup}: raise --n_steps={config.n_steps}")
+        raise ValueError(f"--branch_from={path} is at step {checkpoint['step']} and --warmup_steps takes "
+                         f"{config.warmup_steps} more: raise --n_steps={config.n_steps}")
     record = history.read_history(found)
     checkpoints.check_history(found, record, path, checkpoint)
     attack = {name for name in flags_of(MEASUREMENT) - SCHEDULE if not name.startswith("lc_")}

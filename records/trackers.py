@@ -32,15 +32,9 @@ class TensorBoard:
 
     def __init__(self, log_dir: Path, config: dict, step: int):
         from torch.utils.tensorboard import SummaryWriter
-        from torch.utils.tensorboard.summary import hparams
 
         # What an interrupted run wrote beyond its last checkpoint is purged.
         self.writer = SummaryWriter(str(log_dir / "tensorboard"), purge_step=step + 1 if step else None)
-        # As text, since the table would show False as 0.0000.
-        flat = {name: value if type(value) in (int, float) else str(value) for name, value in config.items()}
-        metrics = dict.fromkeys(("accuracy/train", "accuracy/test", "weight_norm"), 0.0)  # columns of the HPARAMS table
-        for summary in hparams(flat, metrics):
-            self.writer._get_file_writer().add_summary(summary)
 
     def log(self, values: dict[str, float], step: int) -> None:
         for name, value in values.items():
@@ -49,10 +43,9 @@ class TensorBoard:
 
     def end(self, figure: Path, step: int) -> None:
         if figure.is_file():
-            import numpy as np
-            from PIL import Image
+            from matplotlib import pyplot
 
-            self.writer.add_image("figure", np.asarray(Image.open(figure).convert("RGB")), step, dataformats="HWC")
+            self.writer.add_image("figure", pyplot.imread(figure)[..., :3], step, dataformats="HWC")
         self.writer.close()
 
 
@@ -62,14 +55,11 @@ class WandB:
     def __init__(self, log_dir: Path, config: dict, step: int):
         import wandb
 
-        id_file = log_dir / "wandb_id"
-        if step == 0 or not id_file.is_file():
+        self.wandb, id_file = wandb, log_dir / "wandb_id"
+        if not id_file.is_file():
             id_file.write_text(uuid.uuid4().hex[:8])
-        self.wandb = wandb
-        folder = log_dir.parent if log_dir.name == "logs" else log_dir  # a sweep keeps a run in FOLDER/logs
         self.run = wandb.init(project=os.environ.get("WANDB_PROJECT", "grok"), dir=str(log_dir), resume="allow",
-                              id=id_file.read_text().strip(), name=os.environ.get("WANDB_NAME", folder.name) or None,
-                              config=config, settings=wandb.Settings(console="off", silent=True))
+                              id=id_file.read_text().strip(), config=config)
 
     def log(self, values: dict[str, float], step: int) -> None:
         self.run.log(values, step=step)
@@ -86,8 +76,7 @@ TRACKERS: dict[str, Callable] = {"tensorboard": TensorBoard, "wandb": WandB}
 def check(names: list[str]) -> None:
     """Raise ValueError, with the command that installs it, for a tracker whose package is not there."""
     for name in names:
-        spec = importlib.util.find_spec(name)
-        if spec is None or spec.origin is None:  # a folder of this name, in which the tracker keeps its files
+        if importlib.util.find_spec(name) is None:
             raise ValueError(f"--tracker={name} needs the package {name}: pip install {name}")
 
 
@@ -96,22 +85,18 @@ class Trackers:
 
     def __init__(self, names: list[str], log_dir: Path, config: dict, step: int, note: Callable[[str], None]):
         self.note = note
-        self.active: dict[str, Any] = {}
-        for name in names:
-            def begin(name: str = name) -> None:
-                self.active[name] = TRACKERS[name](log_dir, config, step)
+        self.active: dict[str, Any] = dict.fromkeys(names)
+        self.each(lambda name: self.active.update({name: TRACKERS[name](log_dir, config, step)}))
 
-            attempt(begin, f"{name} failed", note)
-
-    def each(self, work: Callable[[Any], None]) -> None:
-        self.active = {name: tracker for name, tracker in self.active.items()
-                       if attempt(functools.partial(work, tracker), f"{name} failed", self.note)}
+    def each(self, work: Callable[[str], None]) -> None:
+        for name in [*self.active]:
+            if not attempt(functools.partial(work, name), f"{name} failed", self.note):
+                del self.active[name]
 
     def log(self, row: Row) -> None:
         """Send a log step's row to each tracker."""
-        values = scalars(row)
-        self.each(lambda tracker: tracker.log(values, row["step"]))
+        self.each(lambda name: self.active[name].log(scalars(row), row["step"]))
 
     def end(self, figure: Path, step: int) -> None:
         """Send the figure and close each tracker."""
-        self.each(lambda tracker: tracker.end(figure, step))
+        self.each(lambda name: self.active[name].end(figure, step))

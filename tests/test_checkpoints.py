@@ -49,25 +49,17 @@ def one_line(error):
 
 # ---- the files ------------------------------------------------------------------------------------------------------
 
-def test_a_checkpoint_of_another_program_is_refused_in_one_line(tmp_path):
+def test_what_is_not_a_checkpoint_is_refused_in_one_line_and_passed_over(tmp_path):
     path = checkpoints.save_checkpoint(tmp_path, make_state(5))
-    torch.save({"epoch": 5, "model_state_dict": {}}, path)
-    notes = []
-    assert checkpoints.newest_checkpoint(tmp_path, notes.append) == (None, None)
-    assert notes == [f"{path} is not a checkpoint of this program; passed over"]
-
-
-def test_a_checkpoint_that_cannot_be_read_says_why(tmp_path):
+    for content in ({"epoch": 5, "model_state_dict": {}}, make_state(5, config={"step": os.path.join})):
+        torch.save(content, path)
+        notes = []
+        assert checkpoints.newest_checkpoint(tmp_path, notes.append) == (None, None)
+        assert notes == [f"{path} is damaged or not a checkpoint of this program; passed over"]
     for name, said in (("none", "No such file"), (".", "Is a directory")):
         with pytest.raises(ValueError, match=f"cannot be read: .*{said}") as error:
             checkpoints.load_checkpoint(tmp_path / name)
         one_line(error)
-
-
-def test_a_pickle_that_holds_more_than_data_is_refused(tmp_path):
-    torch.save({"step": os.path.join}, tmp_path / "checkpoint.pt")
-    with pytest.raises(ValueError, match="more than data"):
-        checkpoints.load_checkpoint(tmp_path / "checkpoint.pt")
 
 
 @pytest.mark.parametrize("rolling", [False, True])
@@ -91,36 +83,6 @@ def test_the_newest_checkpoint_before_a_step(tmp_path):
     for before, step in expected.items():
         state, _ = checkpoints.newest_checkpoint(tmp_path, refuse, before=before)
         assert (state and state["step"]) == step
-
-
-def steps_left(folder):
-    return sorted(checkpoints.step_in_name(path) for path in checkpoints.saved_checkpoints(folder))
-
-
-@pytest.mark.parametrize("keep, sound", [("last", [5]), (1, [5]), (2, [4, 5]), (3, [2, 4, 5])])
-def test_damaged_checkpoints_do_not_count_among_those_kept(tmp_path, keep, sound):
-    """A run went back from a damaged step 9 to 4 (3 is damaged, too) and now writes 5."""
-    for step in (1, 2, 3, 4, 9):
-        path = checkpoints.save_checkpoint(tmp_path, make_state(step))
-        if step in (3, 9):
-            path.write_bytes(path.read_bytes()[:-50])
-    path = checkpoints.save_checkpoint(tmp_path, make_state(5), keep)
-    assert [step for step in steps_left(tmp_path) if step not in (3, 9)] == sound
-    assert checkpoints.load_checkpoint(path)["step"] == 5
-
-
-def test_a_checkpoint_that_cannot_be_read_stays(tmp_path, monkeypatch):
-    for step in (3, 4, 5):
-        checkpoints.save_checkpoint(tmp_path, make_state(step))
-
-    def is_intact(path, is_intact=checkpoints.is_intact):
-        if checkpoints.step_in_name(path) == 5:
-            raise PermissionError(13, "Permission denied", str(path))
-        return is_intact(path)
-
-    monkeypatch.setattr(checkpoints, "is_intact", is_intact)
-    checkpoints.save_checkpoint(tmp_path, make_state(6), 2)
-    assert steps_left(tmp_path) == [4, 5, 6]
 
 
 # ---- continuing -----------------------------------------------------------------------------------------------------
@@ -178,8 +140,8 @@ def test_checkpoints_of_which_none_can_be_read_are_not_passed_over_in_silence(tm
     paths = [run_on_disk(tmp_path, step=step) for step in (1, 2, 3, 4)]
     for path in paths:
         path.write_bytes(b"damaged")
-    text = refused(tmp_path, "none of the checkpoints in .* can be used")
-    assert paths[3].name in text and "and 1 more" in text and all(path.exists() for path in paths)
+    refused(tmp_path, "none of the checkpoints in .* can be used")
+    assert all(path.exists() for path in paths)
     sound = run_on_disk(tmp_path, step=1, logged=2)
     assert continued(tmp_path)["path"] == sound  # one sound checkpoint will do
 
@@ -207,19 +169,9 @@ def test_where_and_how_a_run_is_computed_may_change_and_a_flag_that_is_missing_h
     for name in ("momentum", "pgd_start", "log_from", "compile"):
         del state["config"][name]
     checkpoints.save_state(path, state)
-    assert continued(tmp_path, quiet=True, plot=False, keep_checkpoints="last")["step"] == 5
+    changed = {"quiet": True, "plot": False, "keep_checkpoints": "last", "threads": 2, "compile": "on", "n_steps": 200}
+    assert continued(tmp_path, **changed)["step"] == 5
     refused(tmp_path, "--pgd_start was random, is image", pgd_start="image")
-
-
-@pytest.mark.parametrize("flags, said", [
-    ({"threads": 2}, "--threads was 1, is 2: the last bits"),
-    ({"compile": "on", "device": "cpu"}, "--compile was off, is on; --device was auto, is cpu: the last bits"),
-    ({"n_steps": 200}, "--n_steps was 100, is 200: later log points")])
-def test_what_changes_the_results_a_little_is_noted(tmp_path, flags, said):
-    notes = []
-    run_on_disk(tmp_path)
-    continued(tmp_path, notes.append, **flags)
-    assert len(notes) == 2 and notes[1].startswith(said)
 
 
 @pytest.mark.parametrize("steps, logged, said", [

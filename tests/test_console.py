@@ -44,12 +44,13 @@ def test_each_value_is_below_its_label(history, capsys):
     assert "95,410 parameters" in printed and "1 x 8 x 8" in printed
     assert "threads  2 in training, 1 in log steps\n" in printed
     head, first, remark, last = printed.splitlines()[-4:]
-    assert head.split() == ["step", "loss", "train", "test", "0.5/255", "0.03", "10/255", "0.03", "compl.", "|w|", "s"]
+    assert head.split() == ["step", "loss", "train", "test", "0.5/255", "0.03", "10/255", "0.03", "r", "0.05", "|w|",
+                            "s"]
     assert first.split() == ["0", "1.00e-07", "100.0", "90.0", "50.0", "25.0", "12.5", "25.0", "3.50", "12.50", "7"]
     assert last.split()[-3] == "-" and remark == "note: a remark"
     ends = [[end for end in range(1, len(line) + 1) if line[end - 1] != " " and line[end:end + 1] in ("", " ")]
             for line in (head, first, last)]
-    assert ends[0] == ends[1] == ends[2]
+    assert ends[0][:8] + ends[0][9:] == ends[1] == ends[2]
     assert max(map(len, printed.splitlines())) <= 100
 
 
@@ -58,7 +59,7 @@ def test_two_radii_are_two_labelled_columns(history, capsys):
     console.start(EPSILONS, [0.01, 0.1], 0, 1000, 2)
     console.row(row(0, {"train": {"0.01": [0.5, 0.25], "0.1": [7.0, 5.0]}}))
     titles, head, first = capsys.readouterr().out.splitlines()
-    assert "local compl." in titles and head.split()[-6:-2] == ["r", "0.01", "r", "0.1"]
+    assert "compl." in titles and head.split()[-6:-2] == ["r", "0.01", "r", "0.1"]
     assert first.split()[-4:-2] == ["0.75", "12.00"] and len(head) == len(first)
 
 
@@ -94,7 +95,7 @@ def test_without_a_bar_a_line_a_minute_says_what_is_to_go(history, monkeypatch, 
         clock["now"] += 5
         console.progress(step, 2)
     lines = [line for line in capsys.readouterr().out.splitlines() if line[0] == "…"]
-    assert lines[0] == "… step 20 of 1,000: 5 steps/s, 3 min to go, log steps not counted"
+    assert lines[0] == "… step 20 of 1,000: 5 steps/s, 3 min to go"
     assert lines[-1] == "… step 650 of 1,000: 5 steps/s, 4.0 s for a log step, 3 min to go" and len(lines) == 6
 
 

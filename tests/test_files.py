@@ -54,22 +54,15 @@ def test_a_write_that_fails_leaves_the_earlier_file_and_no_part(tmp_path, monkey
     assert path.read_bytes() == b"earlier" and names_in(tmp_path) == {"file"}
 
 
-@pytest.mark.parametrize("kind", [os.path.isdir, os.path.isfile])
 @pytest.mark.parametrize("code, raised", [(errno.EINVAL, False), (errno.ENOSYS, False), (errno.EIO, True)])
-def test_a_file_system_that_does_not_sync(tmp_path, monkeypatch, kind, code, raised):
-    def fsync(descriptor, fsync=os.fsync):
-        if kind(f"/proc/self/fd/{descriptor}"):
-            raise OSError(code, os.strerror(code))
-        fsync(descriptor)
+def test_a_file_system_that_does_not_sync(tmp_path, monkeypatch, code, raised):
+    def fsync(_descriptor):
+        raise OSError(code, os.strerror(code))
 
-    notes = []
     monkeypatch.setattr(os, "fsync", fsync)
     with pytest.raises(OSError, match=re.escape(str(tmp_path))) if raised else contextlib.nullcontext():
-        files.FolderLocks(tmp_path / "a", tmp_path / "b", note=notes.append)
-        files.write_atomically(tmp_path / "a" / "file", b"new")
-        assert not raised and (tmp_path / "a" / "file").read_bytes() == b"new"
-    said = f"the file system of {tmp_path}/a and {tmp_path}/b does not sync files: "
-    assert [note.startswith(said) for note in notes] == [True] * (kind == os.path.isfile and not raised)
+        files.write_atomically(tmp_path / "file", b"new")
+        assert (tmp_path / "file").read_bytes() == b"new"
 
 
 def test_no_file_is_written_through_a_link(tmp_path, monkeypatch):
@@ -83,8 +76,7 @@ def test_no_file_is_written_through_a_link(tmp_path, monkeypatch):
     assert (folder / "file").read_bytes() == b"new" and not (folder / "file").is_symlink()
     with pytest.raises(OSError, match="part"):
         files.write_atomically(folder / "part", b"new")
-    with pytest.raises(OSError, match=f"^cannot write to {re.escape(str(folder))}: "):
-        files.FolderLocks(folder, folder)
+    files.FolderLocks(folder, folder)
     assert victim.read_bytes() == b"precious"
 
 
@@ -202,16 +194,6 @@ def test_a_folder_that_cannot_be_made(tmp_path, make):
     one_line(error)
     with pytest.raises(OSError, match="^cannot write to /proc: "):
         files.FolderLocks("/proc", tmp_path)
-
-
-def test_a_full_disk_at_the_start_keeps_its_number(tmp_path, monkeypatch):
-    def mkdir(path, *_args, **_options):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
-
-    monkeypatch.setattr(os, "mkdir", mkdir)
-    with pytest.raises(OSError, match="No space left on device") as error:
-        files.FolderLocks(tmp_path / "logs", tmp_path / "logs")
-    assert error.value.errno == errno.ENOSPC and str(tmp_path / "logs") in one_line(error)
 
 
 # ---- an earlier run -------------------------------------------------------------------------------------------------

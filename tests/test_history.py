@@ -92,21 +92,13 @@ def test_a_history_that_has_just_begun_and_one_of_an_older_program(tmp_path):
     assert read_history(path) == {**history, "environment": {}}
 
 
-@pytest.mark.parametrize("version", [2, "1\n"])
-def test_a_history_of_another_version_is_refused_in_one_line(tmp_path, version):
-    path = tmp_path / "history.json"
-    path.write_text(json.dumps({**make_history(0, 1), "version": version}))
-    with pytest.raises(ValueError, match=f"{path} is a history of version [^\n]*$"):
-        read_history(path)
-
-
 @pytest.mark.parametrize("content, said", [
     ("", "is damaged or not a JSON file"), ("{", "is damaged or not a JSON file"),
-    ("[" * 100_000, "is damaged or not a JSON file"),
-    ("[]", "is not a history of this program"), ('{"version": 1, "step": []}', "is not a history of this program")])
+    ("[]", "is not a history of this program"), ('{"version": 1, "step": []}', "is not a history of this program"),
+    (json.dumps({**make_history(0), "version": 2}), "is a history of another version")])
 def test_what_is_not_a_history_is_refused_in_one_line(tmp_path, content, said):
     (tmp_path / "history.json").write_text(content)
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises(ValueError, match=f"history.json {said}[^\n]*$"):
         read_history(tmp_path / "history.json")
 
 
@@ -186,28 +178,23 @@ def test_a_last_line_cut_off_by_a_kill_is_ignored_and_another_run_s_rows_are(tmp
     for step in range(3):
         log(file, history, step)
     content = file.rows_path.read_bytes()
-    for torn in (content[:-5], content[:-1], content[:-5] + b"\n"):
+    for torn in (content[:-5], content[:-1]):
         file.rows_path.write_bytes(torn)
         assert read_history(file.path)["step"] == [0, 1]
-    file.rows_path.write_bytes(content.replace(b'"train_loss"', b'"train', 1))
-    with pytest.raises(ValueError, match="training_history.rows.jsonl is damaged; remove it") as error:
-        read_history(file.path)
-    assert "\n" not in str(error.value)
     file.rows_path.write_bytes(content.replace(b'"seconds": 1.0', b'"seconds": 1.5'))
     file.flush(history)
     assert read_history(file.path) == {key: value for key, value in history.items() if key != "outcomes"}
 
 
-@pytest.mark.parametrize("line", [b"5", b'{"step": 9}', json.dumps({**row(9), "warnings": [], "adv_acc": 5}).encode()])
+@pytest.mark.parametrize("line", [b"5", b'{"step', b'{"step": 9}', json.dumps({**row(9), "adv_acc": 5}).encode()])
 def test_a_foreign_line_among_the_rows_is_refused_in_one_line(tmp_path, clock, line):
     history = make_history()
     file = start(tmp_path, history)
     log(file, history, 1)
     with open(file.rows_path, "ab") as rows:
         rows.write(line + b"\n")
-    with pytest.raises(ValueError, match="is damaged; ") as error:
+    with pytest.raises(ValueError, match="training_history.rows.jsonl is damaged; remove it[^\n]*$"):
         read_history(file.path)
-    assert "\n" not in str(error.value)
 
 
 def test_a_continued_run_writes_its_rows_anew_and_a_kill_between_the_files_loses_nothing(tmp_path, clock, monkeypatch):

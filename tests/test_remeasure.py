@@ -202,7 +202,7 @@ def test_damaged_and_foreign_checkpoints_are_named(run, tmp_path, capsys):
     made = measured(run, status=1)
     printed = capsys.readouterr().out
     assert made["step"] == history_of(run)["step"]
-    assert "step_000000200.pt is damaged or not a checkpoint; passed over" in printed
+    assert "step_000000200.pt is damaged or not a checkpoint of this program; passed over" in printed
     assert "step_000000002.pt is of another run: --seed was 5, is 42; passed over" in printed
 
 

@@ -417,8 +417,7 @@ class Faults:
         half = len(content) // 2
         file.write(content[:half])
         file.flush()
-        name = "rows" if isinstance(file.name, int) else re.sub(r"\.[0-9a-f]{16}\.part$", "", Path(file.name).name)
-        self.touch(f"write {name}")
+        self.touch("write " + re.sub(r"\.[0-9a-f]{16}\.part$", "", Path(file.name).name))
         file.write(content[half:])
         file.flush()
         os.fsync(file.fileno())
@@ -442,7 +441,7 @@ def file_operations(tmp_path):
 def test_a_full_disk_at_any_write_leaves_a_run_that_can_be_resumed(tmp_path, finished, capsys):
     operations = file_operations(tmp_path)
     names = {name.partition(" ")[2] for name in operations if name.startswith("write")}
-    assert {".training_history.json", ".rolling.pt", "rows"} <= names
+    assert {".training_history.json", ".rolling.pt", "training_history.rows.jsonl"} <= names
     expected, started = outcome(finished(*FAULTY)), 0
     for n, operation in enumerate(operations, 1):
         folder = tmp_path / str(n)

@@ -11,7 +11,6 @@ import shutil
 import subprocess
 import sys
 import time
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -346,8 +345,7 @@ def test_warm_up_and_schedule_of_a_branch_count_from_its_first_step(tmp_path, ca
     flags = [*by_interval(SMALL), "--warmup_steps=10", "--lr_schedule=triangle", "--log_interval=1",
              f"--branch_from={source}"]
     run_here(tmp_path / "branch", *flags, "--n_steps=50")
-    said = capsys.readouterr().out
-    assert "count from that step" in said and "lr_schedule triangle" in said
+    assert "lr_schedule triangle" in capsys.readouterr().out
     history = history_of(tmp_path / "branch")
     assert history["step"][-7:] == [20, 25, 30, 35, 40, 45, 50]
     assert history["lr"][-6:] == pytest.approx([0.0006, 0.001, 0.00075, 0.0005, 0.00025, 0])  # of the following step
@@ -436,7 +434,8 @@ def test_a_tracker_gets_every_column_and_its_failure_is_one_note(tmp_path, monke
 def test_tensorboard_reads_back_what_was_logged_and_a_resumed_run_writes_no_step_twice(tmp_path):
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     for n_steps in (4, 9):
-        run_here(tmp_path, *SMALL, f"--n_steps={n_steps}", "--tracker", "tensorboard", "--resume")
+        shown = [flag for flag in SMALL if flag != "--no_plot"]
+        run_here(tmp_path, *shown, f"--n_steps={n_steps}", "--tracker", "tensorboard", "--resume")
     events = accumulator.EventAccumulator(str(tmp_path / "logs" / "tensorboard")).Reload()
     history = history_of(tmp_path)
     for name, column in (("accuracy/test", history["test_acc"]), ("robust_acc/0.1", history["robust_acc"]["0.1"])):
@@ -446,30 +445,33 @@ def test_tensorboard_reads_back_what_was_logged_and_a_resumed_run_writes_no_step
     fresh = accumulator.EventAccumulator(str(tmp_path / "logs" / "tensorboard")).Reload()
     assert [event.step for event in fresh.Scalars("accuracy/test")] == history_of(tmp_path)["step"]
     assert list((tmp_path / "logs").glob("earlier-*/tensorboard"))
-    plugin = pytest.importorskip("tensorboard.plugins.hparams.plugin_data_pb2").HParamsPluginData
-    start = plugin.FromString(events.SummaryMetadata("_hparams_/session_start_info").plugin_data.content)
-    hparams = start.session_start_info.hparams
-    assert (hparams["width"].number_value, hparams["loss"].string_value) == (16, "ce")
-    assert hparams["augment"].string_value == "False", "the table shows a bool as 0.0000"
+    assert [image.step for image in events.Images("figure")] == [4, 9]
 
 
-def test_a_tracker_that_is_not_installed_is_named(tmp_path, monkeypatch, capsys):
-    (tmp_path / "not_installed").mkdir()  # like the folder in which a tracker keeps its files
-    monkeypatch.syspath_prepend(tmp_path)
+def test_a_tracker_that_is_not_installed_is_named():
     with pytest.raises(ValueError, match="pip install not_installed"):
         trackers.check(["not_installed"])
 
 
-def test_runs_of_wandb_have_the_users_project_and_the_name_of_their_folder(tmp_path, monkeypatch):
+def test_a_resumed_run_continues_its_run_of_wandb(tmp_path, monkeypatch):
     begun = []
-    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=lambda **given: begun.append(given), Settings=dict))
+
+    class Run:
+        def __init__(self, **given):
+            begun.append(given)
+
+        def log(self, values, step):
+            assert step in (0, 1, 2, 4) and values["accuracy/test"] >= 0
+
+        def finish(self):
+            begun[-1]["finished"] = True
+
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=Run, __spec__=True))
     monkeypatch.setenv("WANDB_PROJECT", "mine")
-    monkeypatch.chdir(tmp_path)
-    for folder in ("runs/lr_0.1_seed_3/logs", "elsewhere", "logs"):
-        Path(folder).mkdir(parents=True)
-        trackers.WandB(Path(folder), {}, 0)
-    assert [given["name"] for given in begun] == ["lr_0.1_seed_3", "elsewhere", None]
-    assert {given["project"] for given in begun} == {"mine"}
+    for n_steps in (2, 4):
+        run_here(tmp_path, *SMALL, f"--n_steps={n_steps}", "--log_points=3", "--tracker=wandb", "--resume")
+    assert begun[0]["id"] == begun[1]["id"] and begun[0]["config"]["width"] == 16
+    assert all(given["project"] == "mine" and given["finished"] for given in begun)
 
 
 # ---- the flags ------------------------------------------------------------------------------------------------------
