@@ -110,6 +110,8 @@ mnist_branch_exact_seed1 --dataset=mnist --n_steps=100000 --loss=exact_ce --seed
 mnist_exact_branch_ce_seed1 --dataset=mnist --n_steps=100000 --seed=1 --branch_from=RUNS/mnist_exact_seed1/checkpoints/checkpoint_epoch_0002169_step_000010846.pt
 digits_exact_seed1      --dataset=digits --n_steps=100000 --loss=exact_ce --seed=1
 digits_mse_seed1        --dataset=digits --n_steps=100000 --loss=mse --weight_decay=0.1 --seed=1
+mnist_seed4             --dataset=mnist --n_steps=100000 --seed=4
+mnist_exact_seed4       --dataset=mnist --n_steps=100000 --seed=4 --loss=exact_ce
 END
 }
 
