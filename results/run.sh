@@ -112,6 +112,8 @@ digits_exact_seed1      --dataset=digits --n_steps=100000 --loss=exact_ce --seed
 digits_mse_seed1        --dataset=digits --n_steps=100000 --loss=mse --weight_decay=0.1 --seed=1
 mnist_seed4             --dataset=mnist --n_steps=100000 --seed=4
 mnist_exact_seed4       --dataset=mnist --n_steps=100000 --seed=4 --loss=exact_ce
+mnist_seed5             --dataset=mnist --n_steps=100000 --seed=5
+mnist_exact_seed5       --dataset=mnist --n_steps=100000 --seed=5 --loss=exact_ce
 END
 }
 
