@@ -9,10 +9,9 @@ stretches (for a recovery those before it, too), the curves, and QUESTIONS. So w
 statement about a run is due to the choice of test images.
 
 That is all the p-values cover. They say nothing of chance in training: LEAST is there because runs that differ only in
-the seed end that far apart, and permutation_test() compares groups of runs.
+the seed end that far apart.
 """
 
-import itertools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -30,9 +29,11 @@ CONFIDENCE = 0.95  # that no statement about a run is due to the choice of test 
 QUESTIONS = 3  # for each curve: does it rise, does it recover from a dip, does it rise at any log point at all
 
 
-def column_of(history: dict, name: str) -> np.ndarray:
-    """Return a column of one number for each log step as floats, NaN where the history does not have it."""
-    return np.array(history.get(name) or [None] * len(history["step"]), dtype=float)
+def column_of(history: dict, name: str, key: str | None = None) -> np.ndarray:
+    """Return a column of one number for each log step, or its part for the epsilon `key`, as floats; NaN where the
+    history does not have it."""
+    column = history.get(name) if key is None else history.get(name, {}).get(key)
+    return np.array(column or [None] * len(history["step"]), dtype=float)
 
 
 def interpolation_of(history: dict) -> int | None:
@@ -97,10 +98,10 @@ def accuracy_curves(history: dict) -> dict[str, Curve]:
     ranks = [text and np.frombuffer(text.encode("utf-32-le"), np.uint32) for text in outcomes.get("robust") or unknown]
     for key in history["robust_acc"]:
         withstood = ord("0") + grid.index(float(key)) if key in own else None  # the code of "0" plus the rank
-        curves[f"robust ε {epsilon_label(key)}"] = Curve(column_of(history["robust_acc"], key), [
+        curves[f"robust ε {epsilon_label(key)}"] = Curve(column_of(history, "robust_acc", key), [
             None if codes is None or withstood is None else codes > withstood for codes in ranks])
     for key in history["adv_acc"]:
-        curves[f"adv ε {epsilon_label(key)}"] = Curve(column_of(history["adv_acc"], key),
+        curves[f"adv ε {epsilon_label(key)}"] = Curve(column_of(history, "adv_acc", key),
                                                       right(outcomes.get("adv", {}).get(key), "attacked"))
     return curves
 
@@ -122,9 +123,6 @@ class Rise(NamedTuple):
     half: int | None = None  # from here on the curve holds half of the rise to level, if that rise counts
     recovery: int | None = None  # from here on it holds half of the way out of the dip, if that recovery counts
     brief: bool = False  # whether no rise counts, but a single log point is high enough and beyond chance
-    p: float = 1.0  # of "no level is held above start"; with Bonferroni's correction these can exceed 1
-    p_recovery: float = 1.0  # of "none is held above the lowest one"
-    p_once: float = 1.0  # of "no log point lies above start"
 
 
 def delayed_rise(curve: Curve, start: int | None, statements: int = 1) -> Rise:
@@ -140,17 +138,16 @@ def delayed_rise(curve: Curve, start: int | None, statements: int = 1) -> Rise:
         return rise
     values, right = curve.values[later], np.stack([curve.outcomes[i] for i in later])
     p_points = p_values(curve.outcomes[start][None], right)
-    p_once = statements * len(later) * p_points
-    rise = rise._replace(compared=len(later), largest=values.max(), p_once=p_once.min(),
-                         brief=one_counts(p_once, values - rise.start))
+    rise = rise._replace(compared=len(later), largest=values.max(),
+                         brief=one_counts(statements * len(later) * p_points, values - rise.start))
     if len(later) < HOLD:
         return rise
 
     # A stretch is HOLD consecutive log points: its floor is the level that it holds from below, its ceiling from above.
     floors, ceilings = stretches(values).min(axis=1), stretches(values).max(axis=1)
-    foot, p_rise = int(np.argmin(ceilings)), statements * len(floors) * stretches(p_points).max(axis=1)
-    rise = rise._replace(level=floors.max(), p=p_rise.min())
-    if one_counts(p_rise, floors - rise.start):
+    foot, n = int(np.argmin(ceilings)), len(floors)
+    rise = rise._replace(level=floors.max())
+    if one_counts(statements * n * stretches(p_points).max(axis=1), floors - rise.start):
         rise = rise._replace(half=later[first_half(floors, rise.start)], brief=False)
     if ceilings[foot] < rise.start and ceilings[foot] <= rise.level:
         rise = rise._replace(dip=ceilings[foot])
@@ -158,9 +155,7 @@ def delayed_rise(curve: Curve, start: int | None, statements: int = 1) -> Rise:
         floors = floors[after:]
         if len(floors):
             p_stretches = stretches(p_values(right[foot:after], right[after:])).max(axis=1)
-            p_recovery = statements * len(ceilings) * len(floors) * p_stretches
-            rise = rise._replace(p_recovery=p_recovery.min())
-            if one_counts(p_recovery, floors - rise.dip):
+            if one_counts(statements * n * len(floors) * p_stretches, floors - rise.dip):
                 rise = rise._replace(recovery=later[after + first_half(floors, rise.dip)])
     return rise
 
@@ -194,19 +189,3 @@ def rises_of(history: dict) -> dict[str, Rise]:
     """Return {label: Rise} of every accuracy curve of a run, the p-values corrected for all of them together."""
     curves, start = accuracy_curves(history), interpolation_of(history)
     return {label: delayed_rise(curve, start, QUESTIONS * len(curves)) for label, curve in curves.items()}
-
-
-def permutation_test(one: Sequence[float], other: Sequence[float]) -> float:
-    """Return the exact two-sided p-value of "training chance alone separates two groups of runs".
-
-    one, other: a number for each run, such as robust_acc at the end. The p-value is the share of all divisions of the
-    runs into groups of these sizes whose means are at least as far apart: with 6 and 6 runs it can be as low as 0.002,
-    with 2 and 2 no lower than 0.33.
-    """
-    values, n = np.array([*one, *other], dtype=float), len(one)
-
-    def distance(chosen: Sequence[int]) -> float:
-        return abs(values[chosen].mean() - np.delete(values, chosen).mean())
-
-    distances = np.array([distance(list(chosen)) for chosen in itertools.combinations(range(len(values)), n)])
-    return float(np.mean(distances >= distances[0] * (1 - 1e-9)))  # the first division is the one given
