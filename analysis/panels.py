@@ -6,6 +6,7 @@ Constrained layout places the panels. The names at the ends of curves are spread
 import io
 import textwrap
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -142,24 +143,19 @@ def epsilon_colours(histories: Sequence[dict]) -> dict[str, Any]:
 def accuracy_panel(ax: Axes, group: Sequence[dict], colours: dict[str, Any]) -> None:
     """Train, test, robust_acc (full lines) and adv_acc (dashed, in the same colours) against the step; below adv_acc,
     filled, what of it is rounding; dotted certified_acc. colours: of each epsilon."""
-    def column(name: str, key: str | None) -> Callable[[dict], np.ndarray]:
-        return lambda history: column_of(history[name] if key else history, key or name)
-
     def draw(name: str, words: str = "", key: str | None = None, **style: Any) -> None:
-        draw_curve(ax, group, column(name, key), words, **style)
+        draw_curve(ax, group, partial(column_of, name=name, key=key), words, **style)
 
     draw("train_acc", "train", color=TRAIN, lw=1.0)
     for share in shown_shares(group):
         name, style, _ = SHARES[share]
         draw(share, name, band=False, **style)
-    attacked, measured = shared(group, "adv_acc"), shared(group, "rounding")
     for key in sorted(shared(group, "robust_acc"), key=float):
-        if key in measured:
-            steps, adv, _, _ = together(group, column("adv_acc", key))
-            _, rounding, _, _ = together(group, column("rounding", key))
+        if key in shared(group, "rounding"):
+            steps, adv, _, _ = together(group, partial(column_of, name="adv_acc", key=key))
+            _, rounding, _, _ = together(group, partial(column_of, name="rounding", key=key))
             ax.fill_between(steps, adv - rounding, adv, color=colours[key], alpha=0.18, lw=0)
-        if key in attacked:
-            draw("adv_acc", key=key, band=False, color=colours[key], lw=1.0, ls=(0, (3, 1.5)))
+        draw("adv_acc", key=key, band=False, color=colours[key], lw=1.0, ls=(0, (3, 1.5)))
         if key in shared(group, "certified_acc"):
             draw("certified_acc", key=key, band=False, color=colours[key], lw=1.4, ls=(0, (1, 1)))
         draw("robust_acc", f"ε {epsilon_label(key)}", key=key, color=colours[key], lw=1.6)

@@ -155,7 +155,7 @@ def figure(paths: Sequence[str | Path], data_dir: str | None = None) -> Figure:
     found, plane = load_all(paths, data_dir)
     columns = min(len(paths), 3)
     rows = -(-len(paths) // columns)
-    fig = panels.new_figure(1.2 + 3.3 * columns, 3.45 * rows + 1.1, title_of(found))
+    fig = panels.new_figure(1.2 + 3.3 * columns, 3.45 * rows + 1.1, runs.run_title(found[0]))
     grid = fig.add_gridspec(1, 2, width_ratios=[0.8, 3.2 * columns])
     left, right = grid[0].subgridspec(3 * rows, 1), grid[1].subgridspec(rows, columns)
     draw_images([fig.add_subplot(left[k]) for k in range(3)], plane)
@@ -168,10 +168,6 @@ def figure(paths: Sequence[str | Path], data_dir: str | None = None) -> Figure:
     for ax in axes:
         snap(ax, RASTER)
     return fig
-
-
-def title_of(found: Sequence[dict]) -> str:
-    return f"{runs.run_title(found[0], {'n_steps'})}: the plane through three test images"
 
 
 def snap(ax: Axes, raster: int) -> None:
@@ -223,7 +219,7 @@ def gif(paths: Sequence[str | Path], out: Path, data_dir: str | None = None) -> 
             "step", "train_acc", "test_acc", *panels.SHARES, "adv_acc", "robust_acc")})
     raster = min(GIF_RASTER, math.isqrt(GIF_PIXELS // len(paths)))
     side = raster / GIF_DPI
-    fig = panels.new_figure(side + 4.8, side + 1.6, title_of(found), GIF_DPI)
+    fig = panels.new_figure(side + 4.8, side + 1.6, runs.run_title(found[0]), GIF_DPI)
     axes = fig.subplot_mosaic("PLLL;PABC", width_ratios=[side, 0.95, 0.95, 0.95], height_ratios=[3, 1])
     shown = draw_plane(axes["P"], plane, np.ones((raster, raster, 3)), 0)
     panels.step_axis(axes["L"], *panels.span([history]), 2.7)

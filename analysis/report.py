@@ -16,7 +16,6 @@ from records.history import flat, rows_of
 
 WIDTH = 80  # columns of the summary
 TABLE_WIDTH = 120  # columns beyond which the flags get lines of their own
-UNKNOWN = Rise(np.nan, np.nan)
 
 
 def percentage(value: float) -> str:
@@ -109,33 +108,29 @@ def robustness_texts(history: dict, rises: dict[str, Rise]) -> list[str]:
         text += f" At ε {listing(brief)} it rises, but holds that level for fewer."
     if dipped := [epsilon for epsilon, rise in robust.items() if rise.half is None and rise.recovery is not None]:
         text += f" At ε {listing(dipped)} it falls after interpolation and recovers."
-    alone = [key for key in history["adv_acc"] if adv.get(epsilon_label(key), UNKNOWN).half is not None
+    alone = [key for key in history["adv_acc"] if adv[epsilon_label(key)].half is not None
              and epsilon_label(key) in robust and robust[epsilon_label(key)].half is None]
     if not alone:
         return [text]
     seen, parts = f"at ε {listing(map(epsilon_label, alone))} adv rises and robust does not", []
     for key in alone:
-        values, rounding = column_of(history["adv_acc"], key), rounding_of(history, key)
+        values, rounding = column_of(history, "adv_acc", key), column_of(history, "rounding", key)
         highest = start + 1 + int(np.nanargmax(values[start + 1:]))
-        parts.append([column[highest] - column[start] for column in (rounding, values)])
+        parts.append([values[highest] - values[start], rounding[highest] - rounding[start]])
     if not np.isfinite(parts).all():
         return [text, f"{seen.capitalize()}; how much of that is rounding was not measured."]
-    part, rise = np.sum(parts, axis=0)
+    rise, part = np.sum(parts, axis=0)
     cause = "Numerical" if part > rise / 2 else "By the weaker attack"
-    shares = listing(f"{100 * part:.0f} of {100 * rise:.0f}" for part, rise in parts)
-    return [text, f"{cause}: {seen}; of its rise to its highest value, {shares} points are rounding."]
-
-
-def rounding_of(history: dict, key: str) -> np.ndarray:
-    """Return the column `rounding` of an epsilon, NaN where it was not measured."""
-    return np.array(history.get("rounding", {}).get(key) or [None] * len(history["step"]), dtype=float)
+    gained, rounded = (listing(f"{100 * part:.0f}" for part in column) for column in zip(*parts, strict=True))
+    return [text, f"{cause}: {seen}. At its highest adv is {gained} points above interpolation; the part that "
+            f"is rounding has grown by {rounded}."]
 
 
 def gap_text(history: dict) -> str:
     """Return how far adv_acc ends above robust_acc and how much of that is rounding, where each is most."""
     parts = {key: [100 * (history["adv_acc"][key][-1] - history["robust_acc"][key][-1]),
-                   100 * rounding_of(history, key)[-1]]
-             for key in statistics.own_epsilons(history) if np.isfinite(rounding_of(history, key)[-1])}
+                   100 * column_of(history, "rounding", key)[-1]]
+             for key in statistics.own_epsilons(history) if np.isfinite(column_of(history, "rounding", key)[-1])}
     if not parts:
         return ""
     widest, rounded = (max(parts, key=lambda key: parts[key][i]) for i in (0, 1))
@@ -179,13 +174,13 @@ def complexity_text(history: dict) -> str:
     if not found:
         words = [f"{total[0]:.2f} at step {steps[0]:,}, {total[-1]:.2f} at step {steps[-1]:,}; no change between them "
                  "counts as a phase"]
+    elif found[-1][2] < len(total) - 1:
+        words.append(f"{total[-1]:.2f} at the end")
     else:
-        name, first, last = found[-1]
-        moving = ("rising", 1) if name.endswith("ascent") else ("falling", -1)
-        if last < len(total) - 1:
-            words.append(f"{total[-1]:.2f} at the end")
-        elif np.sign(total[-1] - total[-2]) == moving[1]:
-            words[-1] = (f"{name} from {total[first]:.2f} at step {steps[first]:,} on, still {moving[0]}, "
+        name, first, _ = found[-1]
+        moving, sign = ("rising", 1) if name.endswith("ascent") else ("falling", -1)
+        if sign * (total[-1] - total[-2]) > 0:
+            words[-1] = (f"{name} from {total[first]:.2f} at step {steps[first]:,} on, still {moving}, "
                          f"{total[-1]:.2f} at the end")
     radius = next(iter(history["local_complexity"]["train"]))
     return f"Local complexity (training points, r = {radius}): {', '.join(words)}."
@@ -199,21 +194,18 @@ def spike_texts(history: dict) -> list[str]:
     rule = f"rises to {SPIKE} times the lowest loss before, or more"
     if not found:
         return [f"Training loss: no spike after interpolation (spikes are {rule})."]
-    return [f"Training loss: {len(found)} spike{'s' * (len(found) > 1)} after interpolation ({rule})"
-            f"{', the first three' * (len(found) > 3)}:",
-            *(spike_text(history, i) for i in found[:3])]
-
-
-def spike_text(history: dict, i: int) -> str:
-    """Return what changed from log point i - 1 to i, between which the training loss had a spike."""
-    peak = column_of(history, "max_batch_loss")[i]
-    between = "" if np.isnan(peak) else f" (in between up to {peak:.1e} in a batch)"
-    changes = [f"{name} {values[i - 1]:{form}} to {values[i]:{form}}{more}" for name, values, form, more in [
-        ("loss", column_of(history, "train_loss"), ".1e", between),
-        ("weight norm", column_of(history, "weight_norm"), ".1f", ""),
-        ("local complexity", total_complexity(history), ".2f", ""),
-        ("test accuracy", column_of(history, "test_acc"), ".1%", "")] if np.isfinite(values[i - 1:i + 1]).all()]
-    return f"  Step {history['step'][i - 1]:,} to {history['step'][i]:,}: {', '.join(changes)}."
+    sentences = [f"Training loss: {len(found)} spike{'s' * (len(found) > 1)} after interpolation ({rule})"
+                 f"{', the first three' * (len(found) > 3)}:"]
+    peaks = column_of(history, "max_batch_loss")
+    for i in found[:3]:
+        between = "" if np.isnan(peaks[i]) else f" (in between up to {peaks[i]:.1e} in a batch)"
+        changes = [f"{name} {values[i - 1]:{form}} to {values[i]:{form}}{more}" for name, values, form, more in [
+            ("loss", column_of(history, "train_loss"), ".1e", between),
+            ("weight norm", column_of(history, "weight_norm"), ".1f", ""),
+            ("local complexity", total_complexity(history), ".2f", ""),
+            ("test accuracy", column_of(history, "test_acc"), ".1%", "")] if np.isfinite(values[i - 1:i + 1]).all()]
+        sentences.append(f"  Step {history['step'][i - 1]:,} to {history['step'][i]:,}: {', '.join(changes)}.")
+    return sentences
 
 
 def accuracy_table(history: dict, rises: dict[str, Rise]) -> list[str]:
@@ -280,7 +272,7 @@ def table_row(history: dict) -> list[str]:
     row = [f"{steps[-1]:,}", percentage(history["train_acc"][-1]), percentage(rises["test"].final),
            "-" if fitted is None else f"{fitted:,}", epsilon]
     for measure in ("robust", "adv"):
-        rise = rises.get(f"{measure} ε {epsilon}", UNKNOWN)
+        rise = rises.get(f"{measure} ε {epsilon}", Rise(np.nan, np.nan))
         delay = "-" if untested(history, rise) else "brief" if rise.brief else "none"
         row += [percentage(rise.start), percentage(rise.final),
                 delay if start is None or rise.half is None else factor(steps[rise.half], steps[start])]
