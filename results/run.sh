@@ -114,6 +114,10 @@ mnist_seed4             --dataset=mnist --n_steps=100000 --seed=4
 mnist_exact_seed4       --dataset=mnist --n_steps=100000 --seed=4 --loss=exact_ce
 mnist_seed5             --dataset=mnist --n_steps=100000 --seed=5
 mnist_exact_seed5       --dataset=mnist --n_steps=100000 --seed=5 --loss=exact_ce
+mnist_lr0.003           VARIED --lr=0.003
+mnist_lr0.003_exact     VARIED --lr=0.003 --loss=exact_ce
+mnist_sgd               VARIED --optimizer=sgd --momentum=0.9 --lr=0.1 --weight_decay=0.0001
+mnist_sgd_exact         VARIED --optimizer=sgd --momentum=0.9 --lr=0.1 --weight_decay=0.0001 --loss=exact_ce
 END
 }
 
