@@ -1,6 +1,5 @@
 """The numbers of a history: what rises later and how surely; the summary, the tables, and what belongs together."""
 
-
 import numpy as np
 import pytest
 from scipy import stats
@@ -224,29 +223,19 @@ def test_a_rise_beyond_chance_counts_from_two_points_on_in_every_curve():
         assert rise_of(np.array([before] * 5 + [after]), 1).brief == counts
 
 
-def test_a_seed_counts_once():
+def test_a_group_is_the_seeds_of_one_configuration_each_once():
     one, other = chosen(["seed"]), chosen(["seed"], seed=2)
     again = chosen(["seed"], log_dir="again")
     assert runs.grouped([one, other]) == ([[one, other]], [])
     groups, flags = runs.grouped([one, other, again])
     assert [len(group) for group in groups] == [2, 1]
     assert runs.group_title(groups[1], flags) == "log\N{NBSP}dir\N{NBSP}again"
-
-
-def test_runs_of_different_length_or_data_are_not_seeds_of_one_configuration():
     short, other, long = chosen(["n_steps"]), chosen(["n_steps"], seed=2), chosen([], n_steps=500_000, n_epochs=80_000)
     assert runs.grouped([short, other, long]) == ([[short, other], [long]], ["n_steps"])
     epochs = [chosen(["n_epochs"], n_epochs=100, n_steps=steps) for steps in (500, 1500)]
     assert runs.differing_flags(epochs) == []  # the same length, whatever a batch is
     folders = [chosen(["dataset"], dataset="imagefolder", data_dir=place, seed=k) for k, place in enumerate("xy")]
     assert len(runs.grouped(folders)[0]) == 2
-
-
-def test_a_run_of_an_older_program_is_a_seed_of_todays_with_the_defaults_of_flags_it_did_not_have():
-    older, today, other = chosen(["seed"]), chosen(["seed"], seed=2), chosen(["pgd_start"], pgd_start="image")
-    older["config"].pop("pgd_start", None)
-    today["config"]["pgd_start"] = "random"
-    assert runs.grouped([older, today, other]) == ([[older, today], [other]], ["pgd_start"])
 
 
 def test_mean_and_range_over_seeds_with_other_log_steps():
@@ -426,6 +415,9 @@ def test_only_what_the_user_chose_tells_runs_apart():
     assert runs.differing_flags([one, two], also_same={"seed"}) == ["depth"]
     older = chosen(None, adv_size=797, depth=4)
     assert set(runs.differing_flags([older, two])) == {"adv_size", "depth", "seed"}
+    today, other = chosen(["seed"], pgd_start="random", seed=2), chosen(["pgd_start"], pgd_start="image")
+    groups, flags = runs.grouped([older | {"asked": ["seed"]}, today, other])  # an older program had no --pgd_start
+    assert [len(group) for group in groups] == [2, 1] and flags == ["pgd_start"]
     assert runs.differing_flags([one, chosen(["log_dir", "threads"], threads=3, log_dir="x", depth=4)]) == []
 
 
