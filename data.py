@@ -9,10 +9,8 @@ labels. To add a data set, add an entry to DATASETS.
 """
 
 import hashlib
-import math
 import operator
 import os
-import re
 import socket
 import sys
 import uuid
@@ -25,11 +23,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 from torchvision import datasets
-from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
-from torchvision.datasets.mnist import read_image_file, read_label_file
-from torchvision.datasets.utils import check_integrity
+from torchvision.datasets.folder import IMG_EXTENSIONS
 from tqdm import tqdm
 from tqdm.contrib.concurrent import thread_map
 
@@ -37,8 +33,7 @@ from flags import IMPLIED, OneLineParser, number
 
 DEFAULT_IMAGE_SIZE = 128
 IMAGE_FORMATS = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP")  # those of IMG_EXTENSIONS; EPS would start Ghostscript
-MNIST_FILES = [f"{split}-{kind}-ubyte" for split in ("train", "t10k") for kind in ("images-idx3", "labels-idx1")]
-IMAGENETTE_COUNTS = {"train": 9469, "val": 3925}
+IMAGENETTE_COUNTS = 9469, 3925  # training and test images
 DOWNLOAD_TIMEOUT = 15  # seconds without an answer; a firewall that drops packets would hold a run for minutes
 LARGEST_MODULUS = 500  # its pairs take 250 MB
 SUBSET, LABEL_NOISE, SPLIT = range(3)  # what a random generator is for; it is seeded by (seed, purpose)
@@ -67,11 +62,7 @@ class Source:
 
     read: Callable[..., Tensors]  # called with name, data_dir and the options
     statistics: tuple = ()  # mean and std of the whole training split; if empty, they are computed
-    archives: str = ""  # without internet, put these into data_dir/folder: torchvision takes them for its download
-    folder: str = ""
     options: tuple[str, ...] = ()  # which of image_size, modulus, train_fraction, seed it depends on
-    package: str = ""  # what it is part of, if it needs no data_dir
-    is_file: bool = False  # whether data_dir is a file
     mirror: bool = False  # whether a mirrored image is of the same class, which nobody knows of a user's own
 
 
@@ -95,24 +86,16 @@ def load_dataset(name: str, data_dir: str | Path = "data", train_size: int | str
     Raises ValueError for an unknown name, an option out of range or damaged files, and OSError if data are missing,
     unreadable or cannot be downloaded.
     """
-    if isinstance(train_size, int) and train_size < 1:
-        raise ValueError(f"train_size must be at least 1, not {train_size}")
-    if seed < 0:
-        raise ValueError(f"seed must not be negative, not {seed}")
     if not 0 <= label_noise <= 1:  # also refuses NaN
         raise ValueError(f"label_noise is a fraction between 0 and 1, not {label_noise}")
-    if image_size is not None and image_size < 1:
-        raise ValueError(f"image_size must be at least 1 pixel, not {image_size}")
-
-    dataset = read_dataset(name, data_dir, seed=seed, image_size=image_size, modulus=modulus,
-                           train_fraction=train_fraction)
+    dataset = read_dataset(name, data_dir, seed, image_size=image_size, modulus=modulus, train_fraction=train_fraction)
     available = len(dataset.x_train)
     implied = IMPLIED["train_size"].get(name, "all")  # 1,000 in the paper
     if train_size is None and implied != "all":
         train_size = min(implied, available)
     count = available if train_size in (None, "all") else int(train_size)
-    if count > available:
-        raise ValueError(f"train_size {count} is more than the {available} training images of {name}")
+    if not 1 <= count <= available:
+        raise ValueError(f"train_size must be from 1 to {available}, the training images of {name}, not {count}")
     if count < available:
         chosen = torch.from_numpy(np.random.default_rng((seed, SUBSET)).permutation(available)[:count])
         dataset.x_train, dataset.y_train = dataset.x_train[chosen], dataset.y_train[chosen]
@@ -153,31 +136,25 @@ def augmented(images: torch.Tensor, shifts: torch.Tensor) -> torch.Tensor:
     return moved.movedim(3, 1) * inside[:, None]
 
 
-def source_of(name: str) -> Source:
-    """Return the entry of DATASETS; ValueError if there is none."""
+def read_dataset(name: str, data_dir: str | Path, seed: int, **options: Any) -> Dataset:
+    """Return the whole data set, without a subset or label noise. options: all that a Source may depend on."""
     if name not in DATASETS:
         raise ValueError(f"unknown data set '{name}': choose from {', '.join(DATASETS)}")
-    return DATASETS[name]
-
-
-def read_dataset(name: str, data_dir: str | Path, **options: Any) -> Dataset:
-    """Return the whole data set, without a subset or label noise. options: all that a Source may depend on."""
-    source = source_of(name)
-    for option, value in options.items():
-        if value is not None and option not in (*source.options, "seed"):
-            takers = " and ".join(other for other in DATASETS if option in DATASETS[other].options)
-            raise ValueError(f"{option} is for {takers} only, not for {name}")
+    source = DATASETS[name]
+    given = {option: value for option, value in options.items() if value is not None}
+    for option in given.keys() - set(source.options):
+        raise ValueError(f"{option} is not for {name}")
+    if "seed" in source.options:
+        given["seed"] = seed
     path = os.path.expanduser(data_dir)
-    if not (source.package or source.is_file) and os.path.lexists(path):  # also if it is a dangling link
-        if not os.path.isdir(path):
-            raise NotADirectoryError(f"{path} is not a directory: give the data directory with --data_dir")
-        if not os.access(path, os.R_OK | os.X_OK):
-            raise PermissionError(f"no permission to read {path}: change its mode or give another --data_dir")
-    given = {option: options[option] for option in source.options if options[option] is not None}
     x_train, y_train, x_test, y_test, num_classes = source.read(name, path, **given)
-    if x_train.shape[1:] != x_test.shape[1:]:
-        raise ValueError(f"the training images of {name} are {shape_text(x_train)} and its test images "
-                         f"{shape_text(x_test)}: files of two data sets are mixed in {path}")
+    labels = torch.cat([y_train, y_test])
+    fitting = x_train.shape[1:] == x_test.shape[1:] and len(x_train) == len(y_train) and len(x_test) == len(y_test)
+    if not fitting or labels.min() < 0 or labels.max() >= num_classes or not 2 <= num_classes <= len(labels):
+        raise ValueError(f"{name} in {path} holds {tuple(x_train.shape)} for training with {len(y_train)} labels, "
+                         f"{tuple(x_test.shape)} for test with {len(y_test)} labels, and labels from {labels.min()} to "
+                         f"{labels.max()}: all images need the same shape and one label each, and there have to be at "
+                         "least two classes, numbered from 0")
     mean, std = source.statistics or channel_statistics(x_train)
     return Dataset(name, x_train, y_train, x_test, y_test, num_classes, list(mean), list(std))
 
@@ -220,11 +197,8 @@ def fingerprint(dataset: Dataset) -> str:
 # ---- data sets that need no files -----------------------------------------------------------------------------------
 
 def read_digits(name: str, data_dir: str) -> Tensors:
-    try:
-        from sklearn.datasets import load_digits  # slow to import, and only needed here
-    except ImportError as error:
-        raise ValueError(f"--dataset={name} needs scikit-learn ({last_line(error)}): run `pip install scikit-learn`"
-                         ) from error
+    from sklearn.datasets import load_digits  # slow to import, and only needed here
+
     digits = load_digits()
     x = torch.from_numpy(np.rint(digits.images * (255 / 16)).astype(np.uint8)).unsqueeze(1)
     y = torch.from_numpy(digits.target).long()
@@ -242,13 +216,10 @@ def read_modular(operation: Callable, name: str, data_dir: str, seed: int, modul
     """
     if not 2 <= modulus <= LARGEST_MODULUS:
         raise ValueError(f"modulus must be from 2 to {LARGEST_MODULUS}, not {modulus}")
-    if not 0 < train_fraction < 1:
-        raise ValueError(f"train_fraction must be above 0 and below 1, not {train_fraction}")
     pairs = modulus**2
     train = round(train_fraction * pairs)
-    if train in (0, pairs):
-        raise ValueError(f"train_fraction {train_fraction} leaves no pair to {'test' if train else 'train'} on, of "
-                         f"{pairs} pairs")
+    if not 0 < train < pairs:
+        raise ValueError(f"train_fraction {train_fraction} leaves no pair to train or to test on, of {pairs} pairs")
     order = torch.from_numpy(np.random.default_rng((seed, SPLIT)).permutation(pairs))
     a, b = order // modulus, order % modulus
     x = (255 * torch.eye(modulus, dtype=torch.uint8))[torch.stack([a, b], 1)].unsqueeze(1)
@@ -265,11 +236,9 @@ def fetch(name: str, dataset_class: Callable, data_dir: str, **options: Any) -> 
     try:
         return dataset_class(data_dir, download=True, **options)
     except Exception as error:  # from urllib, http, tarfile, zlib, torchvision (RuntimeError), a full disk, ...
-        source = DATASETS[name]
-        by_hand = f", or put {source.archives} into {os.path.join(data_dir, source.folder)}" if source.archives else ""
-        raise OSError(f"cannot download {name} ({last_line(error)}): run `python data.py {name}` on a machine with "
-                      f"internet and copy its data directory here{by_hand}; --dataset=digits needs no download"
-                      ) from error
+        raise OSError(f"cannot read or download {name} ({last_line(error)}): delete what {data_dir} holds of it, run "
+                      f"`python data.py {name}` on a machine with internet and copy its data directory here; "
+                      "--dataset=digits needs no download") from error
     finally:
         socket.setdefaulttimeout(timeout)
 
@@ -279,116 +248,48 @@ def last_line(error: Exception) -> str:
     return lines[-1] if lines else type(error).__name__
 
 
-def read_mnist(dataset_class: type, name: str, data_dir: str) -> Tensors:
-    """Read MNIST or a data set that has the same files.
-
-    torchvision prefers MNIST/processed/*.pt of old versions, whatever they hold, and only checks what it downloads.
-    """
-    folder = os.path.join(data_dir, dataset_class.__name__)
-    paths = [os.path.join(folder, "raw", file_name) for file_name in MNIST_FILES]
-    if not all(map(os.path.exists, paths)):
-        fetch(name, dataset_class, data_dir)
-    for path in paths:
-        if not os.path.isfile(path):
-            raise ValueError(f"{path} is missing or not a regular file: {remedy(folder, name)}")
-    splits = []
-    for images, labels in (paths[:2], paths[2:]):
-        try:
-            x, y = read_image_file(images).unsqueeze(1), read_label_file(labels)
-            if len(x) != len(y):
-                raise ValueError(f"{len(x)} images and {len(y)} labels")
-            if y.max() > 9:
-                raise ValueError(f"the label {y.max()}, not only 0 to 9")
-        except Exception as error:  # torchvision asserts what it expects
-            raise ValueError(f"{images} or {labels} is damaged ({last_line(error)}): {remedy('both', name)}") from error
-        splits += [x, y]
-    return *splits, 10
-
-
-def remedy(path: str | Path, name: str) -> str:
-    return f"delete {path} and run `python data.py {name}` to download it again"
-
-
-def check_md5(name: str, folder: str, files: Sequence) -> None:
-    """Raise ValueError if one of the (file name, MD5) is there and damaged.
-
-    torchvision would download it again: without a network its error would hide what is wrong.
-    """
-    for file_name, md5 in files:
-        path = os.path.join(folder, file_name)
-        if os.path.isfile(path) and not check_integrity(path, md5):
-            raise ValueError(f"{path} is truncated or damaged (wrong MD5): {remedy(path, name)}")
-
-
-def read_cifar(dataset_class: Any, name: str, data_dir: str) -> Tensors:
-    meta = dataset_class.meta
-    check_md5(name, os.path.join(data_dir, dataset_class.base_folder),
-              [*dataset_class.train_list, *dataset_class.test_list, (meta["filename"], meta["md5"])])
-    train, test = (fetch(name, dataset_class, data_dir, train=train) for train in (True, False))
-    x_train, x_test = (torch.from_numpy(split.data).permute(0, 3, 1, 2).contiguous() for split in (train, test))
-    return x_train, torch.tensor(train.targets), x_test, torch.tensor(test.targets), len(train.classes)
-
-
-def read_svhn(name: str, data_dir: str) -> Tensors:
-    check_md5(name, data_dir, [datasets.SVHN.split_list[split][1:] for split in ("train", "test")])
-    train, test = (fetch(name, datasets.SVHN, data_dir, split=split) for split in ("train", "test"))
-    x_train, x_test = (torch.from_numpy(np.ascontiguousarray(split.data)) for split in (train, test))
-    return x_train, torch.from_numpy(train.labels), x_test, torch.from_numpy(test.labels), 10
+def read_torchvision(dataset_class: Callable, name: str, data_dir: str) -> Tensors:
+    """Read MNIST, CIFAR or a data set that torchvision keeps in the same way."""
+    tensors: list[torch.Tensor] = []
+    for train in (True, False):
+        split = fetch(name, dataset_class, data_dir, train=train)
+        images = torch.as_tensor(split.data)
+        images = images.unsqueeze(1) if images.ndim == 3 else images.permute(0, 3, 1, 2).contiguous()
+        tensors += [images, torch.as_tensor(split.targets)]
+    return *tensors, len(split.classes)
 
 
 def read_imagenette(name: str, data_dir: str, image_size: int = DEFAULT_IMAGE_SIZE) -> Tensors:
     root = os.path.join(data_dir, "imagenette2-160")
     if not os.path.exists(root):
         fetch(name, datasets.Imagenette, data_dir, size="160px")
-    # torchvision takes any folder of this name for the whole data set, even after an interrupted extraction.
-    counts = {split: sum(path.name[0] != "." for path in Path(root, split).glob("*/*.JPEG"))
-              for split in IMAGENETTE_COUNTS}
+    counts = tuple(sum(map(len, scan(root, split).values())) for split in ("train", "val"))
     if counts != IMAGENETTE_COUNTS:
-        found, whole = ("{train} training and {val} test images".format(**c) for c in (counts, IMAGENETTE_COUNTS))
-        raise ValueError(f"{root} holds {found} where Imagenette has {whole}, as after an interrupted extraction: "
-                         f"{remedy(root, name)}; to train on a part of it, --dataset=imagefolder --data_dir={root}")
+        raise ValueError(f"{root} holds {counts} training and test images, not {IMAGENETTE_COUNTS}, as after an "
+                         f"interrupted extraction: delete it and run `python data.py {name}`")
     return read_folder(name, root, image_size)
 
 
 # ---- arrays in a file -----------------------------------------------------------------------------------------------
 
 def read_npz(name: str, path: str) -> Tensors:
-    if not os.path.isfile(path):
-        raise FileNotFoundError(f"{path} is not a file: give the .npz file with --data_dir")
     try:
-        with np.load(path, allow_pickle=False) as file:
-            names = next((names for names in NPZ_NAMES if set(names) <= set(file.files)), ())
+        with np.load(path) as file:
+            names = NPZ_NAMES[1] if "train_images" in file else NPZ_NAMES[0]
             arrays = [file[key] for key in names]
-    except Exception as error:  # from zipfile, zlib, NumPy (a pickled array), memory, no permission, ...
-        raise ValueError(f"cannot read {path} ({last_line(error)}): give a file that np.savez wrote, without pickled "
-                         "arrays") from error
-    if not names:
-        raise ValueError(f"{path} does not hold the arrays {' or '.join(map(', '.join, NPZ_NAMES))}")
-    splits: list[torch.Tensor] = []
-    for i in (0, 2):
-        splits += check_arrays(arrays[i], arrays[i + 1], *(f"{key} in {path}" for key in names[i:i + 2]))
-    classes = int(max(splits[1].max(), splits[3].max())) + 1
-    if not 2 <= classes <= len(splits[1]) + len(splits[3]):
-        raise ValueError(f"the labels in {path} go up to {classes - 1}: number the classes from 0, at least two")
-    return *splits, classes
-
-
-def check_arrays(x: np.ndarray, y: np.ndarray, images: str, labels: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return images (N, H, W) or (N, H, W, C) as (N, C, H, W), and labels (N,) or (N, 1) as int64 (N,).
-
-    ValueError: they have another shape or dtype, or negative labels. It calls them `images` and `labels`.
-    """
-    if x.dtype != np.uint8 or x.ndim not in (3, 4) or x.size == 0 or (x.ndim == 4 and x.shape[3] > 4):
-        raise ValueError(f"{images} has the dtype {x.dtype} and the shape {x.shape}: give uint8, from 0 to 255, and "
-                         "(N, H, W), or (N, H, W, C) with 1 to 4 channels")
-    if y.dtype.kind not in "iu" or y.shape not in ((len(x),), (len(x), 1)):
-        raise ValueError(f"{labels} has the dtype {y.dtype} and the shape {y.shape}: give an integer label for each of "
-                         f"the {len(x)} images")
-    y = y.astype(np.int64).reshape(-1)
-    if y.min() < 0:
-        raise ValueError(f"{labels} holds labels from {y.min()} to {y.max()}: number the classes from 0")
-    x = np.ascontiguousarray(x[:, None] if x.ndim == 3 else x.transpose(0, 3, 1, 2))
-    return torch.from_numpy(x), torch.from_numpy(y)
+    except Exception as error:  # from the file system, zipfile, zlib, NumPy (a pickled array), ...
+        raise OSError(f"cannot read {path} ({last_line(error)}): give with --data_dir a file that np.savez wrote, "
+                      f"with {' or '.join(map(', '.join, NPZ_NAMES))}") from error
+    tensors: list[torch.Tensor] = []
+    for images, labels in (arrays[:2], arrays[2:]):
+        if (images.dtype != np.uint8 or images.ndim not in (3, 4) or (images.ndim == 4 and images.shape[3] > 4)
+                or labels.dtype.kind not in "iu" or not 0 < labels.size == len(images)):
+            raise ValueError(f"{path} holds images of {images.dtype}, {images.shape}, with labels of {labels.dtype}, "
+                             f"{labels.shape}: give images as uint8, (N, H, W) or (N, H, W, C) with 1 to 4 channels, "
+                             "and labels as whole numbers from 0, (N,) or (N, 1)")
+        images = np.ascontiguousarray(images[:, None] if images.ndim == 3 else images.transpose(0, 3, 1, 2))
+        tensors += [torch.from_numpy(images), torch.from_numpy(labels.astype(np.int64).reshape(-1))]
+    return *tensors, int(max(tensors[1].max(), tensors[3].max())) + 1
 
 
 # ---- folders of images ----------------------------------------------------------------------------------------------
@@ -396,12 +297,9 @@ def check_arrays(x: np.ndarray, y: np.ndarray, images: str, labels: str) -> tupl
 def read_folder(name: str, root: str, image_size: int | None = None) -> Tensors:
     """Decode root/train and root/test (or root/val), or take the decoded images from the cache."""
     splits = train, test = scan(root, "train"), scan(root, "test", "val")
-    differing = sorted(train.keys() ^ test.keys())
-    if differing:
+    if train.keys() != test.keys():
         raise ValueError(f"the training and the test images in {root} have different classes: only one of the two has "
-                         f"a folder {', '.join(differing[:5])}{' ...' if len(differing) > 5 else ''}")
-    if len(train) < 2:
-        raise ValueError(f"{root} has only one class ({', '.join(train)}): at least two are needed")
+                         f"a folder {', '.join(sorted(train.keys() ^ test.keys()))}")
     paths = [[path for images in split.values() for path in images] for split in splits]
     y_train, y_test = (torch.tensor([label for label, images in enumerate(split.values()) for _ in images])
                        for split in splits)
@@ -424,23 +322,21 @@ def scan(root: str, *names: str) -> dict[str, list[str]]:
     The images and their order are those of torchvision's ImageFolder, except that hidden ones are left out, and what
     is in @eaDir and the like.
     """
-    folders = [path for path in (os.path.join(root, name) for name in names) if os.path.isdir(path)]
-    if not folders:
-        raise FileNotFoundError(f"{root} has no folder {' or '.join(names)}/: the layout is train/CLASS/IMAGE and "
-                                "test/CLASS/IMAGE (or val/); give the folder that holds them with --data_dir")
-    found = {folder: sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and entry.name[0] not in ".@")
-             for folder in folders}
-    folder = next(filter(found.get, folders), folders[-1])
-    classes: dict[str, list[str]] = {name: [] for name in found[folder]}
-    if classes:
-        for path, label in make_dataset(folder, {name: i for i, name in enumerate(classes)}, allow_empty=True,
-                                        is_valid_file=lambda path: path.lower().endswith(IMG_EXTENSIONS)):
-            if not re.search(r"[/\\][.@]", path[len(folder):]):
-                classes[found[folder][label]].append(path)
-    empty = [os.path.join(folder, name) for name, images in classes.items() if not images] if classes else folders
-    if empty:
-        raise FileNotFoundError(f"no images in {empty[0]}: the layout is {os.path.join(root, names[0])}/CLASS/IMAGE, "
-                                f"with at least one image ({' '.join(IMG_EXTENSIONS)}) for each class")
+    for folder in (os.path.join(root, name) for name in names):
+        classes: dict[str, list[str]] = {}
+        for path, _, files in sorted(os.walk(folder, followlinks=True)):
+            parts = Path(path).relative_to(folder).parts
+            if parts and not any(part[0] in ".@" for part in parts):
+                classes.setdefault(parts[0], []).extend(
+                    os.path.join(path, file) for file in sorted(files)
+                    if file.lower().endswith(IMG_EXTENSIONS) and file[0] not in ".@")
+        if classes:
+            break
+    empty = [name for name, images in classes.items() if not images]
+    if empty or not classes:
+        raise FileNotFoundError(f"no images in {os.path.join(folder, *empty[:1])}: the layout is train/CLASS/IMAGE and "
+                                f"test/CLASS/IMAGE (or val/), with at least one image ({' '.join(IMG_EXTENSIONS)}) for "
+                                "each class; give the folder that holds them with --data_dir")
     return classes
 
 
@@ -451,11 +347,8 @@ def cache_key(root: str, paths: list[str], image_size: int | None) -> str:
     """
     digest = hashlib.sha256(f"2 {image_size}".encode())
     for path in paths:
-        with blaming(path):
-            if not os.path.isfile(path):
-                raise OSError("not a file, or a dangling link")
-            digest.update(os.fsencode(os.path.relpath(path, root)) + b"\0")
-            digest.update(hashlib.sha256(Path(path).read_bytes()).digest())
+        digest.update(os.fsencode(os.path.relpath(path, root)) + b"\0")
+        digest.update(hashlib.sha256(Path(path).read_bytes()).digest())
     return digest.hexdigest()
 
 
@@ -481,23 +374,23 @@ def save_cache(path: str, **arrays: Any) -> None:
 
 
 @contextmanager
-def blaming(path: str) -> Iterator[None]:
-    """Turn whatever goes wrong into a ValueError that names the image."""
+def opened(path: str) -> Iterator[Image.Image]:
+    """Open an image. Turn whatever goes wrong with it into a ValueError that names it."""
     try:
-        yield
+        with Image.open(path, formats=IMAGE_FORMATS) as image:
+            yield image
     except Exception as error:  # Pillow raises OSError, SyntaxError, struct.error and more for a damaged file
-        reason = "not an image" if isinstance(error, UnidentifiedImageError) else last_line(error)
-        raise ValueError(f"cannot read the image {path} ({reason}): replace or remove it") from error
+        raise ValueError(f"cannot read the image {path} ({last_line(error)}): replace or remove it") from error
 
 
 def size_of(path: str) -> tuple[int, int]:
-    with blaming(path), Image.open(path, formats=IMAGE_FORMATS) as image:
+    with opened(path) as image:
         return image.size
 
 
 def read_image(path: str, size: tuple[int, int]) -> np.ndarray:
     """Return the image as RGB, uint8 (3, H, W): resized to cover size (width, height), then its centre."""
-    with blaming(path), Image.open(path, formats=IMAGE_FORMATS) as image:
+    with opened(path) as image:
         if image.mode[0] in "IF":  # Pillow would clip values above 255 to white
             raise ValueError("more than 8 bits per channel")
         return np.asarray(ImageOps.fit(image.convert("RGB"), size, Image.Resampling.BILINEAR)).transpose(2, 0, 1)
@@ -505,12 +398,7 @@ def read_image(path: str, size: tuple[int, int]) -> np.ndarray:
 
 def decode(paths: list[str], size: tuple[int, int]) -> np.ndarray:
     """Return uint8 (N, 3, height, width); size: (width, height)."""
-    shape = (len(paths), 3, size[1], size[0])
-    try:
-        images = np.empty(shape, np.uint8)
-    except (MemoryError, ValueError) as error:
-        raise ValueError(f"{len(paths)} images of {size[0]}x{size[1]} pixels take {math.prod(shape) // 10**9:,} GB, "
-                         "more memory than there is: choose a smaller image_size") from error
+    images = np.empty((len(paths), 3, size[1], size[0]), np.uint8)
 
     def work(i: int) -> None:
         images[i] = read_image(paths[i], size)
@@ -521,66 +409,44 @@ def decode(paths: list[str], size: tuple[int, int]) -> np.ndarray:
     return images
 
 
-def shape_text(x: torch.Tensor) -> str:
-    return "x".join(map(str, x.shape[1:]))
-
-
 # ---- the registry ---------------------------------------------------------------------------------------------------
 
-def like_mnist(dataset_class: type, url: str, statistics: tuple = ()) -> Source:
-    archives = ", ".join(f"{name}.gz" for name in MNIST_FILES)
-    return Source(partial(read_mnist, dataset_class), statistics, f"{archives} from {url}",
-                  f"{dataset_class.__name__}/raw")
-
-
-TORONTO = "https://www.cs.toronto.edu/~kriz/"
-MODULAR: dict[str, Any] = dict(
-    statistics=([0.0], [1.0]), options=("seed", "modulus", "train_fraction"), package="this program")
+MODULAR: dict[str, Any] = dict(statistics=([0.0], [1.0]), options=("seed", "modulus", "train_fraction"))
 DATASETS = {
-    "mnist": like_mnist(datasets.MNIST, "https://ossci-datasets.s3.amazonaws.com/mnist/", ([0.1307], [0.3081])),
-    "fashion_mnist": like_mnist(datasets.FashionMNIST, "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/"),
-    "kmnist": like_mnist(datasets.KMNIST, "http://codh.rois.ac.jp/kmnist/dataset/kmnist/"),
-    "cifar10": Source(
-        partial(read_cifar, datasets.CIFAR10), ([0.4914, 0.4822, 0.4465], [0.2470, 0.2435, 0.2616]), mirror=True,
-        archives=f"cifar-10-python.tar.gz from {TORONTO}"),
-    "cifar100": Source(
-        partial(read_cifar, datasets.CIFAR100), ([0.5071, 0.4865, 0.4409], [0.2673, 0.2564, 0.2762]), mirror=True,
-        archives=f"cifar-100-python.tar.gz from {TORONTO}"),
-    "svhn": Source(read_svhn, archives="train_32x32.mat and test_32x32.mat from "
-                                       "http://ufldl.stanford.edu/housenumbers/"),
-    "imagenette": Source(
-        read_imagenette, ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]), options=("image_size",), mirror=True,
-        archives="imagenette2-160.tgz from https://s3.amazonaws.com/fast-ai-imageclas/"),
-    "digits": Source(read_digits, package="scikit-learn"),
+    "mnist": Source(partial(read_torchvision, datasets.MNIST), ([0.1307], [0.3081])),
+    "fashion_mnist": Source(partial(read_torchvision, datasets.FashionMNIST)),
+    "kmnist": Source(partial(read_torchvision, datasets.KMNIST)),
+    "cifar10": Source(partial(read_torchvision, datasets.CIFAR10), mirror=True,
+                      statistics=([0.4914, 0.4822, 0.4465], [0.2470, 0.2435, 0.2616])),
+    "cifar100": Source(partial(read_torchvision, datasets.CIFAR100), mirror=True,
+                       statistics=([0.5071, 0.4865, 0.4409], [0.2673, 0.2564, 0.2762])),
+    "imagenette": Source(read_imagenette, options=("image_size",), mirror=True,
+                         statistics=([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])),
+    "digits": Source(read_digits),
     "modular_addition": Source(partial(read_modular, operator.add), **MODULAR),
     "modular_subtraction": Source(partial(read_modular, operator.sub), **MODULAR),
     "modular_multiplication": Source(partial(read_modular, operator.mul), **MODULAR),
     "imagefolder": Source(read_folder, options=("image_size",)),
-    "npz": Source(read_npz, is_file=True),
+    "npz": Source(read_npz),
 }
 
 
 def main() -> None:
     parser = OneLineParser(prog="data.py", description="Download and check data sets without training.")
-    parser.add_argument("names", nargs="+", metavar="NAME", help=f"one or more of {', '.join(DATASETS)}")
+    parser.add_argument("names", nargs="+", choices=DATASETS, metavar="NAME",
+                        help=f"one or more of {', '.join(DATASETS)}")
     parser.add_argument("--data_dir", default="data", help="where data sets are kept; for imagefolder, the folder that "
                         "holds train/ and test/ or val/; for npz, the file (default: data)")
     parser.add_argument("--image_size", type=number(int, low=1), help="decode and cache images at this size in pixels; "
                         "for imagenette and imagefolder (default: 128, or the images' own size if all have the same)")
     args = parser.parse_args()
-    with suppress(AttributeError):  # standard output may be closed
-        sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # a path may be unprintable
-    path = os.path.abspath(os.path.expanduser(args.data_dir))
     try:
-        for name, source in [(name, source_of(name)) for name in args.names]:
+        for name in args.names:
             dataset = load_dataset(name, args.data_dir, "all", image_size=args.image_size)
             print(f"{name}: {len(dataset.x_train):,} training and {len(dataset.x_test):,} test images, "
-                  f"{shape_text(dataset.x_train)}, {dataset.num_classes} classes "
-                  f"({f'part of {source.package}' if source.package else path})", flush=True)
-    except (OSError, ValueError) as error:
+                  f"{'x'.join(map(str, dataset.x_train.shape[1:]))}, {dataset.num_classes} classes", flush=True)
+    except (OSError, ValueError, MemoryError) as error:
         parser.error(str(error))
-    except KeyboardInterrupt:
-        parser.exit(130, "data.py: error: interrupted\n")
 
 
 if __name__ == "__main__":

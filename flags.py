@@ -20,7 +20,7 @@ from typing import Any
 EXPERIMENT, LENGTH, MEASUREMENT, EXECUTION = "experiment", "length", "measurement", "execution"
 SCHEDULE = frozenset({"log_points", "log_from", "log_interval"})  # of MEASUREMENT: when a run measures, not what
 LONGEST_NAME = 150  # characters of a run's folder; file systems take 255
-LIKE_MNIST, COLOUR_SETS = ("mnist", "fashion_mnist", "kmnist"), ("cifar10", "cifar100", "svhn", "imagenette")
+LIKE_MNIST, COLOUR_SETS = ("mnist", "fashion_mnist", "kmnist"), ("cifar10", "cifar100", "imagenette")
 MODULAR_SETS = ("modular_addition", "modular_subtraction", "modular_multiplication")
 GREY_SETS = (*LIKE_MNIST, "digits", *MODULAR_SETS)
 GREY_EPSILONS, COLOUR_EPSILONS = [0.03, 0.06, 0.10, 0.13, 0.16, 0.20], [1 / 255, 2 / 255, 4 / 255, 8 / 255]

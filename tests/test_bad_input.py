@@ -191,24 +191,24 @@ CAT = "data/train/cat/0.png"
 DATA = [
     # nothing there, and no network
     ("mnist", lambda _: None, "python data.py mnist"), ("cifar10", lambda _: None, "python data.py cifar10"),
-    ("cifar100", lambda _: None, "--dataset=digits"), ("imagenette", lambda _: None, "imagenette2-160.tgz"),
+    ("cifar100", lambda _: None, "--dataset=digits"), ("imagenette", lambda _: None, "python data.py imagenette"),
     ("imagefolder", lambda _: None, "data"),
     # the data directory is a file
-    ("mnist", lambda _: write("data", b"")(), "data is not a directory"),
-    ("imagefolder", lambda _: write("data", b"")(), "data is not a directory"),
+    ("mnist", lambda _: write("data", b"")(), "Not a directory: 'data"),
+    ("imagefolder", lambda _: write("data", b"")(), "no images in data"),
     # MNIST
-    ("mnist", mnist("train-images-idx3-ubyte", lambda b: b"\0\0\x0d\x03" + b[4:]), "train-images-idx3-ubyte"),
-    ("mnist", mnist("train-images-idx3-ubyte", lambda b: b[:-1]), "train-images-idx3-ubyte"),
-    ("mnist", mnist("t10k-labels-idx1-ubyte", lambda b: b""), "t10k-labels-idx1-ubyte"),
-    ("mnist", mnist("t10k-images-idx3-ubyte", lambda b: b[:12]), "t10k-images-idx3-ubyte"),
-    ("mnist", mnist("train-labels-idx1-ubyte", lambda b: b[:-1] + b"\xff"), "label 255"),
-    ("mnist", mnist("train-labels-idx1-ubyte", lambda b: b[:4] + b"\0\0\0\1\0"), "train-labels-idx1-ubyte"),
+    ("mnist", mnist("train-images-idx3-ubyte", lambda b: b"\0\0\x0d\x03" + b[4:]), "delete what data holds of it"),
+    ("mnist", mnist("train-images-idx3-ubyte", lambda b: b[:-1]), "python data.py mnist"),
+    ("mnist", mnist("t10k-labels-idx1-ubyte", lambda b: b""), "python data.py mnist"),
+    ("mnist", mnist("t10k-images-idx3-ubyte", lambda b: b[:12]), "python data.py mnist"),
+    ("mnist", mnist("train-labels-idx1-ubyte", lambda b: b[:-1] + b"\xff"), "to 255"),
+    ("mnist", mnist("train-labels-idx1-ubyte", lambda b: b[:4] + b"\0\0\0\1\0"), "with 1 labels"),
     # CIFAR
-    ("cifar10", cifar("data_batch_2", lambda b: b[:-100]), "data_batch_2"),
-    ("cifar10", cifar("test_batch", lambda b: b""), "test_batch"),
-    ("cifar10", cifar("batches.meta", lambda b: b[::-1]), "batches.meta"),
+    ("cifar10", cifar("data_batch_2", lambda b: b[:-100]), "python data.py cifar10"),
+    ("cifar10", cifar("test_batch", lambda b: b""), "python data.py cifar10"),
+    ("cifar10", cifar("batches.meta", lambda b: b[::-1]), "metadata"),
     # Imagenette: torchvision looks only whether the folder is there
-    ("imagenette", imagenette(splits=()), "interrupted"),
+    ("imagenette", imagenette(splits=()), "no images in data/imagenette2-160/train"),
     ("imagenette", imagenette(splits=("train", "val"), classes=("n01440764",)), "9469"),
     # folders of images
     ("imagefolder", lambda _: Path("data").mkdir(), "train"),

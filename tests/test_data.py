@@ -1,7 +1,6 @@
 """Data sets: contents, subsets, the cache of decoded folders, and one clear line for everything that is wrong."""
 
 import errno
-import io
 import os
 import pickle
 import re
@@ -14,7 +13,6 @@ from contextlib import suppress
 
 import numpy as np
 import pytest
-import scipy.io
 import torch
 from PIL import EpsImagePlugin, Image
 from torchvision import datasets
@@ -138,18 +136,17 @@ def test_fingerprint_goes_by_the_values_not_by_their_place_in_memory():
 
 def test_names_in_order():
     assert list(data.DATASETS) == [
-        "mnist", "fashion_mnist", "kmnist", "cifar10", "cifar100", "svhn", "imagenette", "digits", "modular_addition",
+        "mnist", "fashion_mnist", "kmnist", "cifar10", "cifar100", "imagenette", "digits", "modular_addition",
         "modular_subtraction", "modular_multiplication", "imagefolder", "npz"]
 
 
 def test_a_data_set_is_one_entry(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(data.DATASETS, "new", data.Source(data.DATASETS["kmnist"].read))
-    assert " put " not in error_line("new", tmp_path)  # it names no archive to fetch by hand
     write_mnist(tmp_path, train=60, folder="KMNIST")
     new = data.load_dataset("new", tmp_path)
     assert (new.name, len(new.x_train), len(new.x_test)) == ("new", 60, 30)
     assert new.mean == pytest.approx([(new.x_train.double() / 255).mean().item()])  # none was given
-    assert "imagenette and imagefolder only" in error_line("new", tmp_path, image_size=8)
+    assert "image_size is not for new" in error_line("new", tmp_path, image_size=8)
     assert run_main(monkeypatch, capsys, "new", "--data_dir", tmp_path)[0] == 0
     assert "new" in error_line("unknown")
 
@@ -203,11 +200,6 @@ def test_subset_and_label_noise_are_these_draws_for_ever():
     replaced = rng.permutation(111)[:56]  # 55.5 are rounded up
     labels[replaced] = torch.from_numpy(rng.integers(10, size=56))
     assert torch.equal(noisy.y_train, labels)
-
-
-def test_digits_without_scikit_learn(monkeypatch):
-    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
-    assert "pip install scikit-learn" in error_line("digits")
 
 
 # modular arithmetic
@@ -269,17 +261,18 @@ def test_npz(tmp_path, shape, names):
 
 
 @pytest.mark.parametrize("change, message", [
-    ({"x_train": np.zeros((6, 8, 9))}, "x_train in .* dtype float64"),
-    ({"x_train": np.zeros((6, 72), np.uint8)}, r"x_train in .* shape \(6, 72\)"),
-    ({"x_test": np.zeros((0, 8, 9), np.uint8), "y_test": np.zeros(0, int)}, "x_test in .* shape"),
-    ({"x_test": np.zeros((4, 8, 8), np.uint8)}, "training images of npz are 1x8x9 and its test images 1x8x8"),
-    ({"y_train": np.zeros(6)}, "y_train in .* dtype float64"),
-    ({"y_train": np.zeros(5, int)}, "each of the 6 images"),
-    ({"y_test": np.array([0, 1, -1, 0])}, "from -1 to 1"),
-    ({"y_test": np.array([0, 1, 2, 10**9])}, "go up to 1000000000"),
+    ({"x_train": np.zeros((6, 8, 9))}, "images of float64"),
+    ({"x_train": np.zeros((6, 72), np.uint8)}, r"images of uint8, \(6, 72\)"),
+    ({"x_train": np.zeros((6, 8, 9, 5), np.uint8)}, "1 to 4 channels"),
+    ({"x_test": np.zeros((0, 8, 9), np.uint8), "y_test": np.zeros(0, int)}, r"images of uint8, \(0, 8, 9\)"),
+    ({"x_test": np.zeros((4, 8, 8), np.uint8)}, r"\(6, 1, 8, 9\) for training .*\(4, 1, 8, 8\) for test"),
+    ({"y_train": np.zeros(6)}, "labels of float64"),
+    ({"y_train": np.zeros(5, int)}, r"labels of int64, \(5,\)"),
+    ({"y_test": np.array([0, 1, -1, 0])}, "from -1 to 2"),
+    ({"y_test": np.array([0, 1, 2, 10**9])}, "from 0 to 1000000000"),
     ({"y_train": np.zeros(6, int), "y_test": np.zeros(4, int)}, "at least two"),
-    ({"y_test": np.array([0, 1, 2, None], object)}, "without pickled arrays"),
-    ({"x_test": None}, "does not hold the arrays x_train, y_train, x_test, y_test or train_images"),
+    ({"y_test": np.array([0, 1, 2, None], object)}, "pickle"),
+    ({"x_test": None}, "with x_train, y_train, x_test, y_test or train_images"),
 ])
 def test_bad_npz(tmp_path, change, message):
     content = {name: array for name, array in {**arrays(), **change}.items() if array is not None}
@@ -292,11 +285,8 @@ def test_npz_that_is_no_such_file(tmp_path):
     np.save(tmp_path / "a.npy", np.zeros(3))
     (tmp_path / "half.npz").write_bytes((tmp_path / "a.npz").read_bytes()[:700])
     (tmp_path / "text.npz").write_text("text")
-    os.mkfifo(tmp_path / "fifo.npz")
-    for name in ("a.npy", "half.npz", "text.npz"):
+    for name in ("a.npy", "half.npz", "text.npz", ".", "nowhere.npz"):
         assert f"cannot read {tmp_path / name}" in error_line("npz", tmp_path / name)
-    for name in (".", "fifo.npz", "nowhere.npz"):
-        assert f"{tmp_path / name} is not a file: give" in error_line("npz", tmp_path / name)
 
 
 # MNIST
@@ -318,44 +308,13 @@ def test_mnist_smaller_than_the_default_subset_is_used_whole(tmp_path):
     assert len(data.load_dataset("mnist", write_mnist(tmp_path, train=60)).x_train) == 60
 
 
-@pytest.mark.parametrize("name, damage, message", [
-    ("train-images-idx3-ubyte", lambda b: b[:-1], ""),
-    ("train-images-idx3-ubyte", lambda b: b"\0\0\x08\x01" + b[4:], ""),
-    ("t10k-images-idx3-ubyte", lambda b: b[:10], ""),
-    ("t10k-labels-idx1-ubyte", lambda b: b[:4] + b"\0\0\0\x05" + b[8:13], "30 images and 5 labels"),
-    ("train-labels-idx1-ubyte", lambda b: b[:-1] + b"\x0a", "the label 10"),
-])
-def test_damaged_mnist(tmp_path, name, damage, message):
-    path = write_mnist(tmp_path, train=60) / "MNIST/raw" / name
-    path.write_bytes(damage(path.read_bytes()))
-    line = error_line("mnist", tmp_path)
-    assert str(path) in line and f"damaged ({message}" in line and "delete both and run `python data.py mnist`" in line
-
-
 def test_incomplete_mnist_does_not_pass(tmp_path):
-    path = write_mnist(tmp_path) / "MNIST/raw/t10k-labels-idx1-ubyte"
-    path.unlink()
-    assert "cannot download mnist" in error_line("mnist", tmp_path)
-    os.mkfifo(path)
-    assert "not a regular file" in error_line("mnist", tmp_path)
-
-
-def test_mnist_is_read_from_raw_and_not_from_old_pt_files(tmp_path):
-    expected = data.load_dataset("mnist", write_mnist(tmp_path, train=20))
-    (tmp_path / "MNIST/processed").mkdir()
-    for name in ("training.pt", "test.pt"):
-        old = torch.zeros(5, 28, 28, dtype=torch.uint8), torch.zeros(5).long()
-        torch.save(old, tmp_path / "MNIST/processed" / name)
-    assert same_tensors(expected, data.load_dataset("mnist", tmp_path))
-    (tmp_path / "MNIST/raw/t10k-labels-idx1-ubyte").unlink()
-    line = error_line("mnist", tmp_path)
-    assert "t10k-labels-idx1-ubyte is missing" in line and f"delete {tmp_path}/MNIST and" in line
+    (write_mnist(tmp_path) / "MNIST/raw/t10k-labels-idx1-ubyte").unlink()
+    assert "cannot read or download mnist" in error_line("mnist", tmp_path)
 
 
 @pytest.mark.parametrize("name, folder", [("fashion_mnist", "FashionMNIST"), ("kmnist", "KMNIST")])
 def test_data_sets_with_the_files_of_mnist(tmp_path, name, folder):
-    line = error_line(name, tmp_path)
-    assert f"cannot download {name}" in line and f"{tmp_path}/{folder}/raw" in line
     found = data.load_dataset(name, write_mnist(tmp_path, folder=folder))
     assert found.x_train.shape == (1000, 1, 28, 28) and found.x_test.shape == (30, 1, 28, 28)
     assert found.num_classes == 10 and 0.4 < found.mean[0] < 0.6 and 0.2 < found.std[0] < 0.4
@@ -374,37 +333,10 @@ def test_cifar10(tmp_path, monkeypatch):
     assert cifar.y_test.tolist() == batch["labels"]
 
 
-@pytest.mark.parametrize("name", ["data_batch_3", "test_batch", "batches.meta"])
-def test_damaged_cifar_names_the_file(tmp_path, monkeypatch, name):
-    path = write_cifar10(tmp_path, monkeypatch) / name
-    path.write_bytes(path.read_bytes()[:-10])
-    line = error_line("cifar10", tmp_path)
-    assert f"{path} is truncated or damaged" in line and "python data.py cifar10" in line
-
-
-def test_svhn(tmp_path, monkeypatch):
-    rng = np.random.default_rng(0)
-    split_list = {}
-    for split, count in (("train", 12), ("test", 11)):
-        path = tmp_path / f"{split}_32x32.mat"
-        images = rng.integers(256, size=(32, 32, 3, count)).astype(np.uint8)
-        scipy.io.savemat(path, {"X": images, "y": np.arange(count)[:, None] % 10 + 1})  # 10 stands for the digit 0
-        split_list[split] = ["", path.name, datasets.utils.calculate_md5(path)]
-    monkeypatch.setattr(datasets.SVHN, "split_list", split_list)
-    svhn = data.load_dataset("svhn", tmp_path)
-    assert svhn.x_train.shape == (12, 3, 32, 32) and svhn.x_train.dtype == torch.uint8 and svhn.num_classes == 10
-    assert svhn.y_train.tolist() == [1, 2, 3, 4, 5, 6, 7, 8, 9, 0, 1, 2] and svhn.y_train.dtype == torch.int64
-    assert np.array_equal(svhn.x_test.permute(2, 3, 1, 0), images)
-    path.write_bytes(path.read_bytes()[:-10])
-    assert f"{path} is truncated or damaged" in error_line("svhn", tmp_path)
-    path.unlink()
-    assert "cannot download svhn" in error_line("svhn", tmp_path)
-
-
 # Imagenette
 
 def test_imagenette(tmp_path, monkeypatch):
-    monkeypatch.setattr(data, "IMAGENETTE_COUNTS", {"train": 4, "val": 4})
+    monkeypatch.setattr(data, "IMAGENETTE_COUNTS", (4, 4))
     root = write_images(tmp_path / "imagenette2-160", sizes=((160, 200), (213, 160)),
                         classes=("n01440764", "n02102040"), splits=("train", "val"), suffix=".JPEG")
     imagenette = data.load_dataset("imagenette", tmp_path)
@@ -415,8 +347,7 @@ def test_imagenette(tmp_path, monkeypatch):
     assert len(data.load_dataset("imagenette", tmp_path, image_size=64).x_test) == 4
     (root / "val/n02102040/0.JPEG").unlink()
     line = error_line("imagenette", tmp_path)
-    assert "4 training and 3 test images" in line and "python data.py imagenette" in line
-    assert f"--dataset=imagefolder --data_dir={root}" in line  # the way to use a part on purpose
+    assert "holds (4, 3) training and test images" in line and "python data.py imagenette" in line
 
 
 # a folder of images, and its cache
@@ -559,28 +490,6 @@ def test_failed_write_leaves_the_older_cache_whole(tmp_path, monkeypatch, error)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["decoded-auto.npz", "test", "train"]
 
 
-@pytest.mark.parametrize("content", [b"", b"not an image", "truncated"])
-@pytest.mark.parametrize("name", ["train/cat/0", "test/dog/1"])
-def test_bad_image_is_named(tmp_path, content, name):
-    write_images(tmp_path, sizes=((64, 64),) * 2, suffix=".jpg")
-    path = tmp_path / f"{name}.jpg"
-    whole = path.read_bytes()
-    path.write_bytes(whole[:len(whole) * 2 // 3] if content == "truncated" else content)
-    assert str(path) in error_line("imagefolder", tmp_path)
-    assert not list(tmp_path.glob("decoded*"))
-
-
-def test_16_bit_image_is_refused_rather_than_clipped(tmp_path):
-    write_images(tmp_path)
-    Image.fromarray(np.full((8, 8), 30000, np.uint16)).save(tmp_path / "train/cat/0.png")
-    assert "8 bits" in error_line("imagefolder", tmp_path)
-
-
-@pytest.mark.parametrize("image_size", [10**7, 2**70, 10**400])
-def test_image_size_beyond_memory(tmp_path, image_size):
-    assert "memory" in error_line("imagefolder", write_images(tmp_path), image_size=image_size)
-
-
 def test_images_are_torchvisions_in_its_order_without_hidden_ones(tmp_path):
     names = ["a/x.PNG", "a/10.png", "a/9.jpeg", "a/sub/deep/0.png", "a/sub/1.png", "a/sub-2/0.png", "a/note.txt",
              "a/sub.png/2.bmp", "B/0.png", "été/0.webp", "é/0.tif"]
@@ -610,7 +519,7 @@ def test_test_folder_without_classes_beside_a_sound_val(tmp_path):
 
 
 def test_one_class_is_refused(tmp_path):
-    assert "only one class (cat)" in error_line("imagefolder", write_images(tmp_path, classes=("cat",)))
+    assert "at least two classes" in error_line("imagefolder", write_images(tmp_path, classes=("cat",)))
 
 
 def test_other_links_are_followed(tmp_path):
@@ -625,16 +534,9 @@ def test_other_links_are_followed(tmp_path):
     assert folder.y_train.tolist() == [0] * 4 + [1] * 2 + [2] * 3
 
 
-@pytest.mark.parametrize("target", ["nowhere", "LOOP"])
-def test_link_to_nothing_is_named(tmp_path, target):
+def test_link_to_nothing_is_named(tmp_path):
     path = write_images(tmp_path) / "train/cat/7.png"
-    path.symlink_to(path if target == "LOOP" else target)
-    assert f"{path} (not a file, or a dangling link): replace or remove it" in error_line("imagefolder", tmp_path)
-
-
-def test_pipe_in_place_of_an_image_does_not_hang(tmp_path):
-    path = write_images(tmp_path) / "train/cat/7.png"
-    os.mkfifo(path)
+    path.symlink_to("nowhere")
     assert str(path) in error_line("imagefolder", tmp_path)
 
 
@@ -652,39 +554,27 @@ def test_standard_error_closed(tmp_path, monkeypatch):
     assert len(data.load_dataset("imagefolder", tmp_path, image_size=8).x_train) == 2
 
 
-@pytest.mark.parametrize("remove, add, message", [
-    ("train/cat/0.png", "train/cat/0.txt", "no images in ROOT/train/cat"),
-    ("train", "training", "no folder train/: the layout is train/CLASS/IMAGE"),
-    ("test", "testing", "no folder test or val/"),
-    ("train/*", "train/cat.png", "no images in ROOT/train: the layout is ROOT/train/CLASS/IMAGE"),
-    ("test/dog", "test/wolf", "a folder dog, wolf"),
-])
-def test_bad_folder(tmp_path, remove, add, message):
-    for path in list(write_images(tmp_path).glob(remove)):
-        path.rename(tmp_path / add if "*" not in remove else tmp_path / f"{path.name}.away")
-    if "*" in remove:
-        (tmp_path / add).touch()
-    assert message.replace("ROOT", str(tmp_path)) in error_line("imagefolder", tmp_path)
+def test_other_classes_for_test(tmp_path):
+    (write_images(tmp_path) / "test/dog").rename(tmp_path / "test/wolf")
+    assert "a folder dog, wolf" in error_line("imagefolder", tmp_path)
 
 
 # bad arguments and bad directories
 
 @pytest.mark.parametrize("name, options, message", [
     ("mnits", {}, "unknown data set 'mnits': choose from mnist, "),
-    ("digits", {"train_size": 0}, "at least 1"),
-    ("digits", {"train_size": 1001}, "more than the 1000 training images"),
+    ("digits", {"train_size": 0}, "from 1 to 1000"),
+    ("digits", {"train_size": 1001}, "from 1 to 1000"),
     ("digits", {"label_noise": 1.01}, "label_noise"),
     ("digits", {"label_noise": float("nan")}, "label_noise"),
-    ("digits", {"image_size": 28}, "imagenette and imagefolder only"),
-    ("digits", {"seed": -1}, "seed"),
-    ("imagefolder", {"image_size": 0}, "at least 1 pixel"),
-    ("digits", {"modulus": 97}, "modular_addition and modular_subtraction and modular_multiplication only"),
+    ("digits", {"image_size": 28}, "image_size is not for digits"),
+    ("digits", {"modulus": 97}, "modulus is not for digits"),
     ("modular_addition", {"modulus": 1}, "modulus must be from 2 to 500"),
     ("modular_addition", {"modulus": 501}, "modulus must be from 2 to 500"),
-    ("modular_addition", {"train_fraction": 1.0}, "above 0 and below 1"),
-    ("modular_addition", {"train_fraction": float("nan")}, "above 0 and below 1"),
-    ("modular_addition", {"modulus": 3, "train_fraction": 0.01}, "no pair to train on"),
-    ("modular_addition", {"modulus": 3, "train_fraction": 0.99}, "no pair to test on"),
+    ("modular_addition", {"train_fraction": 1.0}, "no pair"),
+    ("modular_addition", {"train_fraction": float("nan")}, "NaN"),
+    ("modular_addition", {"modulus": 3, "train_fraction": 0.01}, "no pair"),
+    ("modular_addition", {"modulus": 3, "train_fraction": 0.99}, "no pair"),
 ])
 def test_bad_arguments(tmp_path, name, options, message):
     with pytest.raises(ValueError, match=message):
@@ -692,31 +582,19 @@ def test_bad_arguments(tmp_path, name, options, message):
     assert list(tmp_path.iterdir()) == []  # refused before anything is fetched
 
 
-def test_data_dir_missing_a_file_or_unreadable(tmp_path, monkeypatch):
-    with pytest.raises(FileNotFoundError, match="no folder .*--data_dir"):
+def test_data_dir_missing_or_a_file(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no images in .*--data_dir"):
         data.load_dataset("imagefolder", tmp_path / "nowhere")
     (tmp_path / "file").write_text("")
     assert len(data.load_dataset("digits", tmp_path / "file").x_train) == 1000  # it needs no directory
-    for name in ("mnist", "cifar10", "svhn", "imagenette", "imagefolder"):
-        with pytest.raises(NotADirectoryError, match="not a directory.*--data_dir"):
-            data.load_dataset(name, tmp_path / "file")
-    (tmp_path / "loop").symlink_to("loop")
-    (tmp_path / "dangling").symlink_to("nowhere")
-    for name in ("mnist", "imagenette", "imagefolder"):
-        for link in ("loop", "dangling"):
-            assert f"{link} is not a directory" in error_line(name, tmp_path / link)
-    monkeypatch.setattr(data.os, "access", lambda *args: False)  # chmod does not stop a test that runs as root
-    with pytest.raises(PermissionError, match="no permission to read"):
-        data.load_dataset("imagefolder", write_images(tmp_path))
+    for name in ("mnist", "cifar10", "imagenette", "imagefolder"):
+        assert str(tmp_path / "file") in error_line(name, tmp_path / "file")
 
 
-@pytest.mark.parametrize("name, place", [("mnist", "MNIST/raw"), ("cifar10", "cifar-10-python.tar.gz"),
-                                         ("svhn", "test_32x32.mat"),
-                                         ("imagenette", "imagenette2-160.tgz")])
-def test_no_network(tmp_path, name, place):
+@pytest.mark.parametrize("name", ["mnist", "cifar10", "imagenette"])
+def test_no_network(tmp_path, name):
     line = error_line(name, tmp_path)
-    assert "Name or service not known" in line
-    for part in (place, str(tmp_path), f"python data.py {name}", "--dataset=digits"):
+    for part in ("Name or service not known", str(tmp_path), f"python data.py {name}", "--dataset=digits"):
         assert part in line
     assert error_line(name, tmp_path) == line  # what the failure left behind does not pass
 
@@ -755,17 +633,16 @@ def test_command_line_prints_one_line_a_data_set(tmp_path, monkeypatch, capsys):
                                 write_mnist(tmp_path))
     assert (status, err) == (0, "")
     digits, modular, mnist = out.splitlines()
-    assert modular == ("modular_addition: 4,704 training and 4,705 test images, 1x2x97, 97 classes "
-                       "(part of this program)")
-    assert mnist == f"mnist: 1,200 training and 30 test images, 1x28x28, 10 classes ({tmp_path})"
-    assert digits == "digits: 1,000 training and 797 test images, 1x8x8, 10 classes (part of scikit-learn)"
+    assert modular == "modular_addition: 4,704 training and 4,705 test images, 1x2x97, 97 classes"
+    assert mnist == "mnist: 1,200 training and 30 test images, 1x28x28, 10 classes"
+    assert digits == "digits: 1,000 training and 797 test images, 1x8x8, 10 classes"
 
 
 @pytest.mark.parametrize("arguments, message", [
     ([], "NAME"),
-    (["digits", "mnits"], "unknown data set 'mnits'"),
+    (["digits", "mnits"], "invalid choice: 'mnits'"),
     (["imagefolder", "--image_size", "0"], "--image_size"),
-    (["imagefolder", "--data_dir", "EMPTY"], "no folder train/"),
+    (["imagefolder", "--data_dir", "EMPTY"], "no images in"),
     (["digits", "--bogus"], "--bogus"),
 ])
 def test_command_line_errors_are_one_line(tmp_path, monkeypatch, capsys, arguments, message):
@@ -773,21 +650,3 @@ def test_command_line_errors_are_one_line(tmp_path, monkeypatch, capsys, argumen
     status, out, err = run_main(monkeypatch, capsys, *arguments)
     assert status == 2 and out == ""
     assert message in err and len(err.splitlines()) == 1
-
-
-def test_command_line_interrupted(tmp_path, monkeypatch, capsys):
-    def interrupt(*args):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(data, "read_image", interrupt)
-    status, out, err = run_main(monkeypatch, capsys, "imagefolder", "--data_dir", write_images(tmp_path))
-    assert (status, out, err) == (130, "", "data.py: error: interrupted\n")
-
-
-def test_command_line_shows_a_path_that_standard_output_cannot(tmp_path, monkeypatch):
-    out = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
-    monkeypatch.setattr(sys, "stdout", out)
-    folder = write_images(tmp_path / "été\udcff")
-    monkeypatch.setattr(sys, "argv", ["data.py", "imagefolder", "--data_dir", str(folder)])
-    data.main()
-    assert rb"\xe9t\xe9\udcff" in out.buffer.getvalue()

@@ -114,7 +114,7 @@ def test_a_failed_run_is_named_and_the_others_go_on_and_are_not_made_again(swept
     failed, first, second = sweep.combinations([*FLAGS, "--train_size=2000,500,600"])
     assert {*Path("runs").glob("*/output.txt")} == {folder / "output.txt" for folder in (failed, first, second)}
     assert "3 runs, 0 of them complete already" in said
-    assert f"{failed}: failed: train.py: error: train_size 2000 is more than the 1000 training" in said
+    assert f"{failed}: failed: train.py: error: train_size must be from 1 to 1000" in said
     assert error == f"1 of 3 runs failed: {failed}\n"
     for folder in (first, second):
         assert f"{folder}: complete\n" in said and f"{folder.name}  " in said  # as a row of the table
