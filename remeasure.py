@@ -169,10 +169,9 @@ class Remeasured:
     def __init__(self, args: argparse.Namespace, first: dict, own: dict):
         given, self.first, self.own = flags_given(args), first, own
         was = {name: value for name, value in first["config"].items() if name in flags.FIELDS}
-        device = devices.choose_device(given.get("device", "auto"))
         here = {"device": "auto", "threads": None, "quiet": False, "eval_batch_size": None, "compile": "off"}
         wanted = Config(**{**was, **here, **given, "log_dir": args.log_dir})
-        devices.check_dtype(device, wanted.dtype)
+        device = devices.choose_device(wanted.device, wanted.dtype)
         dataset = data.from_config(dataclasses.asdict(wanted))
         fingerprint = data.fingerprint(dataset)
         if not checkpoints.is_of_data(first, fingerprint):
@@ -516,7 +515,7 @@ def measure_network(args: argparse.Namespace) -> int:
 
 def main(argv: list[str] | None = None) -> int:
     """Run a command line of remeasure.py; return the exit status."""
-    signals.open_streams()
+    signals.replace_unencodable()
     args = parse_args(argv)
     devices.set_precision()
     try:

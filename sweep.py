@@ -151,7 +151,7 @@ def show(folders: list[Path], draw: bool) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Run a command line of sweep.py; return the exit status."""
-    signals.open_streams()
+    signals.replace_unencodable()
     argv = sys.argv[1:] if argv is None else argv
     try:
         if {"-h", "--help"} & set(argv):

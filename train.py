@@ -429,8 +429,7 @@ def start(args: Config) -> tuple[Run, data.Dataset, measure.Probes]:
     """
     trackers.check(args.tracker or [])
     devices.set_precision(args.deterministic)
-    device = distributed.start(devices.choose_device(args.device))
-    devices.check_dtype(device, args.dtype)
+    device = distributed.start(devices.choose_device(args.device, args.dtype))
     dataset = distributed.rank0_first(lambda: data.from_config(dataclasses.asdict(args)))
     config = complete(args, dataset, device)
     fingerprint = data.fingerprint(dataset)
@@ -489,7 +488,7 @@ def finish(run: Run, stopped_by: int, figure: Figure | None) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Run a command line of train.py; return the exit status."""
-    signals.open_streams()
+    signals.replace_unencodable()
     args = parse_args(argv)
     try:
         run, dataset, probes = start(args)

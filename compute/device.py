@@ -3,8 +3,10 @@
 import contextlib
 import os
 import platform
+import re
 import subprocess
 import time
+import timeit
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -17,15 +19,17 @@ ROOT, CPU_INFO = Path(__file__).parents[1], Path("/proc/cpuinfo")
 OWN_CGROUP, CGROUPS = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
 
 
-def choose_device(name: str) -> torch.device:
-    """Return the torch.device that --device names, made the current one; raise ValueError if it cannot compute.
+def choose_device(name: str, dtype: str = "float32") -> torch.device:
+    """Return the torch.device that --device names, made the current one; ValueError if it cannot compute in --dtype.
 
     "auto" is a CUDA GPU if there is one, otherwise the CPU. A GPU that cannot be used is an error with "auto", too: on
     the CPU the run could take a hundred times as long.
     """
-    kind, _, index = name.partition(":")
-    if kind not in ("auto", "cpu", "cuda", "mps", "xpu") or (":" in name and not (kind == "cuda" and index.isdigit())):
+    if not re.fullmatch("auto|cpu|cuda(:[0-9]+)?|mps|xpu", name):
         raise ValueError(f"--device={name}: choose auto, cpu, cuda, cuda:N, mps or xpu")
+    if dtype == "float64" and name in ("mps", "xpu"):
+        raise ValueError(f"--dtype=float64: --device={name} computes in float32 only; use --device=cpu")
+    kind, _, index = name.partition(":")
     problem = failure(torch.cuda.init) if kind in ("auto", "cuda") else ""
     if kind == "cpu" or (problem and kind == "auto" and "driver on your system is too old" not in problem):
         return torch.device("cpu")
@@ -57,12 +61,6 @@ def failure(function: Callable[[], Any]) -> str:
     return ""
 
 
-def check_dtype(device: torch.device, dtype: str) -> None:
-    """Raise ValueError for --dtype=float64 on a device that computes in float32 only."""
-    if dtype == "float64" and device.type in ("mps", "xpu"):
-        raise ValueError(f"--dtype=float64: --device={device} computes in float32 only; use --device=cpu")
-
-
 def set_precision(deterministic: bool = False) -> None:
     """Let float32 mean float32 on GPUs, too, and count subnormal numbers, which slow a CPU tenfold, as zero. To be
     called before anything is computed."""
@@ -82,18 +80,11 @@ def set_precision(deterministic: bool = False) -> None:
 def describe(device: torch.device) -> dict[str, str | None]:
     """Return what the history records about the machine, the libraries and this program."""
     named = device.type in ("cuda", "xpu")
+    model = re.search(r"model name\s*: (.*)", CPU_INFO.read_text()) if CPU_INFO.exists() else None
     return {"python": platform.python_version(), "torch": str(torch.__version__), "numpy": np.__version__,
             "device": torch.get_device_module(device).get_device_name(device) if named else device.type,
-            "machine": platform.machine(), "processor": processor(), "system": platform.system(), "commit": commit()}
-
-
-def processor() -> str:
-    """Return the name of the processor."""
-    with contextlib.suppress(OSError):
-        for line in CPU_INFO.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor()
+            "machine": platform.machine(), "processor": model[1] if model else platform.processor(),
+            "system": platform.system(), "commit": commit()}
 
 
 def commit() -> str | None:
@@ -107,12 +98,9 @@ def commit() -> str | None:
 
 def out_of_memory(error: BaseException) -> bool:
     """Return whether an exception means that the memory of the GPU or the CPU is too small."""
-    # PyTorch has no exception of its own for the CPU and for CUDA's libraries, NumPy none beyond the address space.
-    said = {RuntimeError: ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "can't allocate memory",
-                           "Storage size calculation overflowed"),
-            ValueError: ("array is too big", "Maximum allowed dimension exceeded")}
-    return isinstance(error, MemoryError) or any(
-        isinstance(error, kind) and words in str(error) for kind, texts in said.items() for words in texts)
+    # PyTorch has no exception of its own for the CPU and for CUDA's libraries.
+    said = "out of memory|CUBLAS_STATUS_ALLOC_FAILED|can't allocate memory|Storage size calculation overflowed"
+    return isinstance(error, MemoryError) or bool(isinstance(error, RuntimeError) and re.search(said, str(error)))
 
 
 def cpu_count() -> int:
@@ -128,18 +116,15 @@ def cpu_count() -> int:
     return cores
 
 
-def fastest_thread_count(work: Callable[[], Any], seconds: float = 0.3) -> int:
-    """Return the number of threads, among 1, 2, 4, … and cpu_count(), with which work() runs fastest now. seconds: how
-    long each number is measured. Next to a busy neighbour two can be sixty times slower than one."""
+def fastest_thread_count(work: Callable[[], Any]) -> int:
+    """Return the number of threads, among 1, 2, 4, … and cpu_count(), with which work() runs fastest now. Next to a
+    busy neighbour two can be sixty times slower than one."""
     times: dict[int, float] = {}
     cores = cpu_count()
     for count in sorted({cores, *(2**i for i in range(cores.bit_length()))}):
         torch.set_num_threads(count)
         work()
-        calls, start = 0, time.perf_counter()
-        while calls < 3 or (time.perf_counter() - start < seconds and calls < 100):
-            work()
-            calls += 1
-        times[count] = (time.perf_counter() - start) / calls
+        calls, took = timeit.Timer(work, timer=time.perf_counter).autorange()
+        times[count] = took / calls
     # A few percent are not worth a second core.
     return next(count for count in times if times[count] < 1.05 * min(times.values()))

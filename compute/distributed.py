@@ -25,27 +25,17 @@ LONGEST_WAIT = timedelta(hours=1)  # in an exchange: the first process may be do
 T = TypeVar("T")
 
 
-# ---- the processes --------------------------------------------------------------------------------------------------
-
 def start(device: torch.device) -> torch.device:
-    """Join the process group that the environment describes (RANK, WORLD_SIZE, LOCAL_RANK, as torchrun sets them).
-
-    Returns the device of this process: the GPU numbered LOCAL_RANK if device is "cuda". Raises ValueError if the
-    variables do not fit, the processes cannot meet, or this one has no working GPU.
-    """
+    """Join the process group that the environment describes as torchrun or srun set it. Return the device of this
+    process: the GPU numbered LOCAL_RANK if device is "cuda". Raises ValueError if the variables do not fit, the
+    processes cannot meet, or this one has no working GPU."""
     if "TORCHELASTIC_RUN_ID" in os.environ:
         os.environ["STOP_WITH_PARENT"] = str(os.getppid())
     if "WORLD_SIZE" not in os.environ and int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1:
         describe_srun_step()
-    given = os.environ.get("WORLD_SIZE", "1")
-    if not given.isdecimal():
-        raise ValueError(f"the environment variable WORLD_SIZE is '{given}', not a whole number: unset it, or start "
-                         "the run with torchrun or srun")
-    processes = int(given)
+    processes = int(os.environ.get("WORLD_SIZE", 1))
     if processes == 1:
         return device
-    if device.type not in ("cpu", "cuda"):
-        raise ValueError(f"--device={device}: several processes need --device=cpu or cuda")
     address, port = os.environ.get("MASTER_ADDR", ""), os.environ.get("MASTER_PORT", "")
     try:
         socket.getaddrinfo(address, port)  # PyTorch would try an unknown name until its time is up
@@ -64,8 +54,7 @@ def start(device: torch.device) -> torch.device:
         reason = str(error).split("\n")[0]
         raise ValueError(f"the {processes} processes cannot meet at {address}:{port} ({reason}): start them with "
                          "torchrun or srun, or set MASTER_ADDR to the first one's machine, MASTER_PORT to a free port "
-                         "and, where there are several networks, GLOO_SOCKET_IFNAME or NCCL_SOCKET_IFNAME to one of "
-                         "its interfaces; unset WORLD_SIZE for a run of one process") from None
+                         "and GLOO_SOCKET_IFNAME or NCCL_SOCKET_IFNAME to a network interface") from None
     return device
 
 
@@ -91,8 +80,8 @@ def orphaned() -> int:
 
 
 def leave(status: int) -> NoReturn:
-    """End this process with an exit status. In a distributed run it ends at once: gloo's destructor may wait for a
-    thread that waits for Python's lock."""
+    """End this process with an exit status; at once if distributed: gloo's destructor may wait for a thread that waits
+    for Python's lock."""
     if dist.is_initialized():
         sys.stdout.flush()
         sys.stderr.flush()
@@ -108,11 +97,9 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-# ---- training and measuring -----------------------------------------------------------------------------------------
-
 def wrap(model: nn.Module, device: torch.device) -> nn.Module:
     """Return the module to call in training; its backward pass averages the gradients over the processes. Batch norm
-    then uses the statistics of the global batch; ValueError on CPUs, for which PyTorch has no such layer."""
+    then uses the statistics of the global batch; ValueError on CPUs."""
     if world_size() == 1:
         return model
     if any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules()):
@@ -120,8 +107,7 @@ def wrap(model: nn.Module, device: torch.device) -> nn.Module:
             raise ValueError("--batch_norm on several processes needs GPUs: PyTorch's SyncBatchNorm has no CPU version")
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     network = DistributedDataParallel(model)
-    # The buffers are the same on every process already. (The constructor's argument has another name in each PyTorch.)
-    network.broadcast_buffers = False
+    network.broadcast_buffers = False  # they are the same already; the constructor's argument has changed its name
     return network
 
 
@@ -148,14 +134,10 @@ def all_reduce_max(numbers: list[int], device: torch.device) -> list[int]:
 
 def gather_shards(part: torch.Tensor, n: int) -> torch.Tensor:
     """Return, on every process, the tensor of n numbers or rows of which each process holds part, its shard(n)."""
-    if world_size() == 1:
-        return part
     whole = part.new_zeros(n, *part.shape[1:])
     whole[shard(n)] = part
     return all_reduce_sum(whole)
 
-
-# ---- files: what one process does or sees and the others have to know -----------------------------------------------
 
 def run_on_rank0(function: Callable[[], T]) -> T:
     """Call function() on the first process only; return its value (any picklable object) on every process. Its
@@ -195,6 +177,6 @@ def barrier() -> None:
 
 
 def lost_another(error: BaseException) -> bool:
-    """Return whether error, raised by an exchange between processes, means that another process has ended."""
-    # gloo's errors have no type of their own
+    """Return whether error, raised by an exchange between processes (gloo's has no type of its own), means that another
+    process has ended."""
     return world_size() > 1 and (isinstance(error, dist.DistError) or "gloo" in str(error))

@@ -1,4 +1,4 @@
-"""Signals that ask a run to stop, and standard streams that may be missing."""
+"""Signals that ask a run to stop, and standard streams that know ASCII only."""
 
 import contextlib
 import os
@@ -7,29 +7,24 @@ import sys
 from collections.abc import Callable, Iterator
 from types import FrameType
 
-# Not every system has all of them. Clusters send SIGUSR1, SIGUSR2 or SIGXCPU before a job's time is up.
-STOPPING = ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU")
+# Clusters send SIGUSR1, SIGUSR2 or SIGXCPU before a job's time is up. Windows has the first two only.
+STOPPING = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU")
+            if hasattr(signal, name)]
 
 
-def open_streams() -> None:
-    """Let the program run without standard output or error (>&-), and with streams that cannot encode "ε"."""
-    for name in ("stdout", "stderr"):
-        stream = getattr(sys, name)
-        if stream is None:
-            setattr(sys, name, open(os.devnull, "w"))
-        elif hasattr(stream, "reconfigure"):
+def replace_unencodable() -> None:
+    """Let the program print to streams that cannot encode "ε"."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")
 
 
 @contextlib.contextmanager
 def handled_by(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
-    """Call handler(number, frame) for the signals that ask to stop; restore the former handlers at the end. SIGHUP
-    stays ignored under nohup."""
-    former = {}
-    for name in STOPPING:
-        number = getattr(signal, name, None)
-        if number is not None and (name != "SIGHUP" or signal.getsignal(number) != signal.SIG_IGN):
-            former[number] = signal.signal(number, handler)
+    """Call handler(number, frame) for the signals that ask to stop, apart from those that are ignored, as SIGHUP is
+    under nohup; restore the former handlers at the end."""
+    former = {number: signal.signal(number, handler) for number in STOPPING
+              if signal.getsignal(number) != signal.SIG_IGN}
     try:
         yield
     finally:

@@ -130,7 +130,7 @@ class Console:
             self.bar.update(step - self.bar.n)
         elif time.monotonic() > self.next_line and step >= self.paced_from + STEPS_BEFORE_ESTIMATE:
             pace, took = self.trained / (step - self.paced_from), self.log_step_took
-            left = duration(pace * (self.n_steps - step) + took * self.log_steps_left)
+            left = tqdm.format_interval(pace * (self.n_steps - step) + took * self.log_steps_left)
             log_step = f"{took:.1f} s for a log step, " if took else ""
             self.line(f"step {step:,} of {self.n_steps:,}: {1 / pace:,.0f} steps/s, {log_step}{left} to go")
 
@@ -172,11 +172,3 @@ def in_percent(fraction: float) -> str:
 
 def decimals(value: float) -> str:
     return f"{value:.2f}" if math.isfinite(value) else "-"
-
-
-def duration(seconds: float) -> str:
-    """Return a time in the unit that tells a reader whether to wait."""
-    minutes = round(seconds / 60)
-    if seconds < 60:
-        return f"{seconds:.0f} s"
-    return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"

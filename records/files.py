@@ -78,28 +78,24 @@ def naming(path: str | Path) -> Iterator[None]:
 
 
 class FolderLocks:
-    """The locks that a run holds on its folders; without folders, none. The kernel releases them when the process
-    ends, however it ends.
-
-    Making them makes the folders. note: called with one line if a file system has no locks. Raises OSError if a folder
-    cannot be written, ValueError if another run holds it.
-    """
+    """The locks that a run holds on its folders, which it makes; without folders, none. The kernel releases them when
+    the process ends. note: called with one line for a folder whose file system has no locks. Raises OSError if a folder
+    cannot be written, ValueError if another run holds it."""
 
     def __init__(self, *folders: str | Path, note: Callable[[str], None] = print):
         self.files: list[IO[bytes]] = []
-        unlocked = []
         for folder in sorted({Path(os.path.realpath(folder)) for folder in folders}):
             try:
                 folder.mkdir(parents=True, exist_ok=True)
                 self.files.append(open(folder / LOCK_NAME, "ab"))
-                unlocked += [] if lock(self.files[-1].fileno(), folder) else [str(folder)]
+                locked = lock(self.files[-1].fileno(), folder)
             except OSError as error:
                 raise OSError(f"cannot write to {folder}: {error.strerror or error}; choose another --log_dir or "
                               "--save_dir") from None
             for part in folder.glob(f".*.{'?' * 16}.part"):  # a killed run was writing it
                 part.unlink(missing_ok=True)
-        if unlocked:
-            note(f"the file system of {' and '.join(unlocked)} has no locks: make sure that no second run writes there")
+            if not locked:
+                note(f"the file system of {folder} has no locks: make sure that no second run writes there")
         paths = [Path(folder) / LOCK_NAME for folder in folders]
         self.held = {path: os.lstat(path) for path in paths}  # under the names that the user gave
 

@@ -46,16 +46,12 @@ def parent_of(config: Config, fingerprint: str) -> dict:
     """Return the checkpoint that --branch_from names, with its "path" and, as "history", its run's up to there. Raises
     ValueError or OSError, with one line, if it is of another network or other data, or has no history."""
     path = Path(config.branch_from or "")
-    own = {Path(folder).resolve() for folder in (config.log_dir, config.save_dir)}
     checkpoint = checkpoints.load_checkpoint(path)
     before = checkpoint["config"]
     found = history_of(path, before)
     if found is None:
         raise ValueError(f"--branch_from={path}: there is no {history.HISTORY_NAME} of its run near it or in "
                          f"{before.get('log_dir', 'logs')}")
-    if own & {path.parent.resolve(), found.parent.resolve()}:
-        raise ValueError(f"--branch_from={path} is of a run in these folders, whose files would be moved aside: give "
-                         "the branch its own --log_dir and --save_dir")
     network = {"model", "depth", "width", "activation", "batch_norm", "init_scale", "train_size"}
     differing = checkpoints.differences(before, config, network)
     if differing or not checkpoints.is_of_data(checkpoint, fingerprint):

@@ -228,7 +228,7 @@ def test_one_process_needs_no_others():
         assert call(lambda: 7) == 7
         with pytest.raises(OSError, match="no room"):
             call(without_room)
-    assert distributed.gather_shards(tensor, 2) is tensor and distributed.shard(2) == slice(0, 2)
+    assert torch.equal(distributed.gather_shards(tensor, 2), tensor) and distributed.shard(2) == slice(0, 2)
 
 
 def start_as(monkeypatch, environment):
@@ -365,7 +365,7 @@ def test_both_processes_give_up_together_with_one_line(tmp_path, flags, status, 
 
 
 @pytest.mark.parametrize("change, message", [
-    ({"RANK": ""}, "RANK"), ({"WORLD_SIZE": ""}, "variable WORLD_SIZE is ''"),
+    ({"RANK": ""}, "RANK"),
     ({"MASTER_ADDR": ""}, "cannot meet at :7 .*: start them with torchrun or srun"),
     ({"MASTER_ADDR": "no such machine"}, "cannot meet at no such machine:7 .* set MASTER_ADDR"),
 ], ids=str)

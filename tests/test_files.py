@@ -131,8 +131,8 @@ def test_a_file_system_without_locks_is_one_note(tmp_path, monkeypatch, recwarn,
     notes = []
     locks = files.FolderLocks(tmp_path / "a", tmp_path / "b", note=notes.append)
     locks.check()
-    assert notes == [f"the file system of {tmp_path}/a and {tmp_path}/b has no locks: make sure that no second run "
-                     "writes there"]
+    assert notes == [f"the file system of {folder} has no locks: make sure that no second run writes there"
+                     for folder in (tmp_path / "a", tmp_path / "b")]
     assert not recwarn.list
 
 

@@ -356,11 +356,11 @@ def test_warm_up_and_schedule_of_a_branch_count_from_its_first_step(tmp_path, ca
     assert "is at step 20 and --warmup_steps takes 10 more: raise --n_steps=30" in capsys.readouterr().err
 
 
-def test_a_branch_in_its_parents_folders_is_refused(tmp_path, capsys):
+def test_a_branch_in_its_parents_folders_moves_the_parents_files_aside(tmp_path, capsys):
     run_here(tmp_path, *SMALL, "--n_steps=2")
     (source,) = (tmp_path / "checkpoints").glob("*_step_000000002.pt")
-    run_here(tmp_path, *SMALL, "--n_steps=9", f"--branch_from={source}", status=2)
-    assert "give the branch its own --log_dir and --save_dir" in capsys.readouterr().err and source.exists()
+    run_here(tmp_path, *SMALL, "--n_steps=9", f"--branch_from={source}")
+    assert history_of(tmp_path)["step"] == [0, 1, 2, 3, 5, 9] and list(tmp_path.glob(f"checkpoints/*/{source.name}"))
 
 
 def test_a_branch_takes_the_history_of_its_own_parent(tmp_path, capsys):
