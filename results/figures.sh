@@ -65,6 +65,7 @@ late_phase late_phase_images
 late_phase late_phase_width
 late_phase late_phase_depth
 late_phase late_phase_activation
+late_phase late_phase_optimizer
 
 partition partition.gif first '*'
 partition mnist_partition mnist_large_init 000005172 000027368 000100000

@@ -1,5 +1,5 @@
-"""What moves the late phase on MNIST: a table and a figure for each of weight decay, training images, width, depth and
-activation.
+"""What moves the late phase on MNIST: a table and a figure for each of weight decay, training images, width, depth,
+activation and optimizer.
 
     python results/late_phase.py decay      # draw late_phase_decay.png (results/figures.sh draws all)
 
@@ -33,7 +33,7 @@ from records.history import read_history  # noqa: E402
 LOSSES = {"ce": "", "exact_ce": "_exact"}
 SEEDS = ("", "_seed1")
 EPSILON = "0.1"
-KINDS = (panels.RANDOM, panels.TEST, "#009E73")  # colours without an order, for the activations
+KINDS = (panels.RANDOM, panels.TEST, "#009E73", "0.55")  # colours without an order
 FROM = 30  # the figures' axes are logarithmic from this step on
 # {the figure's name: (what is varied, {value: the histories' name without loss and seed})}
 SETTINGS = {
@@ -46,6 +46,8 @@ SETTINGS = {
     "depth": ("depth", {"2": "mnist_depth2", "3": "mnist_depth3", "4": "mnist", "5": "mnist_depth5",
                         "6": "mnist_depth6"}),
     "activation": ("activation", {"relu": "mnist", "leaky_relu": "mnist_leaky_relu", "gelu": "mnist_gelu"}),
+    "optimizer": ("optimizer and learning rate", {"AdamW 0.0003": "mnist_lr0.0003", "AdamW 0.001": "mnist",
+                                                  "AdamW 0.003": "mnist_lr0.003", "SGD 0.1": "mnist_sgd"}),
 }
 HEAD = ("loss", "99% at step", "ascent ends at step", "second descent begins", "half saturated at step",
         "first spike by step (how many)", "`robust_acc` at 99%", "lowest later", "at the end",
@@ -121,8 +123,8 @@ def figure(what: str, values: dict[str, str]) -> panels.Figure:
     fig = panels.new_figure(8.4, 5.6, f"MNIST by {what}: mean and range of the seeds; for each seed "
                             "a circle where 99% of the training images are right, a tick on top at each loss spike")
     axes = fig.subplots(2, len(LOSSES), sharex=True, sharey="row")
-    ordered = what != "activation"
-    shades = matplotlib.colormaps["viridis"](np.linspace(0, 0.85, len(values))) if ordered else KINDS
+    ordered = what not in ("activation", "optimizer and learning rate")
+    shades = matplotlib.colormaps["viridis"](np.linspace(0, 0.85, len(values))) if ordered else KINDS[:len(values)]
     curves = (("robust_acc, ε = 0.10", lambda history: column_of(history["robust_acc"], EPSILON)),
               ("local complexity, train points", total_complexity))
     for (label, curve), row, lowest in zip(curves, axes, (False, True), strict=True):
