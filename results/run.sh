@@ -118,6 +118,9 @@ mnist_lr0.003           VARIED --lr=0.003
 mnist_lr0.003_exact     VARIED --lr=0.003 --loss=exact_ce
 mnist_sgd               VARIED --optimizer=sgd --momentum=0.9 --lr=0.1 --weight_decay=0.0001
 mnist_sgd_exact         VARIED --optimizer=sgd --momentum=0.9 --lr=0.1 --weight_decay=0.0001 --loss=exact_ce
+mnist_mse               VARIED --loss=mse --weight_decay=0.1
+mnist_init8             VARIED --init_scale=8
+theirs113_orthogonal    THEIRS --modulus=113 --batch_size=5108 --orthogonal_gradient --n_steps=1000
 END
 }
 
