@@ -308,7 +308,8 @@ class Config:
 
     device: str = flag("auto", EXECUTION, "auto is a CUDA GPU if there is one, otherwise the CPU",
                        metavar="auto|cpu|cuda|cuda:N|mps|xpu")
-    threads: int | None = flag(None, EXECUTION, "CPU threads (default: measured at the start)", **whole(1, high=1024))
+    threads: int | None = flag(None, EXECUTION, "CPU threads (default: as is fastest at the start, OMP_NUM_THREADS at "
+                               "most)", **whole(1, high=1024))
     compile: str = flag("off", EXECUTION, "compile the network of the training steps with torch.compile",
                         nargs="?", const="on", choices=["on", "off"])
     cuda_graph: bool = flag(True, EXECUTION, "launch the kernels of a step one by one, not as a CUDA graph: slower, "

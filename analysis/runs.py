@@ -136,7 +136,8 @@ def group_title(group: Sequence[dict], flags: Sequence[str]) -> str:
     """Return the values of these flags in a group of runs, in lines that fit a small panel; not how finely it was
     measured, if more sets it apart."""
     flags = [flag for flag in flags if flag not in FINENESS] or flags
-    return textwrap.fill(", ".join(in_title(flag, group[0]["config"].get(flag)) for flag in flags), 42)
+    return textwrap.fill(", ".join(in_title(flag, group[0]["config"].get(flag)) for flag in flags), 42,
+                         break_long_words=False)
 
 
 def runs_text(group: Sequence[dict]) -> str:

@@ -117,10 +117,11 @@ def cpu_count() -> int:
 
 
 def fastest_thread_count(work: Callable[[], Any]) -> int:
-    """Return the number of threads, among 1, 2, 4, … and cpu_count(), with which work() runs fastest now. Next to a
-    busy neighbour two can be sixty times slower than one."""
+    """Return the number of threads, among 1, 2, 4, … and cpu_count() or OMP_NUM_THREADS, with which work() runs fastest
+    now. Next to a busy neighbour two can be sixty times slower than one."""
     times: dict[int, float] = {}
-    cores = cpu_count()
+    asked = os.environ.get("OMP_NUM_THREADS", "")
+    cores = min(cpu_count(), int(asked)) if asked.isdigit() else cpu_count()
     for count in sorted({cores, *(2**i for i in range(cores.bit_length()))}):
         torch.set_num_threads(count)
         work()

@@ -277,7 +277,10 @@ def test_the_fastest_number_of_threads_is_taken_and_of_equals_the_smallest(monke
     def work():
         now["time"] += seconds[now["threads"]]
 
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     assert devices.fastest_thread_count(work) == best
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    assert devices.fastest_thread_count(work) == 1
 
 
 def test_the_threads_are_measured_stored_and_kept_unless_they_are_given(tmp_path, monkeypatch, capsys):
