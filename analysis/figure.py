@@ -17,7 +17,7 @@ from analysis.statistics import complexity_of, total_complexity
 
 SPIKE, BRANCH = "#CC79A7", "#009E73"
 # Inches. Small multiples fill a page of A4 or letter when printed at four fifths; small text is 6 points there.
-PAGE_WIDTH, PAGE_HEIGHT = 9.4, 13.4
+ONE_WIDTH, PAGE_WIDTH, LEAST_WIDTH = 7.1, 9.4, 2.95  # a figure of one configuration, of several, of each at least
 LABELS = 1.0  # above and below the panels of a configuration: its title, the names of the phases, the ticks
 ENDS = 1.35  # left and right of a panel: ticks and names
 STRIP = 0.15  # above a panel of local complexity: the names of the phases
@@ -65,23 +65,6 @@ def name_phases(ax: Axes, steps: np.ndarray, complexity: np.ndarray, width: floa
                 break
 
 
-def sizes(groups: Sequence[Sequence[dict]], n_radii: int, labels: float) -> tuple[int, float, list[float]]:
-    """(columns, width, heights): how many configurations side by side, the figure's width, the panels' heights.
-
-    labels: the height of what is above and below the panels of a configuration.
-    """
-    n = len(groups)
-    names = max(3 + len(panels.shared(group, "robust_acc")) + len(panels.shown_shares(group)) for group in groups)
-    least = panels.LINE * names
-    if n == 1:
-        return 1, 7.1, [max(3.1, least), *[1.9] * n_radii]
-    columns = {2: 2, 4: 2}.get(n, 3 if n <= 12 else 4)
-    width = max(PAGE_WIDTH, columns * (1.6 + ENDS))
-    room = (PAGE_HEIGHT - 1) / -(-n // columns) - labels
-    height = max(1.3, min(room / (1 + 0.62 * n_radii), 0.85 * (width / columns - ENDS)))
-    return columns, width, [max(height, least), *[0.62 * height] * n_radii]
-
-
 @panels.default_style
 def figure(histories: Sequence[dict]) -> Figure:
     """Return the figure of one run, of one configuration's seeds, or of several configurations.
@@ -94,10 +77,14 @@ def figure(histories: Sequence[dict]) -> Figure:
     groups, flags = runs.grouped(histories)
     radii = panels.shared([history["local_complexity"] for history in histories], "train")
     radii = radii if len(groups) == 1 else radii[:1]
-    titles = [f"{runs.group_title(group, flags)}\n{runs.runs_text(group)}".strip() for group in groups]
+    titles = [runs.group_title(group, flags) for group in groups]
+    columns = {1: 1, 2: 2, 4: 2}.get(len(groups), 3 if len(groups) <= 12 else 4)
+    rows, each = -(-len(groups) // columns), 1 + len(radii)
+    width = ONE_WIDTH if columns == 1 else max(PAGE_WIDTH, LEAST_WIDTH * columns)
+    height = max(1.3, min(3.1, 0.85 * (width / columns - ENDS)))
+    names = max(3 + len(panels.shared(group, "robust_acc")) + len(panels.shown_shares(group)) for group in groups)
+    heights = [max(height, panels.LINE * names), *[0.62 * height] * len(radii)]
     labels = LABELS + panels.LINE * max(title.count("\n") for title in titles)
-    columns, width, heights = sizes(groups, len(radii), labels)
-    rows, each = -(-len(groups) // columns), len(heights)
     fig = panels.new_figure(width, rows * (sum(heights) + labels) + 0.9, runs.run_title(histories[0], flags))
     grid = fig.add_gridspec(rows * each, columns, height_ratios=heights * rows)
     colours = panels.epsilon_colours(histories)

@@ -141,8 +141,8 @@ def epsilon_colours(histories: Sequence[dict]) -> dict[str, Any]:
 
 
 def accuracy_panel(ax: Axes, group: Sequence[dict], colours: dict[str, Any]) -> None:
-    """Train, test, robust_acc (full lines) and adv_acc (dashed, in the same colours) against the step; below adv_acc,
-    filled, what of it is rounding; dotted certified_acc. colours: of each epsilon."""
+    """Train, test, robust_acc (full lines), adv_acc (dashed; filled: what of it is rounding) and certified_acc (dotted)
+    against the step. colours: of each epsilon."""
     def draw(name: str, words: str = "", key: str | None = None, **style: Any) -> None:
         draw_curve(ax, group, partial(column_of, name=name, key=key), words, **style)
 
@@ -166,12 +166,11 @@ def accuracy_panel(ax: Axes, group: Sequence[dict], colours: dict[str, Any]) -> 
 
 
 def mark_interpolation(axes: Sequence[Axes], group: Sequence[dict]) -> None:
-    """A line through all panels where training accuracy reaches 99%, with the step above the first: the median over a
-    group's runs, if it is known of all."""
-    steps = [step for history in group if (step := interpolation_step(history)) is not None]
+    """Mark the step of interpolation in all panels and name it above the first: the median over the group's runs."""
+    steps = sorted(step for history in group if (step := interpolation_step(history)) is not None)
     if len(steps) < len(group):
         return
-    step = sorted(steps)[(len(steps) - 1) // 2]
+    step = steps[(len(steps) - 1) // 2]
     for ax in axes:
         ax.axvline(step, zorder=1, color="0.35", lw=0.8, ls=(0, (1, 1.5)))
     axes[0].text(step, 1.01, f"train 99% at step {step:,}", transform=axes[0].get_xaxis_transform(), ha="center",

@@ -108,23 +108,19 @@ def boundaries(model: nn.Module, plane: Plane, raster: int) -> tuple[np.ndarray,
     centre, (across, up) = plane.centre.to(parameter), plane.axes.to(parameter)
     ticks = torch.linspace(-plane.reach, plane.reach, raster + 1, dtype=torch.float64).to(parameter).view(-1, 1, 1, 1)
     side = max(1, min(raster, math.isqrt(BATCH_NUMBERS // max(centre.numel(), *units.values())) - 1))
-
-    def changes(values: torch.Tensor) -> np.ndarray:
-        """values: (height + 1, width + 1, …) of neighbouring points -> bool (height, width)."""
-        here = values[:-1, :-1]
-        return ((here != values[1:, :-1]) | (here != values[:-1, 1:])).flatten(2).any(2).cpu().numpy()
-
     tiles = list(itertools.product(range(0, raster, side), repeat=2))
     for top, left in tqdm(tiles, unit="tile", leave=False, disable=None, delay=2):  # a CNN takes minutes
         v, u = ticks[top:top + side + 1], ticks[left:left + side + 1]
-        shape, tile = (len(v), len(u)), np.s_[top:top + side, left:left + side]
-
-        def watch(module, args, shape=shape, tile=tile):
-            found[modules.index(module)][tile] = changes((args[0] > 0).unflatten(0, shape))
-
-        points = (centre + v[:, None] * up + u * across).flatten(0, 1)
-        with local_complexity.pre_hooks(modules, watch), models.evaluating(model), torch.no_grad():
-            found[-1][tile] = changes(model(points).argmax(1).view(*shape, 1))
+        points = centre + v[:, None] * up + u * across
+        signs: list[torch.Tensor] = []
+        with (local_complexity.pre_hooks(modules, lambda module, args, signs=signs: signs.append(args[0] > 0)),
+              models.evaluating(model), torch.no_grad()):
+            signs.append(model(points.flatten(0, 1)).argmax(1, keepdim=True))
+        for mask, values in zip(found, signs, strict=True):
+            grid = values.unflatten(0, points.shape[:2]).flatten(2)
+            here = grid[:-1, :-1]
+            changes = ((here != grid[1:, :-1]) | (here != grid[:-1, 1:])).any(2)
+            mask[top:top + side, left:left + side] = changes.cpu().numpy()
     return found[:-1], found[-1]
 
 

@@ -49,6 +49,11 @@ def turning_points(log: np.ndarray, least: float, most: int = 4) -> list[int]:
     return points
 
 
+def plateau(log: np.ndarray, first: int, last: int) -> float:
+    """Return how far from its ends a descent or ascent from index first to last still counts as a plateau."""
+    return min(0.15 * abs(log[last] - log[first]), TENTH)
+
+
 def without_plateaus(log: np.ndarray, first: int, last: int) -> tuple[int, int]:
     """Return the part of a descent or ascent from index first to last in which the curve moves."""
     near = plateau(log, first, last)
@@ -56,20 +61,14 @@ def without_plateaus(log: np.ndarray, first: int, last: int) -> tuple[int, int]:
     return leaves, leaves + int(np.flatnonzero(abs(log[leaves:last + 1] - log[last]) <= near)[0])
 
 
-def plateau(log: np.ndarray, first: int, last: int) -> float:
-    """Return how far from its ends a descent or ascent still counts as a plateau."""
-    return min(0.15 * abs(log[last] - log[first]), TENTH)
-
-
 def phases(complexity: Any) -> list[tuple[str, int, int]]:
     """Return [(name, first index, last index)] of the descents and ascents of a curve of local complexity.
 
     complexity: one value for each log point, finite, >= 0. Each phase is a change by a tenth or more and by five times
     the curve's noise (estimated from the second differences of its logarithm) whose level is held for HOLD log points.
-    Plateaus between phases belong to none. A last phase that still goes on reaches to the last log point, however short
-    a time its last level was held. The paper's phases are "first descent", "ascent" and "second descent"; a
-    rise after them is a "second ascent". Where the curve rises first, they are "ascent", "descent", "second ascent",
-    "second descent".
+    Plateaus between phases belong to none. A last phase that still goes on reaches to the last log point. The paper's
+    phases are "first descent", "ascent" and "second descent"; a "second ascent" may follow. Where the curve rises
+    first, they are "ascent", "descent", "second ascent", "second descent".
     """
     complexity = np.asarray(complexity, dtype=float)
     if len(complexity) <= HOLD or complexity.max() <= 0:
@@ -94,10 +93,10 @@ def phases(complexity: Any) -> list[tuple[str, int, int]]:
 def spikes(history: dict) -> list[int]:
     """Return the indices i such that the training loss has a spike between log points i - 1 and i, after interpolation.
 
-    That is, it rises to SPIKE times the lowest value that it had at a log point since the last spike. Its peak between
-    log points is known from max_batch_loss: if a batch is a share s of the training set, the loss of the whole set was
-    at least s times the batch's. Without that column only what is left at the next log point is seen. Losses before and
-    after a branch changed the loss function are not compared; older branches did not record whether they did.
+    That is, it rises to SPIKE times its lowest value at a log point since the last spike. Its peak between log points
+    is known from max_batch_loss: if a batch is a share s of the training set, the loss of the whole set was at least s
+    times the batch's. Losses before and after a branch changed the loss function (older branches do not say whether
+    they did) are not compared.
     """
     start = interpolation_of(history)
     if start is None:

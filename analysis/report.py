@@ -64,17 +64,16 @@ def fitting_text(history: dict) -> str:
     planned = max(last, history["config"].get("n_steps") or 0)
     end = f"ends at step {last:,}" if last == planned else f"has come to step {last:,} of {planned:,}"
     if step is not None:
-        missing = "" if interpolation_of(history) is not None else (
-            "; that checkpoint was not measured again, so no delay is measured")
+        missing = "; that checkpoint was not measured again, so no delay is measured" * (step not in history["step"])
         return f"Interpolation: train accuracy reaches 99% at step {step:,} (the run {end}){missing}."
     reached = np.flatnonzero(column_of(history, "train_acc") >= statistics.INTERPOLATION)
+    accuracy = percentage(history["train_acc"][reached[0] if len(reached) else -1])
     if len(reached):
-        at = history["step"][reached[0]]
-        return (f"Interpolation: train accuracy is {percentage(history['train_acc'][reached[0]])} at step {at:,}, the "
-                f"first of those measured with 99% or more (the run {end}); when it reached 99% is not known, so no "
-                "delay is measured.")
-    return (f"Interpolation: train accuracy does not reach 99% within {last:,} steps, it is "
-            f"{percentage(history['train_acc'][-1])} (the run {end}); so there is no delay to measure.")
+        return (f"Interpolation: train accuracy is {accuracy} at step {history['step'][reached[0]]:,}, the first of "
+                f"those measured with 99% or more (the run {end}); when it reached 99% is not known, so no delay is "
+                "measured.")
+    return (f"Interpolation: train accuracy does not reach 99% within {last:,} steps, it is {accuracy} (the run "
+            f"{end}); so there is no delay to measure.")
 
 
 def generalisation_text(history: dict, test: Rise) -> str:
@@ -216,9 +215,9 @@ def accuracy_table(history: dict, rises: dict[str, Rise]) -> list[str]:
                 *(f"{label:<{width}}{percentage(rise.final):>8}" for label, rise in rises.items())]
     lines = [f"{'accuracy':<{width}}{'at 99%':>7}{'dip':>7}{'highest held':>13}{'end':>7}  after interpolation"]
     for label, rise in rises.items():
-        cells = [f"{percentage(value):>7}" for value in (rise.start, rise.dip, rise.level, rise.final)]
-        lines.append(f"{label:<{width}}{cells[0]}{cells[1]}{cells[2]:>13}{cells[3]}  "
-                     f"{untested(history, rise).split(' (')[0] or verdict(rise, history['step'], start)}")
+        at, dip, level, end = map(percentage, (rise.start, rise.dip, rise.level, rise.final))
+        said = untested(history, rise).split(" (")[0] or verdict(rise, history["step"], start)
+        lines.append(f"{label:<{width}}{at:>7}{dip:>7}{level:>13}{end:>7}  {said}")
     return lines
 
 
@@ -284,8 +283,8 @@ def table(histories: Sequence[dict], names: Sequence[str]) -> str:
     """Return text: one line for each run, with its name and the flags in which the runs differ.
 
     Robust and adversarial accuracy are those of the middle epsilon of each run's grid, at interpolation and at the end;
-    local complexity is the sum over the layers around training points at the first radius, its lowest and highest value
-    in the run. Where the lines would be longer than 120 columns, the flags follow in a list of their own.
+    local complexity is that of total_complexity(), its lowest and highest value in the run. Where the lines would be
+    longer than 120 columns, the flags follow in a list of their own.
     """
     flags = differing_flags(histories)
     rows = [["run", *flags, "steps", "train", "test", "99% at", "ε", "robust", "end", "delay", "adv", "end", "delay",

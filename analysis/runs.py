@@ -19,8 +19,7 @@ NOT_IN_TITLES = NOT_COMPARED | flags_of(LENGTH) | FINENESS | {"epsilons", "lc_ra
 
 
 def asked(history: dict) -> list[str]:
-    """Return the names of the flags that the user gave, of all flags if the history does not say; not those that only
-    an older program had."""
+    """Return the names of the flags that the user gave, or of all if the history does not say; only today's flags."""
     return [name for name in history.get("asked", history["config"]) if name in FIELDS]
 
 
@@ -133,16 +132,14 @@ def run_title(history: dict, flags: Collection[str] = ()) -> str:
 
 
 def group_title(group: Sequence[dict], flags: Sequence[str]) -> str:
-    """Return the values of these flags in a group of runs, in lines that fit a small panel; not how finely it was
-    measured, if more sets it apart."""
+    """Return the values of these flags in a group of runs, in lines that fit a small panel, and how many runs its mean
+    is of; not how finely it was measured, if more sets it apart."""
     flags = [flag for flag in flags if flag not in FINENESS] or flags
-    return textwrap.fill(", ".join(in_title(flag, group[0]["config"].get(flag)) for flag in flags), 42,
-                         break_long_words=False)
-
-
-def runs_text(group: Sequence[dict]) -> str:
-    """Return how many runs a group's mean is of; nothing for one run."""
-    ends = [history["step"][-1] for history in group]
-    unfinished = sum(end < max(ends) for end in ends)
-    text = f"mean and range of {len(group)} runs" if len(group) > 1 else ""
-    return f"{text}, {unfinished} of them not at the end" if unfinished else text
+    words = ", ".join(in_title(flag, group[0]["config"].get(flag)) for flag in flags)
+    lines = textwrap.wrap(words, 42, break_long_words=False)
+    if len(group) > 1:
+        ends = [history["step"][-1] for history in group]
+        unfinished = sum(end < max(ends) for end in ends)
+        not_all = f", {unfinished} of them not at the end" if unfinished else ""
+        lines.append(f"mean and range of {len(group)} runs{not_all}")
+    return "\n".join(lines)

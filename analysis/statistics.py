@@ -12,6 +12,7 @@ That is all the p-values cover. They say nothing of chance in training: LEAST is
 the seed end that far apart.
 """
 
+import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -26,6 +27,7 @@ HOLD = 3  # consecutive log points for which a level must last
 # accuracies of four seeds of the MNIST MLP are 1.1 points apart at interpolation and 1.4 at the end (results/mnist*).
 LEAST = 0.02
 CONFIDENCE = 0.95  # that no statement about a run is due to the choice of test images
+stretches = functools.partial(sliding_window_view, window_shape=HOLD)  # every HOLD consecutive values
 QUESTIONS = 3  # for each curve: does it rise, does it recover from a dip, does it rise at any log point at all
 
 
@@ -45,9 +47,8 @@ def interpolation_of(history: dict) -> int | None:
 def interpolation_step(history: dict) -> int | None:
     """Return the first log step with a training accuracy of at least 99%, None if there is none or it is not known.
 
-    Checkpoints that were measured again, perhaps only some of them, have the step from their run's own history, as
-    history["interpolation"], None if that was not at hand. Older programs did not write it: then the first step is not
-    it, unless it is step 0.
+    Checkpoints measured again have it from their run's own history, as history["interpolation"]. Older programs did not
+    write that: then the first step is not it, unless it is step 0.
     """
     if "interpolation" in history:
         return history["interpolation"]
@@ -90,7 +91,9 @@ def accuracy_curves(history: dict) -> dict[str, Curve]:
     outcomes, unknown = history.get("outcomes", {}), [None] * len(history["step"])
 
     def right(texts: Sequence | None, images: str) -> list[np.ndarray | None]:
-        return [text and from_hex(text, history["sizes"][images]) for text in texts or unknown]
+        # Hexadecimal digits: one bit for each image, the first in the highest.
+        return [text and np.unpackbits(np.frombuffer(bytes.fromhex(text + "0" * (len(text) % 2)), np.uint8),
+                                       count=history["sizes"][images]).astype(bool) for text in texts or unknown]
 
     curves = {"test": Curve(column_of(history, "test_acc"), right(outcomes.get("test"), "test"))}
     own = own_epsilons(history)
@@ -104,11 +107,6 @@ def accuracy_curves(history: dict) -> dict[str, Curve]:
         curves[f"adv ε {epsilon_label(key)}"] = Curve(column_of(history, "adv_acc", key),
                                                       right(outcomes.get("adv", {}).get(key), "attacked"))
     return curves
-
-
-def from_hex(text: str, images: int) -> np.ndarray:
-    """Return bool (images,) from hexadecimal digits: one bit for each image, the first in the highest."""
-    return np.unpackbits(np.frombuffer(bytes.fromhex(text + "0" * (len(text) % 2)), np.uint8), count=images) > 0
 
 
 class Rise(NamedTuple):
@@ -158,11 +156,6 @@ def delayed_rise(curve: Curve, start: int | None, statements: int = 1) -> Rise:
             if one_counts(statements * n * len(floors) * p_stretches, floors - rise.dip):
                 rise = rise._replace(recovery=later[after + first_half(floors, rise.dip)])
     return rise
-
-
-def stretches(values: np.ndarray) -> np.ndarray:
-    """Return every HOLD consecutive values, (len(values) - HOLD + 1, HOLD)."""
-    return sliding_window_view(values, HOLD)
 
 
 def one_counts(p: np.ndarray, heights: np.ndarray) -> bool:

@@ -433,8 +433,8 @@ def test_titles_say_what_was_trained_and_what_was_chosen():
     assert report.command_flags(history["config"], ["batch_norm", "plot", "train_size", "lr", "epsilons"]) == (
         "--batch_norm --lr=0.001 --epsilons=0.5/255,0.03,8/255")
     short = make_history([0], [0.1], [0.1])
-    assert runs.runs_text([known_history()]) == ""
-    assert runs.runs_text([known_history(), short, short]) == "mean and range of 3 runs, 2 of them not at the end"
+    assert runs.group_title([known_history()], []) == ""
+    assert runs.group_title([known_history(), short, short], []) == "mean and range of 3 runs, 2 of them not at the end"
     assert runs.short_names(["runs/a/logs/h.json", "runs/b/logs/h.json"]) == ["a", "b"]
     assert runs.short_names(["x/h.json"]) == ["x/h.json"] and runs.short_names(["h.json", "x/h.json"]) == [".", "x"]
 
