@@ -80,7 +80,7 @@ class OneLineParser(argparse.ArgumentParser):
 
     def error(self, message: str):
         unknown = re.search(r"unrecognized arguments: (--\w+)", message)
-        close = difflib.get_close_matches(unknown[1], re.findall(r"--\w+", self.format_usage()), 1) if unknown else []
+        close = difflib.get_close_matches(unknown[1], re.findall(r"--\w+", self.format_help()), 1) if unknown else []
         message += f": did you mean {close[0]}?" if close else ""
         self.exit(2, f"{self.prog}: error: {message}\n")
 

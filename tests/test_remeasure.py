@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -43,9 +44,6 @@ def larger():
 def more():
     return nn.Sequential(nn.Flatten(), nn.Linear(64, 1000))
 
-def two_at_a_time():
-    return nn.Sequential(nn.Unflatten(0, (-1, 2)), nn.Flatten(0, 1), build())
-
 def softmax():
     return nn.Sequential(build(), nn.Softmax(1))
 
@@ -75,17 +73,13 @@ def measured(folder, *flags, status=0):
     return read_history(made / "training_history.json")
 
 
-def test_own_flags_give_the_runs_own_columns(run):
+@pytest.mark.parametrize("history_at_hand", [True, False])
+def test_own_flags_give_the_runs_own_columns(run, trained, history_at_hand):
+    if not history_at_hand:
+        shutil.rmtree(run / "logs")
     measured(run)
     (run.parent / "remeasured").rename(run.parent / "logs")
-    assert columns(run.parent) == columns(run)
-
-
-def test_without_the_runs_history_everything_is_measured(run, trained):
-    shutil.rmtree(run / "logs")
-    measured(run / "checkpoints")
-    (run / "remeasured").rename(run / "logs")
-    assert columns(run) == columns(trained)
+    assert columns(run.parent) == columns(trained)
 
 
 def checkpoint_of(run, step):
@@ -120,17 +114,13 @@ def test_chosen_checkpoints(run, flags, positions):
     assert measured(run, *flags, "--lc_samples=0")["step"] == [steps[k] for k in positions]
 
 
-def test_copies_and_renamed_checkpoints_are_what_they_say_themselves(run, capsys):
-    steps, picked = history_of(run)["step"], run.parent / "picked"
+def test_renamed_checkpoints_say_themselves_what_they_are(run):
+    picked = run.parent / "picked"
     picked.mkdir()
     for k, path in enumerate(sorted((run / "checkpoints").glob("*.pt"))[:3]):
-        shutil.copy(path, picked / f"{k}_step_00000{9 - k}.pt")
-        shutil.copy(path, picked / f"again{k}.pt")
-    (picked / "damaged.pt").write_bytes(b"")
-    (picked / "damaged too.pt").write_bytes(b"")
-    made = measured(picked, status=1)
-    assert made["step"] == steps[:3] and made["test_acc"] == history_of(run)["test_acc"][:3]
-    assert capsys.readouterr().out.count("passed over") == 2
+        shutil.copy(path, picked / f"{9 - k}.pt")
+    made = measured(picked)
+    assert made["step"] == history_of(run)["step"][:3] and made["test_acc"] == history_of(run)["test_acc"][:3]
 
 
 def test_interpolation_is_the_runs_own(run):
@@ -154,14 +144,6 @@ def test_continued_and_moved_aside(run, capsys):
     assert read_history(aside / "training_history.json") == every
 
 
-def test_checkpoints_next_to_the_measurements_stay(run):
-    names = sorted(path.name for path in (run / "checkpoints").glob("*.pt"))
-    for size in (5, 6):
-        assert remeasure.main([str(run), f"--log_dir={run / 'checkpoints'}", "--steps=300", f"--adv_size={size}",
-                               *OWN]) == 0
-    assert sorted(path.name for path in (run / "checkpoints").glob("*.pt")) == names
-
-
 def test_log_steps_that_are_not_finite(tmp_path):
     run_here(tmp_path / "run", *SMALL, "--n_steps=20", "--lr=1e30", "--optimizer=sgd", "--on_nan=continue")
     first = measured(tmp_path / "run")
@@ -169,49 +151,51 @@ def test_log_steps_that_are_not_finite(tmp_path):
     assert measured(tmp_path / "run") == first  # the table is printed from what was taken over
 
 
-def test_the_same_flags_of_another_run_are_not_continued(run, capsys):
-    measured(run, "--steps=300")
+def test_the_same_flags_of_another_run_are_not_continued_and_checkpoints_beside_them_stay(run, capsys):
+    names = sorted(path.name for path in (run / "checkpoints").glob("*.pt"))
     (path,) = (run / "checkpoints").glob("*_step_000000300.pt")
-    torch.save({**torch.load(path, weights_only=True), "seconds": 1e6}, path)
-    assert measured(run, "--steps=300")["seconds"] == [1e6]
+    for seconds in (5.0, 1e6):
+        torch.save({**torch.load(path, weights_only=True), "seconds": seconds}, path)
+        assert remeasure.main([str(run), f"--log_dir={path.parent}", "--steps=300", *OWN]) == 0
+        assert read_history(path.parent / "training_history.json")["seconds"] == [seconds]
     assert "measurements of another run or with other flags are now in" in capsys.readouterr().out
+    assert sorted(path.name for path in (run / "checkpoints").glob("*.pt")) == names
 
 
 def test_ctrl_c_keeps_what_is_done(run, monkeypatch, capsys):
-    rows = []
-    add = remeasure.Remeasured.add
+    lengths = []
 
-    def add_and_interrupt(self, new):
-        add(self, new)
-        rows.append(new)
-        if len(rows) == 2:
+    def write_and_interrupt(path, made):
+        write_history(path, made)
+        lengths.append(len(made["step"]))
+        if len(lengths) == 2:
             signal.raise_signal(signal.SIGINT)
 
-    monkeypatch.setattr(remeasure.Remeasured, "add", add_and_interrupt)
-    partial = measured(run, status=130)
-    assert len(partial["step"]) == 2 and "stopped by SIGINT; continue with the same command" in capsys.readouterr().out
-    whole = measured(run)
-    assert whole["step"] == history_of(run)["step"] and [len(new) for new in rows[2:]] == [2, 1, 1, 1, 1]
+    monkeypatch.setattr(remeasure.history, "write_history", write_and_interrupt)
+    assert len(measured(run, status=130)["step"]) == 2
+    assert "stopped by SIGINT; continue with the same command" in capsys.readouterr().out
+    assert measured(run)["step"] == history_of(run)["step"] and "2 of them measured already" in capsys.readouterr().out
 
 
 def test_damaged_and_foreign_checkpoints_are_named(run, tmp_path, capsys):
     run_here(tmp_path / "other", *SMALL, "--n_steps=3", "--seed=5")
     (foreign,) = (tmp_path / "other" / "checkpoints").glob("*_step_000000002.pt")
-    (run / "checkpoints" / "checkpoint_epoch_0000000_step_000000200.pt").write_bytes(b"")
+    (run / "checkpoints" / "checkpoint_epoch_0000000_step_000000000.pt").write_bytes(b"")
     shutil.copy(foreign, run / "checkpoints")
     made = measured(run, status=1)
     printed = capsys.readouterr().out
-    assert made["step"] == history_of(run)["step"]
-    assert "step_000000200.pt is damaged or not a checkpoint of this program; passed over" in printed
+    assert made["step"] == history_of(run)["step"][1:]
+    assert "step_000000000.pt is damaged or not a checkpoint of this program; passed over" in printed
     assert "step_000000002.pt is of another run: --seed was 5, is 42; passed over" in printed
 
 
 @pytest.mark.parametrize("words, message", [
     ([], "name checkpoints or their folder, or one --network"),
-    (["nowhere"], "there is no checkpoint or folder nowhere"),
-    (["empty"], "there are no checkpoints (checkpoint_epoch_*.pt) in empty"),
+    (["nowhere"], "nowhere is neither a checkpoint nor a folder with checkpoints in it"),
+    (["empty"], "empty is neither a checkpoint nor a folder with checkpoints in it"),
     (["run", "--dataset=digits"], "--dataset is for --network"),
     (["run", "--weights=w.pt"], "--weights is for --network"),
+    (["run", "--epsilon=0.1"], "did you mean --epsilons?"),
     (["run", "--steps=5"], "--steps: there is no checkpoint of step 5"),
     (["run", "--log_dir=run/logs"], "--log_dir=run/logs holds the run's own history"),
     (["run", "run/copy.pt"], "are of the same step: give the checkpoints of one run"),
@@ -252,9 +236,6 @@ def network(tmp_path, monkeypatch):
     torch.save({"model": other.state_dict(), "args": argparse.Namespace(lr=1)}, "args.pt")
     torch.save({0: torch.ones(1)}, "integers.pt")
     torch.save({**other.state_dict(), "1.weight": torch.ones(16, 64)}, "narrow.pt")
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "training_history.json").write_text(
-        '{"version": 1, "step": [], "warnings": [], "config": {}, "sizes": {}}')
     (tmp_path / "damaged.safetensors").write_bytes(b"damaged")
     return other
 
@@ -269,42 +250,26 @@ def test_a_network_of_others_is_measured(network, capsys):
     dataset = data.load_dataset("digits")
     x, y = data.pixels(dataset.x_test, torch.float32), dataset.y_test
     accuracy = (network(x).argmax(1) == y).double().mean().item()
-    assert re.search(rf"{100 * accuracy:.2f}%$", printed.splitlines()[3])
-    assert [line.split()[:2] for line in printed.splitlines() if line.startswith("epsilon")] == [
-        ["epsilon", "0.05"], ["epsilon", "0.1"]]
-    assert re.search(r"^2 +\d+\.\d\d +\d+\.\d\d +\d+\.\d\d +of 32 units$", printed, re.MULTILINE)
-
-
-def test_weights_from_safetensors(network, capsys):
-    safetensors = pytest.importorskip("safetensors.torch")
-    safetensors.save_file(network.state_dict(), "net.safetensors")
-    printed = []
-    for weights in ("net.pt", "net.safetensors"):
-        assert remeasure.main([*FLAGS, f"--weights={weights}"]) == 0
-        printed.append(capsys.readouterr().out)
-    assert printed[0] == printed[1]
+    assert re.search(rf"step +loss +train +test +0\.05 +0\.1 .*\n +0 +\S+ +\S+ +{100 * accuracy:.1f} ", printed)
+    assert re.search(r"^2 +\d+\.\d\d +\d+\.\d\d +\d+\.\d\d +of 32 units$", printed, re.M)
 
 
 @pytest.mark.parametrize("words, message", [
-    (["--network=net.py:pair"], "for 2 images the network returns tuple, not logits (2, 10)"),
-    (["--network=net.py:fewer"], "for 2 images the network returns (2, 3), not logits (2, 10)"),
-    (["--network=net.py:larger"], "the network does not take images of shape (2, 1, 8, 8)"),
-    (["--network=net.py:more"], "for 2 images the network returns (2, 1000), not logits (2, 10)"),
-    (["--network=net.py:two_at_a_time", "--adv_size=31"], "the network cannot be measured"),
+    (["--network=net.py:pair"], "the model must return logits, one tensor (N, 2 or more classes), not tuple"),
+    (["--network=net.py:fewer"], "labels must lie between 0 and 2, the model's last class"),
+    (["--network=net.py:larger"], "cannot be measured on images of shape (3, 1, 8, 8): mat1 and mat2 shapes"),
+    (["--network=net.py:more"], "the network has 1000 classes, the data set 10"),
     (["--network=net.py:softmax"], "the model returns probabilities"),
     (["--network=net.py:nothing"], "AttributeError: module 'net' has no attribute 'nothing'"),
+    (["--network=net.py"], "--network=net.py: give FILE.py:FUNCTION"),
     (["--every=2"], "--every is for checkpoints of train.py, not for --network"),
     (["--certify=5"], "--certify is for checkpoints"),
-    (["--log_dir=run"], "--log_dir=run holds the history of a run"),
-    (["--weights=args.pt"], "args.pt holds an object of argparse.Namespace"),
-    (["--weights=integers.pt"], "the file holds no state dict"),
-    (["--weights=narrow.pt"], "1.weight is [16, 64], not [32, 64]"),
-    (["--network=net.py"], "--network=net.py: give FILE.py:FUNCTION"),
-    (["--weights=missing.pt"], "there is no file missing.pt"),
-    (["--weights=net.py"], "net.py is damaged, not a state dict, or holds more than tensors"),
-    (["--weights=number.pt"], "are not those of the network: 4 are missing (1.weight, 1.bias, ...), 1 are not in it"),
-    (["--weights=damaged.safetensors"], "damaged.safetensors is damaged"),
-    (["--network=net.py:plain", "--weights=net.pt"], "--weights=net.pt are not those of the network"),
+    (["--weights=args.pt"], "args.pt is not a state dict, or holds objects other than tensors"),
+    (["--weights=missing.pt"], "No such file or directory: 'missing.pt'"),
+    (["--weights=number.pt"], "--weights=number.pt are not those of the network: "),
+    (["--weights=integers.pt"], "Missing key(s) in state_dict: \"1.weight\", \"1.bias\""),
+    (["--weights=narrow.pt"], "size mismatch for 1.weight"),
+    (["--weights=damaged.safetensors"], "damaged.safetensors is damaged or not a state dict"),
 ])
 def test_a_network_that_does_not_fit_gets_one_line(network, words, message, capsys):
     assert exit_status([*FLAGS, *words]) == 2
@@ -313,31 +278,41 @@ def test_a_network_that_does_not_fit_gets_one_line(network, words, message, caps
 
 
 @pytest.mark.parametrize("saved", [
-    lambda state: {"epoch": 3, "net": state}, lambda state: {f"module._orig_mod.{key}": state[key] for key in state},
+    None, lambda state: {"epoch": 3, "net": state},
+    lambda state: {f"module._orig_mod.{key}": state[key] for key in state},
     lambda state: {"state_dict": {f"model.{key}": state[key] for key in state}},
     lambda state: {"args": {"lr": 1}, "model": state, "model_ema": {**state, "n_averaged": torch.tensor(3)}}])
 def test_weights_as_they_are_saved(network, saved, capsys):
-    torch.save(saved(network.state_dict()), "saved.pt")
-    for weights in ("net.pt", "saved.pt"):
+    if saved is None:
+        pytest.importorskip("safetensors.torch").save_file(network.state_dict(), "saved.safetensors")
+    else:
+        torch.save(saved(network.state_dict()), "saved.pt")
+    (file,) = Path().glob("saved.*")
+    for weights in ("net.pt", file):
         assert remeasure.main([*FLAGS, f"--weights={weights}"]) == 0
     printed = capsys.readouterr().out
     assert printed[:len(printed) // 2] == printed[len(printed) // 2:]
 
 
 OTHERS = """
-import argparse, os, sys
-from models.blocks import Net  # the names of this program's modules
+import argparse, sys
+from models.blocks import Net  # the names of this program's modules and folders
 from data import SIZE
-from utils import Functional, LSTM, Parameters, Reentrant, torch, nn
+from analysis.kinds import LSTM, Functional, Reentrant, torch, nn
 
-os.chdir("/")
 assert argparse.ArgumentParser().parse_args() and len(sys.argv) == 1
 network = Net(SIZE)
 lazy = lambda: nn.Sequential(nn.Flatten(), nn.LazyLinear(16), nn.ReLU(), nn.LazyLinear(10))
 scripted = lambda: torch.jit.script(Net(SIZE))
-traced = lambda: torch.jit.trace(Net(SIZE), torch.rand(3, 1, 8, 8))
 """
-UTILS = """
+BLOCKS = """
+from torch import nn
+from .size import SIZE
+
+def Net(n=SIZE):
+    return nn.Sequential(nn.Flatten(), nn.Linear(n, 16), nn.ReLU(), nn.Linear(16, 10))
+"""
+KINDS = """
 import torch
 import torch.nn.functional as F
 import torch.utils.checkpoint
@@ -350,14 +325,6 @@ class Functional(nn.Module):
 
     def forward(self, x):
         return F.relu(x.flatten(1)) @ self.fixed.T
-
-class Parameters(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.weights = nn.ParameterList([torch.randn(32, 64), torch.randn(10, 32)])
-
-    def forward(self, x):
-        return F.linear(F.relu(F.linear(x.flatten(1), self.weights[0])), self.weights[1])
 
 class Reentrant(nn.Sequential):
     def __init__(self):
@@ -376,32 +343,25 @@ class LSTM(nn.Module):
 """
 
 
-@pytest.mark.parametrize("name", [
-    "network", "Net", "again", "lazy", "scripted", "traced", "Functional", "LSTM", "Parameters", "Reentrant"])
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")  # of torch.jit and of checkpointing
+@pytest.mark.parametrize("name", ["network", "Net", "lazy", "scripted", "Functional", "LSTM", "Reentrant"])
 def test_networks_as_researchers_have_them(tmp_path, monkeypatch, name, capsys):
     theirs = tmp_path / "theirs"
-    (theirs / "models").mkdir(parents=True)
-    (theirs / "main.py").write_text(OTHERS)
-    (theirs / "utils.py").write_text(UTILS)
-    (theirs / "data.py").write_text("SIZE = 8 * 8")
-    (theirs / "models" / "size.py").write_text("SIZE = 64")
-    (theirs / "models" / "__init__.py").write_text("from .blocks import Net")
-    (theirs / "models" / "blocks.py").write_text(
-        "from torch import nn\nfrom .size import SIZE\n\ndef Net(n=SIZE):\n"
-        "    return nn.Sequential(nn.Flatten(), nn.Linear(n, 16), nn.ReLU(), nn.Linear(16, 10))\n")
+    for file, text in {"main.py": OTHERS, "analysis/kinds.py": KINDS, "data.py": "SIZE = 8 * 8",
+                       "models/__init__.py": "", "models/size.py": "SIZE = 64", "models/blocks.py": BLOCKS}.items():
+        (theirs / file).parent.mkdir(parents=True, exist_ok=True)
+        (theirs / file).write_text(text)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [*sys.path])
-    file = {"Net": "models/blocks.py", "again": "models/__init__.py"}.get(name, "main.py")
-    flags = [f"--network=theirs/{file}:{name.replace('again', 'Net')}", *FLAGS[1:], f"--log_dir={name}"]
+    flags = [f"--network=theirs/{'models/blocks' if name == 'Net' else 'main'}.py:{name}", *FLAGS[1:], "--log_dir=made"]
     assert remeasure.main(flags) == 0 and remeasure.main(flags) == 0
-    printed, seen = capsys.readouterr().out, name in ("network", "Net", "again", "lazy", "Reentrant")
+    printed, seen = capsys.readouterr().out, name in ("network", "Net", "lazy", "Reentrant")
     assert ("local complexity, r" in printed) == seen
     assert ("note: local complexity is not measured" in printed) != seen
-    assert sys.modules["models"] is models and sys.modules["data"] is data and "utils" not in sys.modules
+    assert sys.modules["models"] is models and sys.modules["data"] is data
     assert "an earlier measurement is now in" in printed
-    capsys.readouterr()
-    assert plot.main(["--table", f"{name}/training_history.json"]) == 0
-    accuracy = f"{100 * read_history(f'{name}/training_history.json')['test_acc'][0]:.1f}%"
+    assert plot.main(["--table", "made/training_history.json"]) == 0
+    accuracy = f"{100 * read_history('made/training_history.json')['test_acc'][0]:.1f}%"
     assert accuracy in capsys.readouterr().out
 
 
