@@ -58,19 +58,15 @@ def name_phases(ax: Axes, steps: np.ndarray, complexity: np.ndarray, width: floa
         ax.vlines(ends, 0, 1, color="0.55", lw=0.6, ls=":", transform=ax.get_xaxis_transform())
         short = name.replace("first", "1st").replace("second", "2nd")
         start, end = scale.transform(ends)
-        for text in (f"{name} {arrow}", f"{short} {arrow}", f"{short.split()[0]} {arrow}", arrow):
-            if len(text) * LETTER <= (end - start) * inch:
-                ax.text(float(scale.inverted().transform((start + end) / 2)), 1, text, transform=above, ha="center",
-                        va="center_baseline", fontsize=SMALL)
-                break
+        texts = (f"{name} {arrow}", f"{short} {arrow}", f"{short.split()[0]} {arrow}", arrow, "")
+        ax.text(float(scale.inverted().transform((start + end) / 2)), 1, transform=above, ha="center", fontsize=SMALL,
+                s=next(text for text in texts if len(text) * LETTER <= (end - start) * inch), va="center_baseline")
 
 
 @panels.default_style
 def figure(histories: Sequence[dict]) -> Figure:
-    """Return the figure of one run, of one configuration's seeds, or of several configurations.
-
-    histories: finished or not; one without a log step is left out. Raises ValueError if none is left.
-    """
+    """Return the figure of one run, of one configuration's seeds, or of several configurations. A history without a
+    log step is left out; ValueError if none is left."""
     histories = [history for history in histories if history["step"]]
     if not histories:
         raise ValueError("nothing to draw: no history has a log step yet")

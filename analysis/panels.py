@@ -33,12 +33,11 @@ SHARES: dict[str, tuple[str, dict[str, Any], str]] = {  # column: name at the cu
 }
 SMALL = 7.5  # points; the smallest text
 LINE = 1.2 * SMALL / 72  # inches from one line of small text to the next
-DPI = 200
 # A decorator: matplotlib's own defaults, whatever the user's style says, and the same file for the same figure.
 default_style = matplotlib.style.context({"svg.hashsalt": "plot"}, after_reset=True)
 
 
-def new_figure(width: float, height: float, title: str, dpi: int = DPI) -> Figure:
+def new_figure(width: float, height: float, title: str, dpi: int = 200) -> Figure:
     """A figure of this size in inches, with its title in as many lines as it needs."""
     fig = Figure((width, height), dpi=dpi)
     fig.suptitle(textwrap.fill(title, int(11.5 * width)), fontsize=SMALL + 2)
@@ -88,8 +87,7 @@ def step_axis(ax: Axes, first: int, last: int, width: float, labelled: bool = Tr
             transform=ax.get_xaxis_transform())  # dozens of minor ticks would take a second to draw
     ax.tick_params(labelsize=SMALL)
     ax.spines[["top", "right"]].set_visible(False)
-    if labelled:
-        ax.set_xlabel("step", fontsize=SMALL + 1)
+    ax.set_xlabel("step" if labelled else "", fontsize=SMALL + 1)
 
 
 def span(histories: Sequence[dict]) -> tuple[int, int]:
@@ -148,8 +146,7 @@ def accuracy_panel(ax: Axes, group: Sequence[dict], colours: dict[str, Any]) -> 
 
     draw("train_acc", "train", color=TRAIN, lw=1.0)
     for share in shown_shares(group):
-        name, style, _ = SHARES[share]
-        draw(share, name, band=False, **style)
+        draw(share, SHARES[share][0], band=False, **SHARES[share][1])
     for key in sorted(shared(group, "robust_acc"), key=float):
         if key in shared(group, "rounding"):
             steps, adv, _, _ = together(group, partial(column_of, name="adv_acc", key=key))

@@ -35,15 +35,13 @@ DECISION = (0.84, 0.37, 0.0)  # the colour of the decision boundary: vermillion,
 BATCH_NUMBERS = 2**22  # pre-activations of one layer held at once: 16 MB in float32
 GIF_RASTER, GIF_DPI, GIF_COLOURS = 400, 100, 64
 GIF_PIXELS = 6_000_000  # of the plane, in all frames of a GIF: the file stays near 2 MB
-FRAME_MS, LAST_FRAME_MS = 170, 1000
 
 
 def load_all(paths: Sequence[str | Path], data_dir: str | None = None) -> tuple[list[dict], "Plane"]:
-    """Return (checkpoints, plane): in the order of their steps, with "path" in place of their tensors, and the plane
-    through three images of the data that they were trained on.
+    """Return (checkpoints, plane): the former in the order of their steps, with "path" in place of their tensors.
 
-    data_dir: where the data are, by default the folder in the first checkpoint's config. Raises ValueError for a file
-    that is not a checkpoint, for checkpoints of several runs, and for other data than those of the run.
+    data_dir: where the run's data are, by default the folder in its config. Raises ValueError for a file that is not a
+    checkpoint, for checkpoints of several runs, and for other data than those of the run.
     """
     found = [{"path": path} | {key: value for key, value in checkpoints.load_checkpoint(path).items()
                                if not key.endswith("state_dict")} for path in paths]
@@ -63,8 +61,6 @@ def network_in(path: str | Path) -> nn.Module:
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
 
-
-# ---- the plane ------------------------------------------------------------------------------------------------------
 
 def three_images(dataset: data.Dataset) -> tuple[torch.Tensor, torch.Tensor]:
     """Return (x, y): three test images in [0, 1], shape (3, C, H, W), of three classes if there are that many."""
@@ -96,10 +92,9 @@ def plane_through(x: torch.Tensor, y: torch.Tensor) -> Plane:
 def boundaries(model: nn.Module, plane: Plane, raster: int) -> tuple[np.ndarray, np.ndarray]:
     """Return (layers, decision): where units of each layer change sign, and where the predicted class changes.
 
-    The plane is sampled at (raster + 1)^2 points. layers: bool (layers, raster, raster), true at [l, i, j] if the sign
-    of some unit of layer l at point (i, j) differs from that at its neighbour (i + 1, j) or (i, j + 1); decision: bool
-    (raster, raster), the same for the argmax. i counts along the plane's second axis, j along its first. The plane is
-    covered tile by tile, which bounds the memory.
+    The plane is sampled at (raster + 1)^2 points, tile by tile, which bounds the memory. layers: bool (layers, raster,
+    raster), true at [l, i, j] if the sign of some unit of layer l at point (i, j) differs from that at (i + 1, j) or
+    (i, j + 1); decision: bool (raster, raster), the same for the argmax. i counts along the plane's second axis.
     """
     units = local_complexity.layer_units(model, tuple(plane.centre.shape))
     modules = [model.get_submodule(name) for name in units]
@@ -139,8 +134,6 @@ def paint(layers: np.ndarray, decision: np.ndarray) -> np.ndarray:
     picture[ndimage.binary_dilation(decision, np.ones((3, 3)))] = DECISION  # three pixels wide, to stand out
     return picture
 
-
-# ---- figures --------------------------------------------------------------------------------------------------------
 
 @panels.default_style
 def figure(paths: Sequence[str | Path], data_dir: str | None = None) -> Figure:
@@ -238,5 +231,5 @@ def gif(paths: Sequence[str | Path], out: Path, data_dir: str | None = None) -> 
                                      palette=frames[0] if frames else None, dither=Image.Dither.NONE))
     buffer = io.BytesIO()
     frames[0].save(buffer, "GIF", save_all=True, append_images=frames[1:], loop=0,
-                   duration=[FRAME_MS] * (len(frames) - 1) + [LAST_FRAME_MS])
+                   duration=[170] * (len(frames) - 1) + [1000])  # ms
     files.write_atomically(out, buffer.getvalue())

@@ -45,10 +45,8 @@ def of_measure(measure: str, rises: dict[str, Rise]) -> dict[str, Rise]:
 # ---- the summary ----------------------------------------------------------------------------------------------------
 
 def summary(history: dict) -> str:
-    """Return text for the end of a run: what generalised or became robust late, local complexity, and loss spikes.
-
-    history: as read_history returns it. The lines are made for 80 columns and stay within 100.
-    """
+    """Return text for the end of a run: what generalised or became robust late, local complexity, and loss spikes. Its
+    lines are made for 80 columns and stay within 100."""
     if not history["step"]:
         return "no log step yet"
     rises = rises_of(history)
@@ -282,9 +280,8 @@ def table_row(history: dict) -> list[str]:
 def table(histories: Sequence[dict], names: Sequence[str]) -> str:
     """Return text: one line for each run, with its name and the flags in which the runs differ.
 
-    Robust and adversarial accuracy are those of the middle epsilon of each run's grid, at interpolation and at the end;
-    local complexity is that of total_complexity(), its lowest and highest value in the run. Where the lines would be
-    longer than 120 columns, the flags follow in a list of their own.
+    Robust and adversarial accuracy are those of the middle epsilon of a run's grid, local complexity is the lowest and
+    highest total. Where the lines would be longer than 120 columns, the flags follow in a list of their own.
     """
     flags = differing_flags(histories)
     rows = [["run", *flags, "steps", "train", "test", "99% at", "ε", "robust", "end", "delay", "adv", "end", "delay",

@@ -31,8 +31,8 @@ def value_of(history: dict, name: str) -> str:
 def differing_flags(histories: Sequence[dict], also_same: Collection[str] = ()) -> list[str]:
     """Return the names of the flags that the user chose and in which the runs differ.
 
-    Flags of kind EXECUTION are not compared, except for data_dir where it says what the data are. A difference in
-    length is one in n_steps, however it was asked for.
+    Flags of kind EXECUTION are not compared, except for data_dir where it says what the data are. How long a run is
+    counts as n_steps.
     """
     configs = [history["config"] for history in histories]
     names = dict.fromkeys(name for history in histories for name in asked(history)
@@ -49,8 +49,7 @@ def differing_flags(histories: Sequence[dict], also_same: Collection[str] = ()) 
 def grouped(histories: Sequence[dict]) -> tuple[list[list[dict]], list[str]]:
     """Return (groups, flags): the runs in groups that differ only in the seed, and the flags that set groups apart.
 
-    A seed counts once in a group: a second run of the same seed and flags begins a group of its own, which is told
-    apart by its log_dir.
+    A second run of the same seed and flags begins a group of its own, which is told apart by its log_dir.
     """
     flags = differing_flags(histories, also_same={"seed"})
     groups: dict[tuple, list[dict]] = {}
@@ -67,8 +66,8 @@ def together(group: Sequence[dict], column: Callable[[dict], np.ndarray]
              ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Return (steps, mean, low, high) of one column over runs that differ only in the seed.
 
-    column: maps a history to an array, log points first. A run whose log steps differ from the others' is interpolated
-    in log(step); beyond the last step of a run the others are averaged without it.
+    column: maps a history to an array, log points first. Runs with other log steps are interpolated in log(step) and
+    count up to their last step.
     """
     if len(group) == 1:
         values = column(group[0])

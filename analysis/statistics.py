@@ -6,10 +6,7 @@ compared image by image: `gains` were wrong and are now right, `losses` the reve
 number of gains is at most binomial with probability 1/2: the exact one-sided sign test (McNemar's). The p-value of a
 stretch is the largest of its points'. Bonferroni's correction multiplies it by all that was searched in this run: the
 stretches (for a recovery those before it, too), the curves, and QUESTIONS. So with a probability of CONFIDENCE no
-statement about a run is due to the choice of test images.
-
-That is all the p-values cover. They say nothing of chance in training: LEAST is there because runs that differ only in
-the seed end that far apart.
+statement about a run is due to the choice of test images. This says nothing of chance in training.
 """
 
 import functools
