@@ -121,6 +121,8 @@ mnist_sgd_exact         VARIED --optimizer=sgd --momentum=0.9 --lr=0.1 --weight_
 mnist_mse               VARIED --loss=mse --weight_decay=0.1
 mnist_init8             VARIED --init_scale=8
 theirs113_orthogonal    THEIRS --modulus=113 --batch_size=5108 --orthogonal_gradient --n_steps=1000
+digits_init8_exact      --dataset=digits --n_steps=100000 --init_scale=8 --loss=exact_ce
+mnist_init8_exact       VARIED --init_scale=8 --loss=exact_ce
 END
 }
 
