@@ -16,7 +16,6 @@ Exit status: 0 all runs are complete; 1 one failed; 2 the command is wrong; 128 
 
 import contextlib
 import dataclasses
-import functools
 import itertools
 import re
 import signal
@@ -74,63 +73,42 @@ def expanded(flag: str, value: str) -> list[str]:
     return values
 
 
-# ---- how far they are -----------------------------------------------------------------------------------------------
-
-def share(folder: Path, config: Config) -> float:
-    """Return the share, 0 to 1, of its steps that the run in folder has made up to its newest checkpoint."""
-    saved = max((path.name for path in folder.glob("checkpoints/checkpoint_epoch_*_step_*.pt")), default="")
-    numbers = re.fullmatch(r"checkpoint_epoch_(\d+)_step_(\d+)\.pt", saved)
-    epoch, step = map(int, numbers.groups()) if numbers else (0, 0)
-    return min(1.0, step / config.n_steps if config.n_steps else epoch / config.n_epochs)
-
+# ---- running them ---------------------------------------------------------------------------------------------------
 
 def is_complete(folder: Path, config: Config) -> bool:
-    """Return whether folder holds the whole of the run that these flags describe, with these data."""
-    import data
-    from records import checkpoints, history
+    """Return whether folder holds the whole of the run that these flags describe."""
+    from records import history
 
     try:
         found = history.read_history(folder / "logs" / history.HISTORY_NAME)
-        last = found["step"][-1]
-        (path,) = folder.glob(f"checkpoints/checkpoint_epoch_*_step_{last:09d}.pt")
-        dataset = data.from_config(dataclasses.asdict(config))
-        n_steps = config.n_steps or config.n_epochs * (len(dataset.x_train) // config.batch_size)
-        return (last == n_steps == checkpoints.load_checkpoint(path)["step"]
-                and found["derived"]["data"] == data.fingerprint(dataset))
-    except (ValueError, LookupError, OSError, MemoryError):  # train.py is to say so
+    except (ValueError, OSError):  # train.py is to say so
         return False
+    used, last, length = found["config"], found["step"][-1:], "n_steps" if config.n_steps else "n_epochs"
+    return (last == [used["n_steps"]] and used[length] == getattr(config, length)
+            and any(folder.glob(f"checkpoints/checkpoint_epoch_*_step_{last[0]:09d}.pt")))
 
-
-# ---- running them ---------------------------------------------------------------------------------------------------
 
 def train_all(runs: Runs) -> tuple[list[str], int]:
     """Train the runs that are not complete; return the folders of those that failed, and the signal that stopped the
     sweep or 0."""
-    from compute import pool
-
-    fetch(runs)
     todo = {folder: run for folder, run in runs.items() if not is_complete(folder, run[1])}
     if not todo:
         return [], 0
-    _, config = next(iter(todo.values()))
-    places = pool.places(config.device, config.threads)
-    print(f"{len(runs)} runs, {len(runs) - len(todo)} of them complete already; {len(places)} at a time", flush=True)
-    jobs = []
-    for folder, (words, config) in todo.items():
-        command = [sys.executable, str(Path(__file__).with_name("train.py")), "--threads=1", *words, "--resume",
-                   f"--log_dir={folder}/logs", f"--save_dir={folder}/checkpoints"]
-        jobs.append(pool.Job(str(folder), command, folder / "output.txt", functools.partial(share, folder, config)))
-    return pool.run_jobs(jobs, places, config.threads or 1, len(runs) - len(todo))
-
-
-def fetch(runs: Runs) -> None:
-    """Download and decode the data sets, so that the runs, which start together, find the files."""
     import data
+    from compute import pool
 
-    sets = {(config.dataset, config.data_dir, config.image_size): config for _, config in runs.values()}
+    # The runs, which start together, are to find the files downloaded and decoded.
+    sets = {(config.dataset, config.data_dir, config.image_size): config for _, config in todo.values()}
     for config in sets.values():
         with contextlib.suppress(ValueError, OSError, MemoryError):  # each run says so itself
             data.from_config(dataclasses.asdict(config))
+    places = pool.places(config.device, config.threads)
+    print(f"{len(runs)} runs, {len(runs) - len(todo)} of them complete already; {len(places)} at a time", flush=True)
+    train = [sys.executable, str(Path(__file__).with_name("train.py")), "--threads=1"]
+    jobs = [pool.Job(str(folder), [*train, *words, "--resume", f"--log_dir={folder}/logs",
+                                   f"--save_dir={folder}/checkpoints"], folder / "output.txt")
+            for folder, (words, _) in todo.items()]
+    return pool.run_jobs(jobs, places, config.threads or 1, len(runs) - len(todo))
 
 
 def show(folders: list[Path], draw: bool) -> None:

@@ -6,7 +6,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 from tqdm import tqdm
@@ -15,19 +14,16 @@ from compute import signals
 
 PARENT = "STOP_WITH_PARENT"  # environment variable with the pool's process id, for distributed.orphaned()
 SECONDS_BETWEEN_LOOKS = 0.1
-BAR = "{percentage:3.0f}%|{bar}| {n:.1f} of {total} done [{elapsed}<{remaining}]"
 
 
 @dataclasses.dataclass
 class Job:
-    """A command; the pool adds --device=DEVICE. What it prints is appended to output; share() is how much is done."""
+    """A command; the pool adds --device=DEVICE. What it prints is appended to output."""
 
     name: str
     command: list[str]
     output: Path
-    share: Callable[[], float]  # 0 to 1
     device: str = ""
-    begin: int = 0  # size of the output file before the command
     process: subprocess.Popen = dataclasses.field(init=False)
 
 
@@ -47,40 +43,31 @@ def start(job: Job, threads: int) -> None:
     """Start a job's process. OSError if it cannot be started or its output cannot be written."""
     job.output.parent.mkdir(parents=True, exist_ok=True)
     with open(job.output, "ab") as output:
-        job.begin = output.tell()
         environment = {**os.environ, "OMP_NUM_THREADS": str(threads), PARENT: str(os.getpid())}
         # In its own session: otherwise Ctrl-C in a terminal reaches it twice, and the second ends it unsaved.
         job.process = subprocess.Popen([*job.command, f"--device={job.device}"], stdin=subprocess.DEVNULL,
                                        stdout=output, stderr=output, start_new_session=True, env=environment)
 
 
-def outcome(job: Job, status: int) -> str:
-    """Return "complete", or why a job failed: the signal that ended it or the last line it printed."""
-    if status < 0:
-        return f"failed: ended by {signal.Signals(-status).name}"
-    printed = job.output.read_bytes()[job.begin:].decode(errors="replace").splitlines() or ["it printed nothing"]
-    return f"failed: {printed[-1]}" if status else "complete"
-
-
 def run_jobs(jobs: list[Job], devices: list[str], threads: int = 1, complete: int = 0) -> tuple[list[str], int]:
     """Run the jobs, one on each device at a time; return those that failed, and the signal that stopped them or 0. The
     signal is handed on to the running jobs. threads: OMP_NUM_THREADS. complete: jobs that the bar counts as done."""
-    waiting, free, failed = list(jobs), list(devices), []
+    waiting, free, failed, handed_on = [*jobs], [*devices], [], 0
     running: list[Job] = []
     received: list[int] = []
-    shares, looked_at, handed_on = {job.name: job.share() for job in jobs}, time.monotonic(), 0
 
     def end(job: Job, status: int, text: str) -> None:
         free.append(job.device)
-        stopped = any(status in (128 + number, -number) for number in received)
-        if status and not stopped:
+        if any(status in (128 + number, -number) for number in received):
+            text = "stopped"
+        elif status:
             failed.append(job.name)
-        shares[job.name] = job.share() if status else 1.0
-        tqdm.write(f"{job.name}: {'stopped' if stopped else text}", sys.stdout)
+        bar.update(status == 0)
+        tqdm.write(f"{job.name}: {text}", sys.stdout)
         sys.stdout.flush()
 
     with (signals.handled_by(lambda number, _frame: received.append(number)),
-          tqdm(total=complete + len(jobs), disable=None, dynamic_ncols=True, bar_format=BAR) as bar):
+          tqdm(total=complete + len(jobs), initial=complete, disable=None, dynamic_ncols=True, unit="run") as bar):
         while running or (waiting and not received):
             while waiting and free and not received:
                 job = waiting.pop(0)
@@ -97,9 +84,8 @@ def run_jobs(jobs: list[Job], devices: list[str], threads: int = 1, complete: in
             time.sleep(SECONDS_BETWEEN_LOOKS)
             for job in [job for job in running if job.process.poll() is not None]:
                 running.remove(job)
-                end(job, job.process.returncode, outcome(job, job.process.returncode))
-            if time.monotonic() - looked_at > 2:
-                looked_at = time.monotonic()
-                shares |= {job.name: job.share() for job in running}
-            bar.update(complete + sum(shares.values()) - bar.n)
+                status = job.process.returncode
+                printed = job.output.read_text(errors="replace").splitlines() or ["it printed nothing"]
+                reason = f"ended by {signal.Signals(-status).name}" if status < 0 else printed[-1]
+                end(job, status, f"failed: {reason}" if status else "complete")
     return failed, received[0] if received else 0
