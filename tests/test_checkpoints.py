@@ -146,18 +146,9 @@ def test_checkpoints_of_which_none_can_be_read_are_not_passed_over_in_silence(tm
     assert continued(tmp_path)["path"] == sound  # one sound checkpoint will do
 
 
-@pytest.mark.parametrize("flags, said", [
-    ({"lr": 0.2}, "belongs to another experiment: --lr was 0.1, is 0.2; give this run its own --log_dir and"),
-    ({"adv_size": 100}, "--adv_size was 1000, is 100"), ({"log_points": 9}, "--log_points was 60, is 9"),
-    ({"n_steps": 99}, "--n_steps=99 is less than the 100 of "), ({"data": "4567"}, "fingerprint 0123, now 4567")])
-def test_another_experiment_other_data_and_a_shorter_run_are_refused(tmp_path, flags, said):
-    path = run_on_disk(tmp_path)
-    assert str(path) in refused(tmp_path, said, **flags)
-
-
 @pytest.mark.parametrize("edits, said", [
     ({"config": {"lr": 0.3}}, "--lr was 0.3, is 0.1"), ({"derived": {"data": "4567"}}, "fingerprint 4567, now 0123")])
-def test_the_history_is_compared_too(tmp_path, edits, said):
+def test_the_history_is_compared_with_the_flags_and_the_data_too(tmp_path, edits, said):
     run_on_disk(tmp_path)
     edit_history(tmp_path, **edits)
     assert HISTORY_NAME in refused(tmp_path, said)
@@ -189,14 +180,6 @@ def test_a_history_with_other_values_or_none_is_refused(tmp_path):
     (tmp_path / "logs" / HISTORY_NAME).unlink()
     with pytest.raises(FileNotFoundError, match="no history at"):
         continued(tmp_path)
-
-
-def test_a_run_goes_on_from_weights_that_are_not_finite_only_if_asked_to(tmp_path):
-    run_on_disk(tmp_path, step=1, logged=2)
-    path, notes = run_on_disk(tmp_path, weight=math.nan), []
-    assert continued(tmp_path, notes.append)["step"] == 1
-    assert notes[0] == f"{path}: its weights are not finite; passed over"
-    assert continued(tmp_path, on_nan="continue")["step"] == 5
 
 
 # ---- loading the state ----------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -129,24 +130,9 @@ def test_what_cannot_be_captured_is_reported_once_and_runs_eagerly(fake_cuda, mo
 
 
 def test_the_host_waits_for_the_steps_before_the_last_ones(monkeypatch):
-    said = []
-
-    class Event:
-        made = 0
-
-        def __init__(self, blocking):
-            assert blocking
-            Event.made += 1
-            self.number = Event.made
-
-        def record(self):
-            said.append(f"record {self.number}")
-
-        def synchronize(self):
-            said.append(f"wait for {self.number}")
-
-    monkeypatch.setattr(torch.cuda, "Event", Event)
+    events = [Mock(), Mock(), Mock()]
+    monkeypatch.setattr(torch.cuda, "Event", Mock(side_effect=events))
     waiting = SimpleNamespace(last_enqueued=None)
-    for _ in range(3):
+    for k, event in enumerate(events):
         train.Trainer.stay_close(waiting)
-    assert said == ["record 1", "record 2", "wait for 1", "record 3", "wait for 2"]
+        assert event.record.called and [other.synchronize.called for other in events] == [i < k for i in range(3)]

@@ -286,16 +286,6 @@ def test_a_killed_process_ends_the_other_and_leaves_sound_files(tmp_path, rank):
     assert newest(folder)["step"] == step + 5
 
 
-def test_a_signal_to_one_process_stops_both(tmp_path):
-    processes = start_two(tmp_path, *FLAGS, *FOR_EVER)
-    wait_for(lambda: len(list(tmp_path.glob("rank0/checkpoints/*.pt"))) > 5)
-    os.kill(processes[1].pid, signal.SIGUSR2)
-    assert statuses(processes) == [128 + signal.SIGUSR2] * 2
-    state = newest(tmp_path / "rank0")
-    assert f"stopped by SIGUSR2 at step {state['step']};" in printed(tmp_path)[0]
-    assert printed(tmp_path)[1] == ""
-
-
 def test_two_processes_draw_track_save_and_log_until_a_signal_stops_both(tmp_path):
     shown = [flag for flag in by_interval(FLAGS) if flag != "--no_plot"]
     processes = start_two(tmp_path, *shown, "--n_steps=100000000", "--log_interval=4", "--tracker=tensorboard",
@@ -312,7 +302,8 @@ def test_two_processes_draw_track_save_and_log_until_a_signal_stops_both(tmp_pat
     wait_for(redrawn)
     os.kill(processes[1].pid, signal.SIGUSR1)
     assert statuses(processes) == [128 + signal.SIGUSR1] * 2, printed(tmp_path)
-    assert len(recorded(folder)["step"]) > 3 and newest(folder)["step"] > 0
+    assert len(recorded(folder)["step"]) > 3
+    assert f"stopped by SIGUSR1 at step {newest(folder)['step']};" in printed(tmp_path)[0]
     assert list(folder.glob("logs/tensorboard/events*")) and printed(tmp_path)[1] == ""
 
 
@@ -368,16 +359,14 @@ def test_both_processes_give_up_together_with_one_line(tmp_path, flags, status, 
     ({"RANK": ""}, "RANK"),
     ({"MASTER_ADDR": ""}, "cannot meet at :7 .*: start them with torchrun or srun"),
     ({"MASTER_ADDR": "no such machine"}, "cannot meet at no such machine:7 .* set MASTER_ADDR"),
+    ({**by_srun(0, 7), "WORLD_SIZE": None, "MASTER_ADDR": None, "SLURM_STEP_NODELIST": "no such node"},
+     "cannot meet at no such node:7"),
 ], ids=str)
 def test_a_variable_that_does_not_fit_is_named_at_once(monkeypatch, change, message):
     with pytest.raises(ValueError, match=message) as caught:
-        start_as(monkeypatch, {**by_torchrun(0, 7), **change})
+        environment = {**by_torchrun(0, 7), **change}
+        start_as(monkeypatch, {name: value for name, value in environment.items() if value is not None})
     assert "\n" not in str(caught.value)
-
-
-def test_a_step_of_slurm_that_does_not_fit_is_refused_at_once(monkeypatch):
-    with pytest.raises(ValueError, match="cannot meet at no such node:7"):
-        start_as(monkeypatch, {**by_srun(0, 7), "SLURM_STEP_NODELIST": "no such node"})
 
 
 def test_a_taken_port_is_named(monkeypatch):
@@ -387,16 +376,6 @@ def test_a_taken_port_is_named(monkeypatch):
         port = taken.getsockname()[1]
         with pytest.raises(ValueError, match=f"cannot meet at 127.0.0.1:{port} .*MASTER_PORT to a free port"):
             start_as(monkeypatch, by_torchrun(0, port))
-
-
-def test_an_unknown_network_interface_is_one_line(monkeypatch):
-    store = torch.distributed.HashStore()
-    monkeypatch.setattr(distributed, "rendezvous", lambda *_args, **_options: iter([(store, 0, 2)]))
-    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "nosuch0")  # gloo reads it in C
-    with pytest.raises(ValueError, match="find address for: nosuch0.*GLOO_SOCKET_IFNAME") as caught:
-        start_as(monkeypatch, {**os.environ, **by_torchrun(0, 7)})
-    assert "\n" not in str(caught.value)
-    assert distributed.world_size() == 1
 
 
 @pytest.mark.slow

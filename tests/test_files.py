@@ -5,7 +5,6 @@ import errno
 import fcntl
 import os
 import re
-import signal
 
 import pytest
 
@@ -106,16 +105,6 @@ def test_one_folder_under_two_names_is_locked_once(tmp_path):
     (tmp_path / "link").symlink_to(tmp_path / "elsewhere")  # and what is written there would go astray
     with pytest.raises(OSError, match="link was removed or replaced"):
         locks.check()
-
-
-def test_the_lock_ends_with_a_process_that_is_killed(tmp_path):
-    child = os.fork()
-    if child == 0:
-        locks = files.FolderLocks(tmp_path, tmp_path)
-        os.kill(os.getpid(), signal.SIGKILL if locks else signal.SIGTERM)
-    _, status = os.waitpid(child, 0)
-    assert os.WTERMSIG(status) == signal.SIGKILL
-    files.FolderLocks(tmp_path, tmp_path).release()
 
 
 def failing_flock(monkeypatch, code):
