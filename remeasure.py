@@ -110,9 +110,9 @@ def load_data(wanted: Config) -> tuple[Config, data.Dataset, str]:
     return train.complete(wanted, dataset, device), train.resident(dataset, device), data.fingerprint(dataset)
 
 
-def history_with(empty: dict, rows: dict[int, measure.Row], config: Config) -> dict:
+def history_with(empty: history.History, rows: dict[int, measure.Row], config: Config) -> history.History:
     """Return an empty history filled with {step: row}, in the order of the steps."""
-    made = {**empty, "step": [], "warnings": []}
+    made: history.History = {**empty, "step": [], "warnings": []}
     for step in sorted(rows):
         history.append(made, rows[step])
         said = {warning["kind"] for warning in made["warnings"]}
@@ -183,7 +183,7 @@ def measure_run(args: argparse.Namespace) -> int:
     place = history_of(next(iter(found.values())), first["config"])
     if place and place.parent.resolve() == Path(log_dir).resolve():
         raise ValueError(f"--log_dir={log_dir} holds the run's own history: choose another folder")
-    own: dict = history.read_history(place) if place else {"step": []}
+    own: history.History = history.read_history(place) if place else {"step": []}
     # A checkpoint does not hold which test images were right. Its row is known by its time: no two runs take the same.
     right = {(row["step"], row.get("seconds")): row.get("outcomes", {}).get("test") for row in history.rows_of(own)}
 

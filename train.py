@@ -391,7 +391,7 @@ def build_model(config: Config, dataset: data.Dataset) -> torch.nn.Module:
 
 
 def empty_history(config: Config, args: Config, dataset: data.Dataset, model: torch.nn.Module, fingerprint: str,
-                  layers: dict[str, int] | None = None) -> dict:
+                  layers: dict[str, int] | None = None) -> history.History:
     """Return the history of a run before its first log step. fingerprint: of the data. layers: of local complexity."""
     in_shape = tuple(dataset.x_test.shape[1:])
     layers = local_complexity.layer_units(model, in_shape) if layers is None else layers

@@ -14,6 +14,7 @@ from matplotlib.transforms import ScaledTranslation
 from analysis import panels, phases, runs
 from analysis.panels import RANDOM, SHARES, SMALL, TEST, TRAIN, Axes, Figure
 from analysis.statistics import complexity_of, total_complexity
+from records.history import History
 
 SPIKE, BRANCH = "#CC79A7", "#009E73"
 # Inches. Small multiples fill a page of A4 or letter when printed at four fifths; small text is 6 points there.
@@ -25,7 +26,7 @@ LETTER = 0.06  # a letter of a phase's name
 CROP = 1.5  # a panel of local complexity reaches to this many times the highest value of its later half
 
 
-def complexity_panel(ax: Axes, group: Sequence[dict], radius: str, width: float) -> None:
+def complexity_panel(ax: Axes, group: Sequence[History], radius: str, width: float) -> None:
     """Draw local complexity around random, test and train points, the layers of train stacked, and name the phases.
 
     The panel reaches to the highest value, unless the beginning would hide what follows it. It is `width` inches wide.
@@ -64,14 +65,15 @@ def name_phases(ax: Axes, steps: np.ndarray, complexity: np.ndarray, width: floa
 
 
 @panels.default_style
-def figure(histories: Sequence[dict]) -> Figure:
+def figure(histories: Sequence[History]) -> Figure:
     """Return the figure of one run, of one configuration's seeds, or of several configurations. A history without a
     log step is left out; ValueError if none is left."""
     histories = [history for history in histories if history["step"]]
     if not histories:
         raise ValueError("nothing to draw: no history has a log step yet")
     groups, flags = runs.grouped(histories)
-    radii = panels.shared([history["local_complexity"] for history in histories], "train")
+    known = [history["local_complexity"].get("train", {}) for history in histories]
+    radii = [radius for radius in known[0] if all(radius in radii for radii in known)]
     radii = radii if len(groups) == 1 else radii[:1]
     titles = [runs.group_title(group, flags) for group in groups]
     columns = {1: 1, 2: 2, 4: 2}.get(len(groups), 3 if len(groups) <= 12 else 4)
@@ -101,7 +103,7 @@ def figure(histories: Sequence[dict]) -> Figure:
     return fig
 
 
-def draw_group(axes: Sequence[Axes], group: Sequence[dict], radii: list[str], steps: tuple[int, int],
+def draw_group(axes: Sequence[Axes], group: Sequence[History], radii: list[str], steps: tuple[int, int],
                width: float, colours: dict[str, Any]) -> None:
     """Draw the panels of one configuration from top to bottom, with its marks through all of them."""
     for ax in axes:
@@ -124,7 +126,7 @@ MARKS: list[tuple[Callable, dict[str, Any], str]] = [
      {"color": BRANCH, "lw": 0.9, "ls": "-."}, "a branch leaves its parent run")]
 
 
-def add_legend(fig: Figure, groups: Sequence[Sequence[dict]], with_complexity: bool) -> None:
+def add_legend(fig: Figure, groups: Sequence[Sequence[History]], with_complexity: bool) -> None:
     """Explain the lines below the panels."""
     handles: list[Line2D | Patch] = [
         Line2D([], [], color="0.3", lw=1.6, label="robust_acc at ε: attacks on the exact objective"),
@@ -143,6 +145,6 @@ def add_legend(fig: Figure, groups: Sequence[Sequence[dict]], with_complexity: b
     fig.legend(handles=handles, loc="outside lower center", ncols=2, fontsize=SMALL, frameon=False)
 
 
-def draw(histories: Sequence[dict], path: str | Path) -> list[Path]:
+def draw(histories: Sequence[History], path: str | Path) -> list[Path]:
     """Draw histories into path.png and path.svg; see figure() and panels.save()."""
     return panels.save(figure(histories), path)

@@ -8,7 +8,7 @@ import textwrap
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import matplotlib.style
 import numpy as np
@@ -23,6 +23,7 @@ from analysis.runs import together
 from analysis.statistics import column_of, interpolation_step
 from flags import epsilon_label
 from records import files
+from records.history import History
 
 TRAIN, TEST, RANDOM = "black", "#D55E00", "#0072B2"  # the palette of Okabe and Ito, safe for colour-blind readers
 SHARES: dict[str, tuple[str, dict[str, Any], str]] = {  # column: name at the curve's end, line, words in the legend
@@ -90,13 +91,13 @@ def step_axis(ax: Axes, first: int, last: int, width: float, labelled: bool = Tr
     ax.set_xlabel("step" if labelled else "", fontsize=SMALL + 1)
 
 
-def span(histories: Sequence[dict]) -> tuple[int, int]:
+def span(histories: Sequence[History]) -> tuple[int, int]:
     """The first step after 0 and the last one of all the histories, for step_axis."""
     steps = [step for history in histories for step in history["step"]]
     return min((step for step in steps if step > 0), default=1), max(1, *steps)
 
 
-def draw_curve(ax: Axes, group: Sequence[dict], column: Callable[[dict], np.ndarray], name: str = "",
+def draw_curve(ax: Axes, group: Sequence[History], column: Callable[[History], np.ndarray], name: str = "",
                band: bool = True, **style: Any) -> None:
     """Draw the mean of a column (of runs.together) over the group, its range as a band, and its name at its end."""
     steps, mean, low, high = together(group, column)
@@ -122,23 +123,24 @@ def spaced(wanted: Sequence[float] | np.ndarray, gap: float, low: float, high: f
     return places[np.argsort(order)]
 
 
-def shared(group: Sequence[dict], name: str) -> list[str]:
+def shared(group: Sequence[History], name: str) -> list[str]:
     """The keys (epsilons) of a column that every run of the group has."""
-    return [key for key in group[0].get(name, {}) if all(key in history.get(name, {}) for history in group)]
+    columns = [cast(dict, history).get(name, {}) for history in group]
+    return [key for key in columns[0] if all(key in column for column in columns)]
 
 
-def shown_shares(group: Sequence[dict]) -> list[str]:
+def shown_shares(group: Sequence[History]) -> list[str]:
     """The columns of SHARES that are above zero somewhere in each run of the group."""
     return [name for name in SHARES if all(np.nanmax([0, *column_of(history, name)]) > 0 for history in group)]
 
 
-def epsilon_colours(histories: Sequence[dict]) -> dict[str, Any]:
+def epsilon_colours(histories: Sequence[History]) -> dict[str, Any]:
     """Return a colour for each epsilon of these runs, from the smallest (light) to the largest (dark)."""
     keys = sorted({key for history in histories for key in history.get("robust_acc", {})}, key=float)
     return dict(zip(keys, matplotlib.colormaps["viridis"](np.linspace(0.75, 0.0, len(keys))), strict=True))
 
 
-def accuracy_panel(ax: Axes, group: Sequence[dict], colours: dict[str, Any]) -> None:
+def accuracy_panel(ax: Axes, group: Sequence[History], colours: dict[str, Any]) -> None:
     """Train, test, robust_acc (full lines), adv_acc (dashed; filled: what of it is rounding) and certified_acc (dotted)
     against the step. colours: of each epsilon."""
     def draw(name: str, words: str = "", key: str | None = None, **style: Any) -> None:
@@ -162,7 +164,7 @@ def accuracy_panel(ax: Axes, group: Sequence[dict], colours: dict[str, Any]) -> 
     ax.set_ylabel("accuracy", fontsize=SMALL + 1)
 
 
-def mark_interpolation(axes: Sequence[Axes], group: Sequence[dict]) -> None:
+def mark_interpolation(axes: Sequence[Axes], group: Sequence[History]) -> None:
     """Mark the step of interpolation in all panels and name it above the first: the median over the group's runs."""
     steps = sorted(step for history in group if (step := interpolation_step(history)) is not None)
     if len(steps) < len(group):

@@ -10,7 +10,7 @@ import itertools
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import matplotlib
 import numpy as np
@@ -27,7 +27,7 @@ import models
 from analysis import panels, runs
 from analysis.panels import SMALL, Axes, Figure
 from records import checkpoints, files
-from records.history import append
+from records.history import History, append
 
 RASTER = 600  # pixels along each side of a panel
 MARGIN = 0.35  # how far the picture reaches beyond the three images, relative to their distance from its centre
@@ -37,13 +37,13 @@ GIF_RASTER, GIF_DPI, GIF_COLOURS = 400, 100, 64
 GIF_PIXELS = 6_000_000  # of the plane, in all frames of a GIF: the file stays near 2 MB
 
 
-def load_all(paths: Sequence[str | Path], data_dir: str | None = None) -> tuple[list[dict], "Plane"]:
+def load_all(paths: Sequence[str | Path], data_dir: str | None = None) -> tuple[list[Any], "Plane"]:
     """Return (checkpoints, plane): the former in the order of their steps, with "path" in place of their tensors.
 
     data_dir: where the run's data are, by default the folder in its config. Raises ValueError for a file that is not a
     checkpoint, for checkpoints of several runs, and for other data than those of the run.
     """
-    found = [{"path": path} | {key: value for key, value in checkpoints.load_checkpoint(path).items()
+    found: list[Any] = [{"path": path} | {key: value for key, value in checkpoints.load_checkpoint(path).items()
                                if not key.endswith("state_dict")} for path in paths]
     if flags := runs.differing_flags(found, also_same={"n_steps"}):
         raise ValueError(f"these checkpoints are of several runs: they differ in --{flags[0]}")
@@ -202,7 +202,7 @@ def gif(paths: Sequence[str | Path], out: Path, data_dir: str | None = None) -> 
     Next to the partition are the accuracies in the checkpoints, with a mark that moves. Errors: those of figure().
     """
     found, plane = load_all(paths, data_dir)
-    history: dict = {"step": [], "adv_acc": {}, "robust_acc": {}}
+    history: History = {"step": [], "adv_acc": {}, "robust_acc": {}}
     for checkpoint in found:
         append(history, {name: checkpoint.get(name) for name in (
             "step", "train_acc", "test_acc", *panels.SHARES, "adv_acc", "robust_acc")})

@@ -5,6 +5,7 @@ from typing import Any
 import numpy as np
 
 from analysis.statistics import HOLD, column_of, interpolation_of
+from records.history import History
 
 SPIKE = 100  # factor by which the training loss rises in a spike
 NO_LOSS = 1e-9  # training losses below this are treated as equal
@@ -90,7 +91,7 @@ def phases(complexity: Any) -> list[tuple[str, int, int]]:
     return found
 
 
-def spikes(history: dict) -> list[int]:
+def spikes(history: History) -> list[int]:
     """Return the indices i such that the training loss has a spike between log points i - 1 and i, after interpolation.
 
     That is, it rises to SPIKE times its lowest value at a log point since the last spike. Its peak between log points
@@ -101,8 +102,8 @@ def spikes(history: dict) -> list[int]:
     start = interpolation_of(history)
     if start is None:
         return []
-    loss, branch = column_of(history, "train_loss"), history.get("branch", {"loss_changed": []})
-    changed = branch.get("loss_changed", [branch.get("step")])
+    loss, branch = column_of(history, "train_loss"), history.get("branch")
+    changed = branch.get("loss_changed", [branch["step"]]) if branch else []
     part = min(1.0, history["config"]["batch_size"] / history["sizes"]["train"])
     peak = np.fmax(loss, part * column_of(history, "max_batch_loss"))
     found, lowest = [], loss[start]

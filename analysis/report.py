@@ -12,7 +12,7 @@ from analysis.phases import SPIKE, phases, spikes
 from analysis.runs import asked, differing_flags, shown_value
 from analysis.statistics import HOLD, LEAST, Rise, column_of, interpolation_of, rises_of, total_complexity
 from flags import epsilon_label
-from records.history import flat, rows_of
+from records.history import History, flat, rows_of
 
 WIDTH = 80  # columns of the summary
 TABLE_WIDTH = 120  # columns beyond which the flags get lines of their own
@@ -22,7 +22,7 @@ def percentage(value: float) -> str:
     return "-" if np.isnan(value) else f"{100 * value:.1f}%"
 
 
-def untested(history: dict, *rises: Rise) -> str:
+def untested(history: History, *rises: Rise) -> str:
     """Return why none of these curves could be tested, "" if one could."""
     later = len(history["step"]) - 1 - (interpolation_of(history) or 0)
     if any(rise.compared >= HOLD for rise in rises):
@@ -44,7 +44,7 @@ def of_measure(measure: str, rises: dict[str, Rise]) -> dict[str, Rise]:
 
 # ---- the summary ----------------------------------------------------------------------------------------------------
 
-def summary(history: dict) -> str:
+def summary(history: History) -> str:
     """Return text for the end of a run: what generalised or became robust late, local complexity, and loss spikes. Its
     lines are made for 80 columns and stay within 100."""
     if not history["step"]:
@@ -57,7 +57,7 @@ def summary(history: dict) -> str:
                       *(textwrap.fill(note, WIDTH) for note in notes(history, rises))])
 
 
-def fitting_text(history: dict) -> str:
+def fitting_text(history: History) -> str:
     step, last = statistics.interpolation_step(history), history["step"][-1]
     planned = max(last, history["config"].get("n_steps") or 0)
     end = f"ends at step {last:,}" if last == planned else f"has come to step {last:,} of {planned:,}"
@@ -74,7 +74,7 @@ def fitting_text(history: dict) -> str:
             f"{end}); so there is no delay to measure.")
 
 
-def generalisation_text(history: dict, test: Rise) -> str:
+def generalisation_text(history: History, test: Rise) -> str:
     start, steps = interpolation_of(history), history["step"]
     if start is None:
         return f"Test accuracy is {percentage(test.final)} at the end."
@@ -84,7 +84,7 @@ def generalisation_text(history: dict, test: Rise) -> str:
             f"{percentage(test.final)} at the end{half}.")
 
 
-def robustness_texts(history: dict, rises: dict[str, Rise]) -> list[str]:
+def robustness_texts(history: History, rises: dict[str, Rise]) -> list[str]:
     """Return sentences on delayed robustness, and on how much of a rise by adv_acc alone is rounding."""
     steps, start = history["step"], interpolation_of(history)
     robust, adv = of_measure("robust", rises), of_measure("adv", rises)
@@ -123,7 +123,7 @@ def robustness_texts(history: dict, rises: dict[str, Rise]) -> list[str]:
             f"is rounding has grown by {rounded}."]
 
 
-def gap_text(history: dict) -> str:
+def gap_text(history: History) -> str:
     """Return how far adv_acc ends above robust_acc and how much of that is rounding, where each is most."""
     parts = {key: [100 * (history["adv_acc"][key][-1] - history["robust_acc"][key][-1]),
                    100 * column_of(history, "rounding", key)[-1]]
@@ -139,7 +139,7 @@ def gap_text(history: dict) -> str:
     return text.strip()
 
 
-def certified_text(history: dict) -> str:
+def certified_text(history: History) -> str:
     """Return between which bounds the robust accuracy of the certified images lies at the end."""
     outcomes, grid = history.get("outcomes", {}), sorted({0.0, *map(float, statistics.own_epsilons(history))})
     proved, withstood = ((outcomes.get(name) or [None])[-1] for name in ("certified", "robust"))
@@ -158,7 +158,7 @@ def listing(words: Iterable[str]) -> str:
     return f"{', '.join(most)} and {last}" if most else last
 
 
-def complexity_text(history: dict) -> str:
+def complexity_text(history: History) -> str:
     """Return a sentence on the phases of local complexity, with the values measured at the steps it names."""
     total = total_complexity(history)
     known = np.flatnonzero(np.isfinite(total))
@@ -183,7 +183,7 @@ def complexity_text(history: dict) -> str:
     return f"Local complexity (training points, r = {radius}): {', '.join(words)}."
 
 
-def spike_texts(history: dict) -> list[str]:
+def spike_texts(history: History) -> list[str]:
     """Return sentences on the spikes of the training loss, and on what changed in the first three of them."""
     found = spikes(history)
     if interpolation_of(history) is None:
@@ -205,7 +205,7 @@ def spike_texts(history: dict) -> list[str]:
     return sentences
 
 
-def accuracy_table(history: dict, rises: dict[str, Rise]) -> list[str]:
+def accuracy_table(history: History, rises: dict[str, Rise]) -> list[str]:
     """Return lines: each accuracy at interpolation, in the dip after it, at its highest, at the end; and a verdict."""
     start, width = interpolation_of(history), max(14, *map(len, rises))
     if start is None:
@@ -229,7 +229,7 @@ def verdict(rise: Rise, steps: list[int], start: int) -> str:
     return "no delayed rise"
 
 
-def notes(history: dict, rises: dict[str, Rise]) -> list[str]:
+def notes(history: History, rises: dict[str, Rise]) -> list[str]:
     """Return explanations of the summary's rows and columns, of those that it has."""
     from scipy import stats
 
@@ -253,13 +253,13 @@ def notes(history: dict, rises: dict[str, Rise]) -> list[str]:
 
 # ---- the tables -----------------------------------------------------------------------------------------------------
 
-def middle_epsilon(history: dict) -> str:
+def middle_epsilon(history: History) -> str:
     """Return the label of the middle epsilon of a run's grid, "-" if the grid is empty."""
     labels = [epsilon_label(key) for key in statistics.own_epsilons(history)] or ["-"]
     return labels[(len(labels) - 1) // 2]
 
 
-def table_row(history: dict) -> list[str]:
+def table_row(history: History) -> list[str]:
     """Return the cells of one run that do not depend on the other runs."""
     if not history["step"]:
         return ["0"] + ["-"] * 12
@@ -277,7 +277,7 @@ def table_row(history: dict) -> list[str]:
     return row + ([f"{min(total):.2f}", f"{max(total):.2f}"] if len(total) else ["-", "-"])
 
 
-def table(histories: Sequence[dict], names: Sequence[str]) -> str:
+def table(histories: Sequence[History], names: Sequence[str]) -> str:
     """Return text: one line for each run, with its name and the flags in which the runs differ.
 
     Robust and adversarial accuracy are those of the middle epsilon of a run's grid, local complexity is the lowest and
@@ -300,7 +300,7 @@ def table(histories: Sequence[dict], names: Sequence[str]) -> str:
     return "\n".join(lines)
 
 
-def csv_table(histories: Sequence[dict], names: Sequence[str]) -> str:
+def csv_table(histories: Sequence[History], names: Sequence[str]) -> str:
     """Return comma-separated values, one line for each log step; of several histories with a first column, run."""
     rows = [{"run": name} | flat(row, history.get("layers", {}).get("names", ()))
             for history, name in zip(histories, names, strict=True) for row in rows_of(history)]

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from flags import EXECUTION, FIELDS, LENGTH, epsilon_label, flags_of, history_key
+from records.history import History
 
 NOT_COMPARED = flags_of(EXECUTION)
 FINENESS = {"adv_size", "certify", "lc_samples", "log_points", "log_from", "log_interval"}  # how finely it is measured
@@ -18,17 +19,17 @@ FINENESS = {"adv_size", "certify", "lc_samples", "log_points", "log_from", "log_
 NOT_IN_TITLES = NOT_COMPARED | flags_of(LENGTH) | FINENESS | {"epsilons", "lc_radius", "seed"}
 
 
-def asked(history: dict) -> list[str]:
+def asked(history: History) -> list[str]:
     """Return the names of the flags that the user gave, or of all if the history does not say; only today's flags."""
     return [name for name in history.get("asked", history["config"]) if name in FIELDS]
 
 
-def value_of(history: dict, name: str) -> str:
+def value_of(history: History, name: str) -> str:
     """Return a flag's value as text, for comparisons; the default if an older program did not have the flag."""
     return repr(history["config"].get(name, FIELDS[name].default))
 
 
-def differing_flags(histories: Sequence[dict], also_same: Collection[str] = ()) -> list[str]:
+def differing_flags(histories: Sequence[History], also_same: Collection[str] = ()) -> list[str]:
     """Return the names of the flags that the user chose and in which the runs differ.
 
     Flags of kind EXECUTION are not compared, except for data_dir where it says what the data are. How long a run is
@@ -46,13 +47,13 @@ def differing_flags(histories: Sequence[dict], also_same: Collection[str] = ()) 
             if name not in also_same and len({value_of(history, name) for history in histories}) > 1]
 
 
-def grouped(histories: Sequence[dict]) -> tuple[list[list[dict]], list[str]]:
+def grouped(histories: Sequence[History]) -> tuple[list[list[History]], list[str]]:
     """Return (groups, flags): the runs in groups that differ only in the seed, and the flags that set groups apart.
 
     A second run of the same seed and flags begins a group of its own, which is told apart by its log_dir.
     """
     flags = differing_flags(histories, also_same={"seed"})
-    groups: dict[tuple, list[dict]] = {}
+    groups: dict[tuple, list[History]] = {}
     seen: Counter = Counter()
     for history in histories:
         values = tuple(value_of(history, flag) for flag in flags)
@@ -62,7 +63,7 @@ def grouped(histories: Sequence[dict]) -> tuple[list[list[dict]], list[str]]:
     return list(groups.values()), flags + ["log_dir"] * (max(seen.values(), default=1) > 1)
 
 
-def together(group: Sequence[dict], column: Callable[[dict], np.ndarray]
+def together(group: Sequence[History], column: Callable[[History], np.ndarray]
              ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Return (steps, mean, low, high) of one column over runs that differ only in the seed.
 
@@ -114,7 +115,7 @@ def short_names(paths: Sequence[str | Path]) -> list[str]:
     return ["/".join(part[head:len(part) - tail]) or "." for part in parts]
 
 
-def run_title(history: dict, flags: Collection[str] = ()) -> str:
+def run_title(history: History, flags: Collection[str] = ()) -> str:
     """Return what was trained on what, and what else the user chose, without the flags in which the runs differ."""
     same = {name: value for name, value in history["config"].items() if name not in flags and value is not None}
     shape = ", ".join(f"{name} {same[name]}" for name in ("depth", "width") if name in same)
@@ -130,7 +131,7 @@ def run_title(history: dict, flags: Collection[str] = ()) -> str:
     return ", ".join([text + again, *(in_title(name, same[name]) for name in chosen)])
 
 
-def group_title(group: Sequence[dict], flags: Sequence[str]) -> str:
+def group_title(group: Sequence[History], flags: Sequence[str]) -> str:
     """Return the values of these flags in a group of runs, in lines that fit a small panel, and how many runs its mean
     is of; not how finely it was measured, if more sets it apart."""
     flags = [flag for flag in flags if flag not in FINENESS] or flags

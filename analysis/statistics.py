@@ -11,12 +11,13 @@ statement about a run is due to the choice of test images. This says nothing of 
 
 import functools
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 
 from flags import epsilon_label, history_key
+from records.history import History
 
 INTERPOLATION = 0.99  # training accuracy from which on the training set counts as fitted
 HOLD = 3  # consecutive log points for which a level must last
@@ -28,20 +29,21 @@ stretches = functools.partial(sliding_window_view, window_shape=HOLD)  # every H
 QUESTIONS = 3  # for each curve: does it rise, does it recover from a dip, does it rise at any log point at all
 
 
-def column_of(history: dict, name: str, key: str | None = None) -> np.ndarray:
+def column_of(history: History, name: str, key: str | None = None) -> np.ndarray:
     """Return a column of one number for each log step, or its part for the epsilon `key`, as floats; NaN where the
     history does not have it."""
-    column = history.get(name) if key is None else history.get(name, {}).get(key)
+    column = cast(dict, history).get(name)
+    column = column if key is None else (column or {}).get(key)
     return np.array(column or [None] * len(history["step"]), dtype=float)
 
 
-def interpolation_of(history: dict) -> int | None:
+def interpolation_of(history: History) -> int | None:
     """Return the index of the log point of interpolation_step(), None if there is none there."""
     step, steps = interpolation_step(history), list(history["step"])
     return steps.index(step) if step in steps else None
 
 
-def interpolation_step(history: dict) -> int | None:
+def interpolation_step(history: History) -> int | None:
     """Return the first log step with a training accuracy of at least 99%, None if there is none or it is not known.
 
     Checkpoints measured again have it from their run's own history, as history["interpolation"]. Older programs did not
@@ -54,18 +56,18 @@ def interpolation_step(history: dict) -> int | None:
     return int(history["step"][reached[0]]) if known else None
 
 
-def complexity_of(history: dict, points: str = "train", radius: str | None = None) -> np.ndarray:
+def complexity_of(history: History, points: str = "train", radius: str | None = None) -> np.ndarray:
     """Return local complexity, (log points, layers), with NaN where it is unknown.
 
     points: "train", "test" or "random". radius: a key of the history, by default its first.
     """
     radii = history["local_complexity"].get(points, {})
-    entries = radii.get(radius or next(iter(radii), None), [None] * len(history["step"]))
+    entries = radii.get(radius or next(iter(radii), "")) or [None] * len(history["step"])
     layers = max((len(entry) for entry in entries if entry), default=1)
-    return np.array([entry or [None] * layers for entry in entries], dtype=float).reshape(-1, layers)
+    return np.array([entry or [np.nan] * layers for entry in entries], dtype=float).reshape(-1, layers)
 
 
-def total_complexity(history: dict, points: str = "train", radius: str | None = None) -> np.ndarray:
+def total_complexity(history: History, points: str = "train", radius: str | None = None) -> np.ndarray:
     """Return local complexity summed over the layers: one value for each log point."""
     return complexity_of(history, points, radius).sum(axis=1)
 
@@ -77,13 +79,13 @@ class Curve(NamedTuple):
     outcomes: Sequence[Any]  # for each log point which images were right, bool (images,), None where unknown
 
 
-def own_epsilons(history: dict) -> list[str]:
+def own_epsilons(history: History) -> list[str]:
     """Return the keys of the epsilons of a run's own grid, which its outcomes are on; a branch also has columns for its
     parent's."""
     return [*map(history_key, history["config"].get("epsilons", ()))] or [*history["robust_acc"]]
 
 
-def accuracy_curves(history: dict) -> dict[str, Curve]:
+def accuracy_curves(history: History) -> dict[str, Curve]:
     """Return {label: Curve} of test accuracy, and of robust_acc and adv_acc at each epsilon."""
     outcomes, unknown = history.get("outcomes", {}), [None] * len(history["step"])
 
@@ -175,7 +177,7 @@ def p_values(before: np.ndarray, after: np.ndarray) -> np.ndarray:
     return stats.binom.sf(gains - 1, gains + losses, 0.5).max(axis=0)
 
 
-def rises_of(history: dict) -> dict[str, Rise]:
+def rises_of(history: History) -> dict[str, Rise]:
     """Return {label: Rise} of every accuracy curve of a run, the p-values corrected for all of them together."""
     curves, start = accuracy_curves(history), interpolation_of(history)
     return {label: delayed_rise(curve, start, QUESTIONS * len(curves)) for label, curve in curves.items()}

@@ -3,7 +3,7 @@
 import io
 import math
 import zipfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ import torch
 
 from flags import EXPERIMENT, FIELDS, MEASUREMENT, Config, flags_of, implied
 from records.files import CHECKPOINT_PATTERN, ROLLING_NAME, write_atomically
-from records.history import HISTORY_NAME, forget_after, read_history
+from records.history import HISTORY_NAME, History, forget_after, read_history
 
 PARTS = {"config", "sizes", "model_state_dict", "optimizer_state_dict", "epoch", "step", "logged", "seconds"}
 
@@ -131,12 +131,12 @@ def differences(before: dict, config: Config, names: Iterable[str]) -> list[str]
     return found
 
 
-def is_of_data(source: dict, fingerprint: str) -> bool:
+def is_of_data(source: Mapping[str, Any], fingerprint: str) -> bool:
     """Return whether a checkpoint or history is of the data with this fingerprint; an old one does not say."""
     return source.get("derived", {}).get("data", fingerprint) == fingerprint
 
 
-def check_experiment(path: Path, source: dict, config: Config, fingerprint: str) -> None:
+def check_experiment(path: Path, source: Mapping[str, Any], config: Config, fingerprint: str) -> None:
     """Raise ValueError if source, the checkpoint or history in `path`, is not of this experiment and these data."""
     own = "give this run its own --log_dir and --save_dir"
     found = differences(source["config"], config, flags_of(EXPERIMENT, MEASUREMENT))
@@ -147,7 +147,7 @@ def check_experiment(path: Path, source: dict, config: Config, fingerprint: str)
                          f"{source['derived']['data']}, now {fingerprint}); restore them, or {own}")
 
 
-def check_history(history_path: Path, history: dict, path: Path, checkpoint: dict) -> None:
+def check_history(history_path: Path, history: History, path: Path, checkpoint: dict) -> None:
     """Cut history to the log points that the checkpoint knows; ValueError if the two are not of one run."""
     if len(history["step"]) < checkpoint["logged"]:
         raise ValueError(f"{history_path} is older than {path}: its log points are missing")

@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from flags import EXPERIMENT, MEASUREMENT, SCHEDULE, epsilon_label, flag_text, flags_of, history_key
 from measure import Row
+from records.history import History
 
 SECONDS_BETWEEN_LINES = 60
 SECONDS_BEFORE_ESTIMATE, STEPS_BEFORE_ESTIMATE = 5, 10
@@ -40,7 +41,7 @@ class Console:
             tqdm.write(text, file=sys.stdout)
             sys.stdout.flush()
 
-    def header(self, history: dict) -> None:
+    def header(self, history: History) -> None:
         """Print what is trained, on which data, where, and into which files."""
         config, sizes, derived, environment = (history[key] for key in ("config", "sizes", "derived", "environment"))
         depth = f" depth {config['depth']}" if config["depth"] else ""

@@ -10,7 +10,7 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict, cast
 
 from records.files import append_line, write_atomically
 
@@ -21,12 +21,47 @@ BESIDE = {"version", "config", "asked", "derived", "environment", "sizes", "laye
           "interpolation"}
 
 
-def append(history: dict, row: Mapping[str, Any]) -> None:
+class History(TypedDict, total=False):
+    """A run's history, as docs/files.md describes it. Its columns are those of measure.Row, with an entry for each log
+    step and None where nothing is known; what stands before `epoch` is said once."""
+
+    version: int
+    config: dict[str, Any]
+    asked: list[str]
+    derived: dict[str, Any]
+    environment: dict[str, Any]
+    sizes: dict[str, Any]
+    layers: dict[str, list]
+    warnings: list[dict[str, Any]]
+    branch: dict[str, Any]
+    interpolation: int | None
+    epoch: list[float]
+    step: list[int]
+    train_loss: list[float | None]
+    train_acc: list[float]
+    train_saturated: list[float]
+    test_loss: list[float | None]
+    test_acc: list[float]
+    adv_acc: dict[str, list[float]]
+    rounding: dict[str, list[float]]
+    robust_acc: dict[str, list[float]]
+    certified_acc: dict[str, list[float]]
+    saturated: list[float]
+    zero_gradient: list[float]
+    local_complexity: dict[str, dict[str, list[list[float] | None]]]
+    weight_norm: list[float]
+    max_batch_loss: list[float | None]
+    lr: list[float]
+    seconds: list[float]
+    outcomes: dict[str, Any]
+
+
+def append(history: History, row: Mapping[str, Any]) -> None:
     """Append a log step's row to the history's columns; nested objects line up with nested columns. A column that the
     row lacks gets None, a new column is None up to here, and so is a number that is not finite."""
     columns = columns_of(history)
     extend(columns, strict(row), len(history["step"]))
-    history.update(columns)
+    cast(dict, history).update(columns)
 
 
 def extend(columns: dict, row: dict, length: int) -> None:
@@ -38,11 +73,11 @@ def extend(columns: dict, row: dict, length: int) -> None:
             columns.setdefault(key, [None] * length).append(value)
 
 
-def columns_of(history: dict) -> dict:
+def columns_of(history: History) -> dict:
     return {name: column for name, column in history.items() if name not in BESIDE}
 
 
-def rows_of(history: dict) -> list[dict]:
+def rows_of(history: History) -> list[dict]:
     """Return the row of each log step, nested as the columns are."""
     return [row_at(columns_of(history), k) for k in range(len(history["step"]))]
 
@@ -65,7 +100,7 @@ def flat(row: Mapping[str, Any], layers: Sequence[str] = (), within: str = "") -
     return found
 
 
-def forget_after(history: dict, logged: int) -> None:
+def forget_after(history: History, logged: int) -> None:
     """Keep the first `logged` log points: the others were made between the last checkpoint and the run's end."""
     history.update(row_at(columns_of(history), slice(logged)))
     last = history["step"][-1] if history["step"] else -1
@@ -90,11 +125,11 @@ def with_nan(value: Any) -> Any:
     return math.nan if value is None else value
 
 
-def encoded(value: dict) -> bytes:
+def encoded(value: Mapping[str, Any]) -> bytes:
     return json.dumps(strict(value), allow_nan=False).encode()
 
 
-def write_history(path: str | Path, history: dict) -> None:
+def write_history(path: str | Path, history: Mapping[str, Any]) -> None:
     """Write the whole history as one strict JSON object."""
     write_atomically(path, encoded(history))
 
@@ -107,23 +142,23 @@ class HistoryFile:
         self.rows_path = self.path.with_suffix(".rows.jsonl")
         self.written_at, self.took = -math.inf, 0.0
 
-    def begin(self, history: dict) -> None:
+    def begin(self, history: History) -> None:
         """Write both files anew: a run starts or continues."""
         lines = [self.line(history, row) + b"\n" for row in rows_of(history)]
         # The rows come first: until the JSON is replaced, an earlier one with its own outcomes is whole without them.
         write_atomically(self.rows_path, b"".join(lines))
         self.flush(history)
 
-    def log(self, history: dict, row: Mapping[str, Any]) -> None:
+    def log(self, history: History, row: Mapping[str, Any]) -> None:
         """Store a row that has just been appended to history. Rewriting the JSON takes at most a tenth of the time."""
         append_line(self.rows_path, self.line(history, row))
         if time.monotonic() - self.written_at > max(1.0, 10 * self.took):
             self.flush(history)
 
-    def line(self, history: dict, row: Mapping[str, Any]) -> bytes:
+    def line(self, history: History, row: Mapping[str, Any]) -> bytes:
         return encoded({**row, "warnings": [entry for entry in history["warnings"] if entry["step"] == row["step"]]})
 
-    def flush(self, history: dict) -> None:
+    def flush(self, history: History) -> None:
         """Bring the JSON up to date."""
         began = time.monotonic()
         write_history(self.path, {key: value for key, value in history.items() if key != "outcomes"})
@@ -131,7 +166,7 @@ class HistoryFile:
         self.took = self.written_at - began
 
 
-def read_history(path: str | Path) -> dict:
+def read_history(path: str | Path) -> History:
     """Return the history in the file `path`, joined with the rows file next to it if there is one.
 
     FileNotFoundError if there is none; ValueError, in one line, if it is damaged or not a history of this program.
@@ -142,11 +177,12 @@ def read_history(path: str | Path) -> dict:
     if not path.is_file():
         raise FileNotFoundError(f"no history at {path}")
     try:
-        history = json.loads(path.read_bytes())
+        found = json.loads(path.read_bytes())
     except ValueError:
         raise ValueError(f"{path} is damaged or not a JSON file") from None
-    if not (isinstance(history, dict) and history.keys() >= {"version", "step", "warnings", "config", "sizes"}):
+    if not (isinstance(found, dict) and found.keys() >= {"version", "step", "warnings", "config", "sizes"}):
         raise ValueError(f"{path} is not a history of this program")
+    history = cast(History, found)
     if history["version"] != HISTORY_VERSION:
         raise ValueError(f"{path} is a history of another version of this program")
     if "outcomes" not in history and rows_path.is_file():
@@ -158,7 +194,7 @@ def read_history(path: str | Path) -> dict:
     return history
 
 
-def join_rows(history: dict, lines: list[bytes]) -> None:
+def join_rows(history: History, lines: list[bytes]) -> None:
     """Add to history the outcomes in the lines of a rows file, and the rows that it lacks. The lines of another run are
     ignored."""
     rows = [json.loads(line) for line in lines]
@@ -168,7 +204,7 @@ def join_rows(history: dict, lines: list[bytes]) -> None:
     outcomes: dict = {}
     for k in range(len(known)):
         extend(outcomes, {"outcomes": rows[k].get("outcomes", {})} if k < len(rows) else {}, k)
-    history.update(outcomes)
+    cast(dict, history).update(outcomes)
     for row in rows[len(known):]:
         history["warnings"] += row.pop("warnings")
         append(history, row)

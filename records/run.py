@@ -5,7 +5,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -14,6 +14,7 @@ from flags import MEASUREMENT, SCHEDULE, Config, flags_of
 from measure import Row
 from records import checkpoints, files, history
 from records.console import Console, attempt
+from records.history import History
 from records.trackers import Trackers
 
 SECONDS_BETWEEN_DRAWINGS, DRAWING_SHARE = 30, 0.01  # a figure is redrawn no more often, and in this share of the time
@@ -77,7 +78,7 @@ class Run:
     from which it starts; each with its "path" and "history". Raises ValueError or OSError, with one line for the user.
     """
 
-    def __init__(self, config: Config, record: dict, model: torch.nn.Module, trainer: Any, console: Console,
+    def __init__(self, config: Config, record: History, model: torch.nn.Module, trainer: Any, console: Console,
                  locks: files.FolderLocks, earlier: dict | None = None, parent: dict | None = None):
         self.config, self.history, self.model, self.trainer = config, record, model, trainer
         self.console, self.locks = console, locks
@@ -103,7 +104,7 @@ class Run:
         self.step = self.saved_step = source["step"]
         self.began -= source["seconds"]
         own = self.history.keys() - {"step", "warnings"}
-        self.history.update({key: value for key, value in source["history"].items() if key not in own})
+        cast(dict, self.history).update({key: value for key, value in source["history"].items() if key not in own})
         if self.history["step"][-1:] != [self.step]:
             self.trainer.largest_loss.fill_(source.get("largest_loss", -math.inf))
         ruler = flags_of(MEASUREMENT) - SCHEDULE - {"epsilons"} | {"label_smoothing"}
