@@ -26,6 +26,7 @@ import local_complexity
 import models
 from analysis import panels, runs
 from analysis.panels import SMALL, Axes, Figure
+from flags import MEASUREMENT, flags_of
 from records import checkpoints, files
 from records.history import History, append
 
@@ -45,7 +46,7 @@ def load_all(paths: Sequence[str | Path], data_dir: str | None = None) -> tuple[
     """
     found: list[Any] = [{"path": path} | {key: value for key, value in checkpoints.load_checkpoint(path).items()
                                if not key.endswith("state_dict")} for path in paths]
-    if flags := runs.differing_flags(found, also_same={"n_steps"}):
+    if flags := runs.differing_flags(found, also_same={"n_steps"} | flags_of(MEASUREMENT)):
         raise ValueError(f"these checkpoints are of several runs: they differ in --{flags[0]}")
     dataset = data.from_config(found[0]["config"], data_dir)
     if not checkpoints.is_of_data(found[0], data.fingerprint(dataset)):

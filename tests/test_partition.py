@@ -97,7 +97,7 @@ def laid_out(monkeypatch):
 
 
 def test_checkpoints_stand_side_by_side(tmp_path, capsys, laid_out):
-    paths = [save_checkpoint(tmp_path / f"{step}.pt", step) for step in (7, 0, 8, 9)]
+    paths = [save_checkpoint(tmp_path / f"{k}.pt", k, n_steps=10 + k, log_points=k) for k in (7, 0, 8, 9)]  # resumed
     assert plot.main(["--partition", *paths]) == 0
     assert_written([tmp_path / "partition.png", tmp_path / "partition.svg"])
     assert str(tmp_path / "partition.png") in capsys.readouterr().out
