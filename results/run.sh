@@ -123,6 +123,7 @@ mnist_init8             VARIED --init_scale=8
 theirs113_orthogonal    THEIRS --modulus=113 --batch_size=5108 --orthogonal_gradient --n_steps=1000
 digits_init8_exact      --dataset=digits --n_steps=100000 --init_scale=8 --loss=exact_ce
 mnist_init8_exact       VARIED --init_scale=8 --loss=exact_ce
+mnist_mse_seed1         VARIED --loss=mse --weight_decay=0.1 --seed=1
 END
 }
 
