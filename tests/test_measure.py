@@ -1,5 +1,6 @@
 """A log step's row against what it is made of."""
 
+import copy
 from dataclasses import replace
 
 import numpy as np
@@ -76,17 +77,6 @@ def test_an_attack_that_begins_at_the_image_and_the_images_that_it_cannot_leave(
     assert row["adv_acc"]["0.2"] == right.sum().item() / 20 and row["outcomes"]["adv"]["0.2"] == measure.hex_of(right)
 
 
-class Scaled(torch.nn.Module):
-    """Some network with its logits times a factor: the same predictions, and a softmax that rounds."""
-
-    def __init__(self, network, factor):
-        super().__init__()
-        self.network, self.factor = network, factor
-
-    def forward(self, x):
-        return self.factor * self.network(x)
-
-
 @pytest.fixture(scope="module")
 def trained():
     """digits and a network of plain PyTorch that has learned them."""
@@ -103,10 +93,11 @@ def trained():
 
 @pytest.mark.parametrize("factor, least, most", [(1, 0, 0.02), (100, 0.3, 1)])
 def test_rounding_is_what_the_same_attack_finds_on_the_exact_objective(trained, factor, least, most):
-    network, dataset = trained
-    model, wrong = Scaled(network, factor), 1 - torch.eye(10)
-    config, row = row_of((model, dataset), adv_size=200, pgd_steps=10, epsilons=[0.05, 0.15], eval_batch_size=64,
-                         robust_budget="default")
+    model, dataset = copy.deepcopy(trained[0]), trained[1]
+    for parameter in model[-1].parameters():  # the same predictions, and a softmax that rounds
+        parameter.data *= factor
+    wrong = 1 - torch.eye(10)
+    config, row = row_of((model, dataset), adv_size=200, pgd_steps=10, epsilons=[0.05, 0.15], eval_batch_size=64)
     probes = measure.draw_probes(config, dataset)
     x, y = probes.images, probes.labels
 
@@ -130,12 +121,6 @@ def test_rounding_is_what_the_same_attack_finds_on_the_exact_objective(trained, 
         assert row["rounding"][key] == pytest.approx((adv & ~exact).float().mean().item(), abs=0.01)
         kept, rounded = (bits(row["outcomes"][name][key]) for name in ("adv", "rounding"))
         assert row["rounding"][key] == rounded.sum().item() / 200 and not (rounded & ~kept).any()
-        # What is left withstands both attacks: robust_acc, and what only a stronger attack finds.
-        radii = torch.tensor([ord(text) - 48 for text in row["outcomes"]["robust"]])
-        robust = radii > 1 + config.epsilons.index(epsilon)
-        assert (robust & ~(kept & ~rounded)).sum() <= 2
-        found = (kept & ~rounded & ~robust).sum().item() / 200
-        assert row["adv_acc"][key] == pytest.approx(row["rounding"][key] + found + row["robust_acc"][key], abs=0.01)
     assert least <= row["rounding"]["0.15"] <= most
 
 

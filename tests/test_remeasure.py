@@ -298,7 +298,7 @@ OTHERS = """
 import argparse, sys
 from models.blocks import Net  # the names of this program's modules and folders
 from data import SIZE
-from analysis.kinds import LSTM, Functional, Reentrant, torch, nn
+from analysis.kinds import LSTM, Reentrant, torch, nn
 
 assert argparse.ArgumentParser().parse_args() and len(sys.argv) == 1
 network = Net(SIZE)
@@ -314,17 +314,8 @@ def Net(n=SIZE):
 """
 KINDS = """
 import torch
-import torch.nn.functional as F
 import torch.utils.checkpoint
 from torch import nn
-
-class Functional(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.fixed = torch.linspace(-1, 1, 640).view(10, 64).sin()
-
-    def forward(self, x):
-        return F.relu(x.flatten(1)) @ self.fixed.T
 
 class Reentrant(nn.Sequential):
     def __init__(self):
@@ -344,7 +335,7 @@ class LSTM(nn.Module):
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")  # of torch.jit and of checkpointing
-@pytest.mark.parametrize("name", ["network", "Net", "lazy", "scripted", "Functional", "LSTM", "Reentrant"])
+@pytest.mark.parametrize("name", ["network", "Net", "lazy", "scripted", "LSTM", "Reentrant"])
 def test_networks_as_researchers_have_them(tmp_path, monkeypatch, name, capsys):
     theirs = tmp_path / "theirs"
     for file, text in {"main.py": OTHERS, "analysis/kinds.py": KINDS, "data.py": "SIZE = 8 * 8",
