@@ -2,14 +2,15 @@
 
 import math
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, field
-from typing import Any, TypedDict
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import attacks
 import certify
@@ -21,32 +22,9 @@ from compute.seeds import seed_for
 from flags import Config, epsilon_label, history_key
 from losses import build_loss
 
+Row = dict[str, Any]  # what a log step records, by column; docs/files.md says what each column holds
 Progress = Callable[[str, float], None]  # is told what is being measured, and which share of it is done
 POINTS_AT_ONCE = 128  # of local complexity on a CPU, and of images to certify, so that the progress shows
-
-
-class Row(TypedDict, total=False):
-    """What a log step records; docs/files.md says what each column holds."""
-
-    epoch: float
-    step: int
-    train_loss: float
-    train_acc: float
-    train_saturated: float
-    test_loss: float
-    test_acc: float
-    adv_acc: dict[str, float]
-    rounding: dict[str, float]
-    robust_acc: dict[str, float]
-    certified_acc: dict[str, float]
-    saturated: float
-    zero_gradient: float
-    local_complexity: dict[str, dict[str, list[float]]]
-    weight_norm: float
-    max_batch_loss: float
-    lr: float
-    seconds: float
-    outcomes: dict[str, Any]
 
 
 @dataclass
@@ -111,7 +89,7 @@ def clean(model: nn.Module, dataset: data.Dataset, probes: Probes, config: Confi
           progress: Progress) -> Row:
     """Return loss and accuracy on all images, and train_saturated: the share of the training images on which the
     softmax rounds to 1 at the true class, so that the gradient of cross-entropy has lost that class's term."""
-    row: Any = {}
+    row: Row = {}
     loss_function = build_loss(config.loss, config.label_smoothing)
     for split in ("train", "test"):
         n = len(getattr(dataset, f"y_{split}"))
@@ -162,20 +140,16 @@ def under_attack(model: nn.Module, dataset: data.Dataset, probes: Probes, config
 
     counts, saturated, zero, *columns = distributed.gather_shards(torch.cat(outcomes), n).T
     keys = [*map(history_key, epsilons)]
-    by_epsilon = {"adv": dict(zip(keys, columns[::2], strict=True)),
-                  "rounding": dict(zip(keys, columns[1::2], strict=True))}
-
-    def shares(name: str) -> dict[str, float]:
-        return {key: column.sum().item() / n for key, column in by_epsilon[name].items()}
-
+    adv, rounding = (dict(zip(keys, of_kind, strict=True)) for of_kind in (columns[::2], columns[1::2]))
     return {
-        "adv_acc": shares("adv"), "rounding": shares("rounding"),
+        "adv_acc": {key: column.sum().item() / n for key, column in adv.items()},
+        "rounding": {key: column.sum().item() / n for key, column in rounding.items()},
         "robust_acc": dict(zip(keys, attacks.shares(counts, epsilons), strict=True)),
         "saturated": saturated.sum().item() / n,
         "zero_gradient": zero.sum().item() / n,
         "outcomes": {"robust": characters_of(counts),
-                     **{name: {key: hex_of(column) for key, column in columns.items()}
-                        for name, columns in by_epsilon.items()}}}
+                     "adv": {key: hex_of(column) for key, column in adv.items()},
+                     "rounding": {key: hex_of(column) for key, column in rounding.items()}}}
 
 
 def withstands(model: nn.Module, x: Tensor, y: Tensor, starts: Tensor, epsilon: float, config: Config, objective: str
@@ -268,8 +242,7 @@ class Outputs(TorchDispatchMode):
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = function(*args, **(kwargs or {}))
-        returned = result if isinstance(result, (tuple, list)) else [result]
-        self.elements += sum(tensor.numel() for tensor in returned if isinstance(tensor, Tensor))
+        self.elements += sum(tensor.numel() for tensor in tree_leaves(result) if isinstance(tensor, Tensor))
         return result
 
 
@@ -277,14 +250,13 @@ def default_eval_batch_size(model: nn.Module, image: Tensor) -> int:
     """Return how many inputs like image, (1, C, H, W), the network can take at once within about 1 GB of activations,
     or 4 GB on a GPU. What is free there does not count: a resumed run has to evaluate in the same batches."""
     outputs = Outputs()
-    with torch.no_grad(), models.evaluating(model), ExitStack() as watching:
-        if isinstance(model, models.Network):  # by the modules' outputs: other batches would change the last bits
-            for module in model.modules():
-                if not any(module.children()):
-                    watching.enter_context(module.register_forward_hook(
-                        lambda *args: setattr(outputs, "elements", outputs.elements + args[2].numel())))
-        else:
-            watching.enter_context(outputs)
+
+    def count(module: nn.Module, _: Any, output: Tensor) -> None:
+        outputs.elements += 0 if any(module.children()) else output.numel()
+
+    # Networks of ours by the modules' outputs: other batches would change the last bits.
+    counting: Any = register_module_forward_hook(count) if isinstance(model, models.Network) else outputs
+    with torch.no_grad(), models.evaluating(model), counting:
         model(image)
     memory, most = (2**32, 10_000) if image.device.type == "cuda" else (2**30, 1000)
     # Twice: a backward pass holds the activations and their gradients.

@@ -210,7 +210,7 @@ def measure_run(args: argparse.Namespace) -> int:
         if other:
             raise ValueError(f"{path} is of another run: {'; '.join(other)}")
         checkpoints.load_weights(model, state, path)
-        row: Any = {name: state[name] for name in KNOWN if name in state}
+        row = {name: state[name] for name in KNOWN if name in state}
         outcomes = right.get((state["step"], state["seconds"]))
         known = {measure.clean, measure.weight_norm} if outcomes and row.keys() >= {*CLEAN} else set()
         metrics = [metric for metric in measure.METRICS if metric not in known]
@@ -364,7 +364,7 @@ def measure_network(args: argparse.Namespace) -> int:
                  f"{empty['sizes']['attacked']:,} test images attacked\n")
     console.start(config.epsilons, config.lc_radius, 0, 1, 1)
     began = time.perf_counter()
-    row: Any = measure.measure(network, dataset, measure.draw_probes(config, dataset), config, console.measuring)
+    row = measure.measure(network, dataset, measure.draw_probes(config, dataset), config, console.measuring)
     row |= {"epoch": 0, "step": 0, "max_batch_loss": math.nan, "seconds": time.perf_counter() - began}
     console.row(row, [*notes, *measure.remarks(row, config).values()])
     console.end()
