@@ -21,10 +21,8 @@ OWN_CGROUP, CGROUPS = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
 
 def choose_device(name: str, dtype: str = "float32") -> torch.device:
     """Return the torch.device that --device names, made the current one; ValueError if it cannot compute in --dtype.
-
     "auto" is a CUDA GPU if there is one, otherwise the CPU. A GPU that cannot be used is an error with "auto", too: on
-    the CPU the run could take a hundred times as long.
-    """
+    the CPU the run could take a hundred times as long."""
     if not re.fullmatch("auto|cpu|cuda(:[0-9]+)?|mps|xpu", name):
         raise ValueError(f"--device={name}: choose auto, cpu, cuda, cuda:N, mps or xpu")
     if dtype == "float64" and name in ("mps", "xpu"):

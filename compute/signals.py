@@ -38,11 +38,9 @@ class Interrupted(BaseException):
 
 
 class Stop(contextlib.ExitStack):
-    """Remembers, within its block, the signal that asks the run to stop: .signal is its number, or 0.
-
-    A second Ctrl-C ends the process at once. can_interrupt: whether a signal raises Interrupted in the block of
-    while_measuring(); otherwise the measurement is finished first.
-    """
+    """Remembers, within its block, the signal that asks the run to stop: .signal is its number, or 0. A second Ctrl-C
+    ends the process at once. can_interrupt: whether a signal raises Interrupted in the block of while_measuring();
+    otherwise the measurement is finished first."""
 
     def __init__(self, can_interrupt: bool) -> None:
         super().__init__()
