@@ -22,7 +22,10 @@ def job(folder, name, program):
 
 
 def test_each_device_has_one_job_at_a_time_and_failures_are_named(tmp_path, capsys):
-    say = "import os, sys; print(sys.argv[1], os.environ['OMP_NUM_THREADS']); sys.exit({})"
+    say = f"""import os, sys
+knows_its_pool, has_its_session = os.environ['{pool.PARENT}'] == str(os.getppid()), os.getsid(0) == os.getpid()
+print(sys.argv[1], os.environ['OMP_NUM_THREADS'], knows_its_pool and has_its_session)
+sys.exit({{}})"""
     jobs = [job(tmp_path, f"job{i}", say.format(3 if i == 2 else 0)) for i in range(4)]
     jobs.append(job(tmp_path, "killed", "import os; os.kill(os.getpid(), 9)"))
     jobs.append(job(tmp_path, "silent", "import sys; sys.exit(1)"))
@@ -33,7 +36,7 @@ def test_each_device_has_one_job_at_a_time_and_failures_are_named(tmp_path, caps
     said = capsys.readouterr().out.splitlines()
     printed = {path.stem: path.read_text().splitlines()[-1] for path in tmp_path.glob("job*.txt")}
     assert printed.keys() == {"job0", "job1", "job2", "job3"}
-    assert {*printed.values()} == {"--device=here 3", "--device=there 3"}
+    assert {*printed.values()} == {"--device=here 3 True", "--device=there 3 True"}
     assert f"job2: failed: {printed['job2']}" in said and "job0: complete" in said
     assert "killed: failed: ended by SIGKILL" in said and "silent: failed: it printed nothing" in said
     assert any(line.startswith("unwritten: failed: ") and "unwritten.txt" in line for line in said)
@@ -57,12 +60,6 @@ def test_a_signal_is_handed_on_and_no_other_job_starts(tmp_path, capsys, number,
     thread.join()
     assert sorted(capsys.readouterr().out.splitlines()) == ["started0: stopped", "started1: stopped"]
     assert not marks[2].exists() and signal.getsignal(number) == before
-
-
-def test_a_job_knows_its_pool_and_has_its_own_session(tmp_path):
-    tell = f"import os; print(os.environ['{pool.PARENT}'], os.getppid(), os.getsid(0) == os.getpid())"
-    assert pool.run_jobs([job(tmp_path, "told", tell)], ["cpu"]) == ([], 0)
-    assert (tmp_path / "told.txt").read_text() == f"{os.getpid()} {os.getpid()} True\n"
 
 
 @pytest.mark.parametrize("device, threads, gpus, devices", [
