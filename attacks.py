@@ -17,13 +17,15 @@ from losses import log_odds
 from models import evaluating
 
 # budget: (wrong classes attacked one by one, rounds over them, factor on `steps`, reach: how far from falling an image
-# may be before its class is given up). Each further class finds images that no number of steps on the strongest class
-# finds; a longer reach matters for convolutions with batch norm, little for an MLP.
-BUDGETS = {"low": (2, 1, 1, 0.1), "default": (9, 1, 1, 0.3), "high": (9, 2, 2, 0.5)}
+# may be before its class is given up, balls further out in which the attack toward a class begins). Each further class
+# finds images that no number of steps on the strongest class finds; a longer reach matters for convolutions with batch
+# norm, little for an MLP; a start further out matters for networks trained with squared error.
+BUDGETS = {"low": (2, 1, 1, 0.1, 1), "default": (9, 1, 1, 0.3, 2), "high": (9, 2, 2, 0.5, 3)}
 DEFAULT_BUDGET = "default"
 # Steps toward a class, in one ball, before it can be given up as out of reach: the first goes to a corner of the
 # ball, the second shows whether the way is open from there.
 TRIAL_STEPS = 2
+OUTSIDE = 1.5  # the attack begins in three balls beyond the largest asked for, each larger by this factor
 
 
 def pgd(model: nn.Module, x: Tensor, y: Tensor, epsilon: float, steps: int = 10, step_size: float | None = None,
@@ -116,30 +118,49 @@ def radii_withstood(model: nn.Module, x: Tensor, y: Tensor, epsilons: Iterable[f
     x, y and errors as in pgd; epsilons: radii in [0, 1], in pixel units and any order. steps: at most this many steps
     toward one class in one ball ("high": twice as many). budget: a key of BUDGETS.
 
-    Every image starts in the largest ball. A misclassified iterate moves it to the next smaller ball, where the
-    attack goes on from the same point: so only one epsilon costs the many steps of an attack that fails. The steps
-    ascend z_j - z_y, first with the strongest wrong class at each step as j, then with each wrong class in turn
-    (targeted margins, as in APGD-T: Croce and Hein 2020, arXiv:2003.01690); a class that was out of reach in a larger
-    ball is not tried again. The first step crosses the ball, the last ones are small.
+    Every image starts in a ball about three times larger than the largest asked for. A misclassified iterate moves it
+    to the next smaller ball, where the attack goes on from the same point: so only one epsilon costs the many steps of
+    an attack that fails. The steps ascend z_j - z_y, first with the strongest wrong class at each step as j, then with
+    each wrong class in turn (targeted margins, as in APGD-T: Croce and Hein 2020, arXiv:2003.01690). Each class begins
+    some balls outside of the one that withstood the classes before, because an image may lie on a plateau where no
+    gradient in its own ball leads to the decision boundary, as after long training with squared error. What withstands
+    the attack in a ball larger than all that are asked for is attacked again in those alone. The first step crosses
+    the ball, the last ones are small.
     """
     if steps < 1 or budget not in BUDGETS:
         raise ValueError(f"robust accuracy needs steps >= 1 and a budget among {', '.join(BUDGETS)}, not {steps} and "
                          f"'{budget}'")
-    classes, rounds, step_factor, reach = BUDGETS[budget]
     epsilons = ascending(epsilons)
+    outside = [radius for k in (1, 2, 3) if 0 < (radius := epsilons[-1] * OUTSIDE**k) <= 1]
     with attacking(model, x, y, epsilons) as (x, y), torch.no_grad():
-        radii = x.new_tensor(epsilons)
-        limits = radii, steps * step_factor, reach
+        radii, asked = x.new_tensor([*epsilons, *outside]), len(epsilons)
         images = Images(torch.arange(len(x), device=x.device), x, y, withstood=torch.where(
             correct(model(x), y), len(radii), 0), points=x, target=y, age=torch.zeros_like(y))
-        for _ in range(rounds):
-            end = drop_while_fallen(model, images, True, *limits)
-            logits = wrong_logits(model(end), y)
-            for target in logits.topk(min(classes, logits.shape[1] - 1)).indices.T:
-                images.target = target
-                drop_while_fallen(model, images, False, *limits)
-            images.points = 2 * x - end  # the next round starts from the opposite side
+        attack_each_class(model, images, radii, steps, *BUDGETS[budget])
+        left = (images.withstood > asked).nonzero().flatten()
+        if len(left):  # the attack may find in a smaller ball what it misses in a larger one
+            rest = images.rows(left)
+            rest.place, rest.points = torch.arange(len(left), device=x.device), rest.x
+            rest.withstood.fill_(asked)
+            attack_each_class(model, rest, radii[:asked], steps, *BUDGETS[budget])
+            images.withstood[left] = rest.withstood
     return images.withstood
+
+
+def attack_each_class(model: nn.Module, images: "Images", radii: Tensor, steps: int, classes: int, rounds: int,
+                      step_factor: int, reach: float, further: int) -> None:
+    """Attack every image toward the strongest wrong class, then toward so many classes in turn, and lower `withstood`.
+    classes, rounds, step_factor, reach, further: as in BUDGETS."""
+    limits = radii, steps * step_factor, reach
+    for _ in range(rounds):
+        end = drop_while_fallen(model, images, True, *limits)
+        logits = wrong_logits(model(end), images.y)
+        for target in logits.topk(min(classes, logits.shape[1] - 1)).indices.T:
+            withstood, images.target = images.withstood, target
+            images.withstood = torch.where(withstood > 1, (withstood + further).clamp(max=len(radii)), withstood)
+            drop_while_fallen(model, images, False, *limits)
+            images.withstood = images.withstood.minimum(withstood)
+        images.points = 2 * images.x - end  # the next round starts from the opposite side
 
 
 @dataclass

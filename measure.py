@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 import torch
@@ -22,9 +22,32 @@ from compute.seeds import seed_for
 from flags import Config, epsilon_label, history_key
 from losses import build_loss
 
-Row = dict[str, Any]  # what a log step records, by column; docs/files.md says what each column holds
 Progress = Callable[[str, float], None]  # is told what is being measured, and which share of it is done
 POINTS_AT_ONCE = 128  # of local complexity on a CPU, and of images to certify, so that the progress shows
+
+
+class Row(TypedDict, total=False):
+    """What a log step records; docs/files.md says what each column holds."""
+
+    epoch: float
+    step: int
+    train_loss: float
+    train_acc: float
+    train_saturated: float
+    test_loss: float
+    test_acc: float
+    adv_acc: dict[str, float]
+    rounding: dict[str, float]
+    robust_acc: dict[str, float]
+    certified_acc: dict[str, float]
+    saturated: float
+    zero_gradient: float
+    local_complexity: dict[str, dict[str, list[float]]]
+    weight_norm: float
+    max_batch_loss: float
+    lr: float
+    seconds: float
+    outcomes: dict[str, Any]
 
 
 @dataclass
@@ -89,7 +112,7 @@ def clean(model: nn.Module, dataset: data.Dataset, probes: Probes, config: Confi
           progress: Progress) -> Row:
     """Return loss and accuracy on all images, and train_saturated: the share of the training images on which the
     softmax rounds to 1 at the true class, so that the gradient of cross-entropy has lost that class's term."""
-    row: Row = {}
+    row: Any = {}  # the names of its columns are put together below
     loss_function = build_loss(config.loss, config.label_smoothing)
     for split in ("train", "test"):
         n = len(getattr(dataset, f"y_{split}"))

@@ -210,7 +210,7 @@ def measure_run(args: argparse.Namespace) -> int:
         if other:
             raise ValueError(f"{path} is of another run: {'; '.join(other)}")
         checkpoints.load_weights(model, state, path)
-        row = {name: state[name] for name in KNOWN if name in state}
+        row: Any = {name: state[name] for name in KNOWN if name in state}
         outcomes = right.get((state["step"], state["seconds"]))
         known = {measure.clean, measure.weight_norm} if outcomes and row.keys() >= {*CLEAN} else set()
         metrics = [metric for metric in measure.METRICS if metric not in known]

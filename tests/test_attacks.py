@@ -81,21 +81,28 @@ def slow_pgd(model, image, label, epsilon, steps, step_size, start):
 
 def slow_robust(model, image, label, epsilons, steps, budget):
     """How many of the ascending epsilons one image withstands; None if its clean prediction is wrong."""
-    classes, rounds, factor, reach = attacks.BUDGETS[budget]
-    steps *= factor
+    classes, rounds, factor, reach, further = attacks.BUDGETS[budget]
     clean = model(image[None])[0]
     if clean.argmax() != label:
         return None
     wrong = [j for j in range(len(clean)) if j != label]
-    withstood, start = len(epsilons), image
-    for _ in range(rounds):
-        withstood, end = slow_descent(model, image, label, start, None, epsilons, withstood, steps, reach)
-        with torch.no_grad():
-            logits = model(end[None])[0]
-        for target in sorted(wrong, key=lambda j: -logits[j])[:classes]:
-            withstood, _ = slow_descent(model, image, label, start, target, epsilons, withstood, steps, reach)
-        start = image + (image - end)
-    return withstood
+    radii = [*epsilons, *(epsilons[-1] * 1.5**k for k in (1, 2, 3))]
+
+    def attacked(radii):
+        withstood, start = len(radii), image
+        for _ in range(rounds):
+            withstood, end = slow_descent(model, image, label, start, None, radii, withstood, steps * factor, reach)
+            with torch.no_grad():
+                logits = model(end[None])[0]
+            for target in sorted(wrong, key=lambda j: -logits[j])[:classes]:
+                begin = min(withstood + further, len(radii)) if withstood else 0
+                found, _ = slow_descent(model, image, label, start, target, radii, begin, steps * factor, reach)
+                withstood = min(withstood, found)
+            start = image + (image - end)
+        return withstood
+
+    withstood = attacked(radii)
+    return withstood if withstood <= len(epsilons) else attacked(epsilons)
 
 
 def slow_descent(model, image, label, start, target, epsilons, withstood, steps, reach):
@@ -182,6 +189,23 @@ def test_on_a_linear_classifier_every_count_is_exact(linear, images):
     x, y = images
     margins = torch.stack([worst_case_margins(linear, x, y, epsilon)[0].amin(1) for epsilon in [0.0, *EPSILONS]])
     assert torch.equal(attacks.radii_withstood(linear, x, y, EPSILONS), (margins > 0).sum(0))
+
+
+class Plateau(nn.Module):
+    """The margin's gradient points along pixel 0; only there, beyond the ball, does it lead to the wrong class."""
+
+    def forward(self, x):
+        d = x.flatten(1)[:, :2] - 0.5
+        seen = 50 * (d[:, 0] - 0.12).relu() * d[:, 1]
+        margin = 1 - 0.1 * d[:, 0] + seen - 30 * (-0.06 - d[:, 1]).relu()
+        return torch.stack([margin, torch.zeros_like(margin)], 1)
+
+
+def test_an_image_on_a_plateau_is_attacked_from_outside_its_ball():
+    x, y = torch.full((3, 1, 2, 2), 0.5), torch.zeros(3, dtype=torch.int64)
+    assert attacks.robust_accuracy(Plateau(), x, y, [0.1, 0.05]) == [0, 1]
+    x_adv = attacks.pgd(Plateau(), x, y, 0.1, start="image")
+    assert (Plateau()(x_adv).argmax(1) == 0).all()  # inside the ball the gradient does not show the way
 
 
 class Walls(nn.Module):
