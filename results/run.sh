@@ -124,6 +124,13 @@ theirs113_orthogonal    THEIRS --modulus=113 --batch_size=5108 --orthogonal_grad
 digits_init8_exact      --dataset=digits --n_steps=100000 --init_scale=8 --loss=exact_ce
 mnist_init8_exact       VARIED --init_scale=8 --loss=exact_ce
 mnist_mse_seed1         VARIED --loss=mse --weight_decay=0.1 --seed=1
+digits_large_init_seed1 --dataset=digits --n_steps=100000 --init_scale=8 --loss=mse --weight_decay=0.1 --seed=1
+mnist_lr0.0003          VARIED --lr=0.0003
+mnist_init8_seed1       VARIED --init_scale=8 --seed=1
+theirs_long_exact       THEIRS --loss=exact_ce --n_steps=80000
+theirs_long_stablemax   THEIRS --loss=stablemax --n_steps=80000
+mnist_lr0.0003_exact    VARIED --lr=0.0003 --loss=exact_ce
+mnist_lr0.003_seed1     VARIED --lr=0.003 --seed=1
 END
 }
 
