@@ -29,7 +29,7 @@ EPSILONS = ["0.005", "0.01", "0.02", "0.03", "0.06"]
 DRAWN = ["0.01", "0.03", "0.06"]
 NAMES = {"first": "--preset=first", "digits": "digits", "digits_exact": "digits, exact_ce",
          "digits_large_init": "digits, large init", "mnist": "MNIST",
-         "mnist_exact": "MNIST, exact_ce", "mnist_large_init": "MNIST, large init"}
+         "mnist_exact": "MNIST, exact_ce", "mnist_mse": "MNIST, squared error", "mnist_large_init": "MNIST, large init"}
 
 
 def measure(folder: Path, flags: list[str]) -> None:
