@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 from torchvision import datasets
-from torchvision.datasets.folder import IMG_EXTENSIONS
+from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
 from tqdm import tqdm
 from tqdm.contrib.concurrent import thread_map
 
@@ -323,14 +323,14 @@ def scan(root: str, *names: str) -> dict[str, list[str]]:
     is in @eaDir and the like.
     """
     for folder in (os.path.join(root, name) for name in names):
-        classes: dict[str, list[str]] = {}
-        for path, _, files in sorted(os.walk(folder, followlinks=True)):
-            parts = Path(path).relative_to(folder).parts
-            if parts and not any(part[0] in ".@" for part in parts):
-                classes.setdefault(parts[0], []).extend(
-                    os.path.join(path, file) for file in sorted(files)
-                    if file.lower().endswith(IMG_EXTENSIONS) and file[0] not in ".@")
+        entries = os.scandir(folder) if os.path.isdir(folder) else ()
+        kinds = sorted(entry.name for entry in entries if entry.is_dir() and entry.name[0] not in ".@")
+        classes: dict[str, list[str]] = {name: [] for name in kinds}
         if classes:
+            for path, label in make_dataset(folder, {name: i for i, name in enumerate(kinds)}, IMG_EXTENSIONS,
+                                            allow_empty=True):
+                if not any(part[0] in ".@" for part in Path(path).relative_to(folder).parts):
+                    classes[kinds[label]].append(path)
             break
     empty = [name for name, images in classes.items() if not images]
     if empty or not classes:
