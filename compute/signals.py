@@ -21,10 +21,10 @@ def replace_unencodable() -> None:
 
 @contextlib.contextmanager
 def handled_by(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
-    """Call handler(number, frame) for the signals that ask to stop, apart from those that are ignored, as SIGHUP is
-    under nohup; restore the former handlers at the end."""
+    """Call handler(number, frame) for the signals that ask to stop; restore the former handlers at the end. SIGHUP
+    stays ignored under nohup; SIGINT, which a script's shell ignores in what it starts with &, does not."""
     former = {number: signal.signal(number, handler) for number in STOPPING
-              if signal.getsignal(number) != signal.SIG_IGN}
+              if signal.Signals(number).name != "SIGHUP" or signal.getsignal(number) != signal.SIG_IGN}
     try:
         yield
     finally:

@@ -195,6 +195,14 @@ def test_under_nohup_a_hangup_stays_ignored(former):
     assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
 
 
+def test_in_a_scripts_background_an_interrupt_is_obeyed(former):
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    seen = []
+    with signals.handled_by(lambda number, _: seen.append(number)):
+        signal.raise_signal(signal.SIGINT)
+    assert seen == [signal.SIGINT] and signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+
+
 def small_run(folder):
     import train
 
