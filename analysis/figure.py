@@ -72,8 +72,7 @@ def figure(histories: Sequence[History]) -> Figure:
     if not histories:
         raise ValueError("nothing to draw: no history has a log step yet")
     groups, flags = runs.grouped(histories)
-    known = [history["local_complexity"].get("train", {}) for history in histories]
-    radii = [radius for radius in known[0] if all(radius in radii for radii in known)]
+    radii = panels.shared(histories, "local_complexity", "train")
     radii = radii if len(groups) == 1 else radii[:1]
     titles = [runs.group_title(group, flags) for group in groups]
     columns = {1: 1, 2: 2, 4: 2}.get(len(groups), 3 if len(groups) <= 12 else 4)

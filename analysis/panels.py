@@ -123,9 +123,10 @@ def spaced(wanted: Sequence[float] | np.ndarray, gap: float, low: float, high: f
     return places[np.argsort(order)]
 
 
-def shared(group: Sequence[History], name: str) -> list[str]:
-    """The keys (epsilons) of a column that every run of the group has."""
+def shared(group: Sequence[History], name: str, part: str | None = None) -> list[str]:
+    """The keys (epsilons, radii) of a column, or of a part of it, that every run of the group has."""
     columns = [cast(dict, history).get(name, {}) for history in group]
+    columns = columns if part is None else [column.get(part, {}) for column in columns]
     return [key for key in columns[0] if all(key in column for column in columns)]
 
 
