@@ -219,6 +219,9 @@ def measure_run(args: argparse.Namespace) -> int:
         return row
 
     rows, failed = earlier_rows(log_dir, config, first, console.note), False
+    target, made = Path(log_dir) / history.HISTORY_NAME, history_with(empty, rows, config)
+    if rows:  # what is said once may have changed
+        history.write_history(target, made)
     console.note(f"{len(found)} checkpoints, {len(found.keys() & rows.keys())} of them measured already")
     console.start(config.epsilons, config.lc_radius, 0, len(found), len(found))
     with signals.Stop(can_interrupt=True) as stop:
@@ -227,14 +230,14 @@ def measure_run(args: argparse.Namespace) -> int:
                 if step not in rows:
                     with stop.while_measuring():
                         rows[step] = measured(path)
+                    made = history_with(empty, rows, config)
+                    history.write_history(target, made)
             except signals.Interrupted:
                 break
             except ValueError as error:
                 failed = True
                 console.note(f"{error}; passed over")
                 continue
-            made = history_with(empty, rows, config)
-            history.write_history(Path(log_dir) / history.HISTORY_NAME, made)
             console.row(rows[step], [entry["text"] for entry in made["warnings"] if entry["step"] == step])
             if console.bar:
                 console.bar.update()
@@ -243,8 +246,7 @@ def measure_run(args: argparse.Namespace) -> int:
     if stop.signal:
         console.note(f"stopped by {signal.Signals(stop.signal).name}; continue with the same command")
         return 128 + stop.signal
-    path = Path(log_dir) / history.HISTORY_NAME
-    console.note(f"\nwrote {path}; draw it with 'python plot.py {path}'")
+    console.note(f"\nwrote {target}; draw it with 'python plot.py {target}'")
     return 1 if failed else 0
 
 
