@@ -25,6 +25,7 @@ DEFAULT_BUDGET = "default"
 # Steps toward a class, in one ball, before it can be given up as out of reach: the first goes to a corner of the
 # ball, the second shows whether the way is open from there.
 TRIAL_STEPS = 2
+ROBUST_VERSION = 2  # raised when the attack behind robust_acc changes: values before and after are not comparable
 OUTSIDE = 1.5  # the attack begins in three balls beyond the largest asked for, each larger by this factor
 
 

@@ -161,7 +161,7 @@ def first_sound(paths: list[Path]) -> dict:
 
 def earlier_rows(log_dir: str, config: Config, first: dict, note: Callable[[str], None]) -> dict[int, measure.Row]:
     """Return {step: row} of what was measured before; move it aside if it is of another run or was made with other
-    flags."""
+    flags or another version's attack."""
     try:
         record = history.read_history(Path(log_dir) / history.HISTORY_NAME)
     except FileNotFoundError:
@@ -169,10 +169,11 @@ def earlier_rows(log_dir: str, config: Config, first: dict, note: Callable[[str]
     rows = {row["step"]: row for row in map(history.with_nan, history.rows_of(record))}
     other = checkpoints.differences(record["config"], config, flags_of(EXPERIMENT, MEASUREMENT) - SCHEDULE)
     # Two runs with the same flags never take the same time.
-    if not other and rows.get(first["step"], first)["seconds"] == first["seconds"]:
+    if (not other and checkpoints.robust_version(record) == attacks.ROBUST_VERSION
+            and rows.get(first["step"], first)["seconds"] == first["seconds"]):
         return rows
     (moved,) = files.move_aside(log_dir)
-    note(f"measurements of another run or with other flags are now in {moved}")
+    note(f"measurements of another run, with other flags or by an earlier version are now in {moved}")
     return {}
 
 

@@ -39,6 +39,7 @@ if __name__ == "__main__":  # importing PyTorch takes seconds: answer Ctrl-C, --
 
 import torch
 
+import attacks
 import data
 import local_complexity
 import losses
@@ -398,7 +399,7 @@ def empty_history(config: Config, args: Config, dataset: data.Dataset, model: to
     n = measure.attacked(config, dataset)
     return {
         "version": history.HISTORY_VERSION, "step": [], "config": dataclasses.asdict(config), "asked": asked(args),
-        "derived": {"attacked": n, "data": fingerprint},
+        "derived": {"attacked": n, "data": fingerprint, "robust_version": attacks.ROBUST_VERSION},
         "environment": {**devices.describe(dataset.x_train.device), "processes": distributed.world_size()},
         "sizes": {"train": config.train_size, "test": len(dataset.x_test), "attacked": n,
                   "parameters": sum(p.numel() for p in model.parameters()),
@@ -454,6 +455,8 @@ def start(args: Config) -> tuple[Run, data.Dataset, measure.Probes]:
         elif earlier and "branch" in earlier["history"]:
             record["branch"] = earlier["history"]["branch"]
         record["derived"] |= choose_threads(config, model, dataset, earlier)
+        if earlier or parent:  # the first rows are theirs
+            record["derived"]["robust_version"] = checkpoints.robust_version(earlier or parent or {})
         # Branches of earlier versions lack schedule_from: theirs counts from the first step of all.
         trainer = Trainer(model, config, dataset, console.note, record.get("branch", {}).get("schedule_from", 0))
         probes = measure.draw_probes(config, dataset)

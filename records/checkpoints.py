@@ -136,6 +136,11 @@ def is_of_data(source: Mapping[str, Any], fingerprint: str) -> bool:
     return source.get("derived", {}).get("data", fingerprint) == fingerprint
 
 
+def robust_version(source: Mapping[str, Any]) -> int:
+    """Return the attacks.ROBUST_VERSION of a checkpoint's or a history's first rows; an old one does not say."""
+    return source.get("derived", {}).get("robust_version", 1)
+
+
 def check_experiment(path: Path, source: Mapping[str, Any], config: Config, fingerprint: str) -> None:
     """Raise ValueError if source, the checkpoint or history in `path`, is not of this experiment and these data."""
     own = "give this run its own --log_dir and --save_dir"

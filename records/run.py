@@ -9,6 +9,7 @@ from typing import Any, cast
 
 import torch
 
+import attacks
 from compute import distributed
 from flags import MEASUREMENT, SCHEDULE, Config, flags_of
 from measure import Row
@@ -111,6 +112,9 @@ class Run:
         other = checkpoints.differences(source["config"], self.config, ruler)
         if other:  # only a branch may differ from what it starts from
             self.console.note(f"{'; '.join(other)}: measurements before and after step {self.step} are not comparable")
+        if self.history["derived"]["robust_version"] < attacks.ROBUST_VERSION:
+            self.console.note(f"robust_acc before step {self.step} is of an earlier version's attack and not "
+                              "comparable with what follows: remeasure.py measures it anew")
 
     def begin_files(self, starts: bool) -> None:
         if starts:

@@ -144,6 +144,13 @@ def test_continued_and_moved_aside(run, capsys):
     assert read_history(aside / "training_history.json") == every
 
 
+def test_measurements_by_another_attack_are_not_continued(run, capsys, monkeypatch):
+    measured(run, "--steps=0")
+    monkeypatch.setattr(attacks, "ROBUST_VERSION", attacks.ROBUST_VERSION + 1)
+    assert measured(run, "--steps=300")["step"] == [300]
+    assert "with other flags or by an earlier version are now in" in capsys.readouterr().out
+
+
 def test_log_steps_that_are_not_finite(tmp_path):
     run_here(tmp_path / "run", *SMALL, "--n_steps=20", "--lr=1e30", "--optimizer=sgd", "--on_nan=continue")
     first = measured(tmp_path / "run")
@@ -157,7 +164,7 @@ def test_the_same_flags_of_another_run_are_not_continued_and_checkpoints_beside_
         torch.save({**torch.load(path, weights_only=True), "seconds": seconds}, path)
         assert remeasure.main([str(run), f"--log_dir={path.parent}", "--steps=300", *OWN]) == 0
         assert read_history(path.parent / "training_history.json")["seconds"] == [seconds]
-    assert "measurements of another run or with other flags are now in" in capsys.readouterr().out
+    assert "measurements of another run, with other flags or by an earlier version" in capsys.readouterr().out
     assert sorted((run / "checkpoints").glob("*.pt")) == names
 
 

@@ -237,6 +237,19 @@ def test_a_run_killed_before_its_first_checkpoint_starts_again(tmp_path, finishe
     assert outcome(tmp_path) == outcome(finished(*flags))
 
 
+def test_a_run_resumed_with_another_attack_says_so(tmp_path, finished, capsys, monkeypatch):
+    flags = (*TINY, "--n_steps=8")
+    copied(finished(*flags), tmp_path)
+    run_here(tmp_path, *TINY, "--n_steps=9", "--resume")
+    assert "comparable" not in capsys.readouterr().out
+    monkeypatch.setattr(attacks, "ROBUST_VERSION", attacks.ROBUST_VERSION + 1)
+    run_here(tmp_path, *TINY, "--n_steps=10", "--resume")
+    assert "robust_acc before step 9 is of an earlier version's attack" in " ".join(capsys.readouterr().out.split())
+    assert history_of(tmp_path)["derived"]["robust_version"] == attacks.ROBUST_VERSION - 1  # so does the next resume
+    run_here(tmp_path / "branch", *TINY, "--n_steps=11", f"--branch_from={saved(tmp_path)[0]}")
+    assert "robust_acc before step 10 is" in " ".join(capsys.readouterr().out.split())
+
+
 # ---- real processes: signals, kills and the lock --------------------------------------------------------------------
 
 STARTED = "in the training loop"
