@@ -45,6 +45,8 @@ here are those of the experiment.
 - *`rounding`*: in points, of `adv_acc` at the end, in the seeds where it was measured.
 - *Loss spikes*: how often the training loss rises to a hundred times its level after interpolation.
 - *Local complexity*: around training points, all layers together.
+- †: `robust_acc` of these, or of some of their seeds, is of an earlier version's attack
+  ([how much weaker](README.md#9-two-checks-of-robust_acc)).
 - *4 seeds*: mean and range over the seeds; a rise: in how many of them.
 
 """
@@ -63,7 +65,8 @@ def table(histories: Sequence[dict], names: Sequence[str]) -> str:
     for group in grouped(histories)[0]:
         flags = [flag for flag in asked(group[0]) if flag not in NOT_IN_TITLES and flag != "branch_from"]
         text = command_flags(group[0]["config"], flags)
-        rows.append([name_of[id(group[0])] + f" ({len(group)} seeds)" * (len(group) > 1),
+        earlier = any(history["derived"].get("robust_version", 1) == 1 for history in group)
+        rows.append([name_of[id(group[0])] + "†" * earlier + f" ({len(group)} seeds)" * (len(group) > 1),
                      f"`{text}`" if text else "-", f"{group[0]['step'][-1]:,}", *cells(group)])
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
