@@ -13,7 +13,7 @@ from matplotlib.transforms import ScaledTranslation
 
 from analysis import panels, phases, runs
 from analysis.panels import RANDOM, SHARES, SMALL, TEST, TRAIN, Axes, Figure
-from analysis.statistics import complexity_of, total_complexity
+from analysis.statistics import complexity_of, main_radius, total_complexity
 from records.history import History
 
 SPIKE, BRANCH = "#CC79A7", "#009E73"
@@ -73,7 +73,8 @@ def figure(histories: Sequence[History]) -> Figure:
         raise ValueError("nothing to draw: no history has a log step yet")
     groups, flags = runs.grouped(histories)
     radii = panels.shared(histories, "local_complexity", "train")
-    radii = radii if len(groups) == 1 else radii[:1]
+    if len(groups) > 1:
+        radii = [radius for radius in radii if radius == main_radius(histories[0])] or radii[:1]
     titles = [runs.group_title(group, flags) for group in groups]
     columns = {1: 1, 2: 2, 4: 2}.get(len(groups), 3 if len(groups) <= 12 else 4)
     rows, each = -(-len(groups) // columns), 1 + len(radii)

@@ -145,12 +145,14 @@ def certified_text(history: History) -> str:
     proved, withstood = ((outcomes.get(name) or [None])[-1] for name in ("certified", "robust"))
     if not proved or not withstood:
         return ""
+    # Earlier versions certified the first of the attacked images.
+    bounds = [pair for pair in zip(proved, withstood, strict=False) if pair[0] != "-"]
     parts = []
     for key in statistics.own_epsilons(history):
         least = chr(48 + grid.index(float(key)))  # codes above it withstand this epsilon
-        low, high = (np.mean([code > least for code in text[:len(proved)]]) for text in (proved, withstood))
+        low, high = (np.mean([code > least for code in codes]) for codes in zip(*bounds, strict=True))
         parts.append(f"at ε = {epsilon_label(key)} between {low:.0%} and {high:.0%}")
-    return f"Certified: {listing(parts)} of {len(proved):,} images withstand every attack."
+    return f"Certified: {listing(parts)} of {len(bounds):,} images withstand every attack."
 
 
 def listing(words: Iterable[str]) -> str:
@@ -179,8 +181,7 @@ def complexity_text(history: History) -> str:
         if sign * (total[-1] - total[-2]) > 0:
             words[-1] = (f"{name} from {total[first]:.2f} at step {steps[first]:,} on, still {moving}, "
                          f"{total[-1]:.2f} at the end")
-    radius = next(iter(history["local_complexity"]["train"]))
-    return f"Local complexity (training points, r = {radius}): {', '.join(words)}."
+    return f"Local complexity (training points, r = {statistics.main_radius(history)}): {', '.join(words)}."
 
 
 def spike_texts(history: History) -> list[str]:

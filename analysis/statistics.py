@@ -56,13 +56,20 @@ def interpolation_step(history: History) -> int | None:
     return int(history["step"][reached[0]]) if known else None
 
 
+def main_radius(history: History) -> str:
+    """Return the key of the first radius of a run's own, "" if it has none; a branch also has its parent's."""
+    keys = [*history["local_complexity"].get("train", {})]
+    own = map(history_key, history["config"].get("lc_radius", ()))
+    return next((key for key in own if key in keys), keys[0] if keys else "")
+
+
 def complexity_of(history: History, points: str = "train", radius: str | None = None) -> np.ndarray:
     """Return local complexity, (log points, layers), with NaN where it is unknown.
 
-    points: "train", "test" or "random". radius: a key of the history, by default its first.
+    points: "train", "test" or "random". radius: a key of the history, by default main_radius().
     """
     radii = history["local_complexity"].get(points, {})
-    entries = radii.get(radius or next(iter(radii), "")) or [None] * len(history["step"])
+    entries = radii.get(radius or main_radius(history)) or [None] * len(history["step"])
     layers = max((len(entry) for entry in entries if entry), default=1)
     return np.array([entry or [np.nan] * layers for entry in entries], dtype=float).reshape(-1, layers)
 

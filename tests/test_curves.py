@@ -212,6 +212,16 @@ def test_a_branch_is_judged_on_its_own_epsilons():
     assert np.isnan(statistics.rises_of(both)["robust ε 0.01"].final)
 
 
+def test_a_branch_is_told_by_its_own_radius():
+    parents, own = [[[4.0]] * 2 + [None] * 2], [[None] * 2 + [[3.0], [1.0]]]
+    history = make_history([0, 1, 2, 4], [0.5, 1, 1, 1], [0.9] * 4, {"0.1": [0.2] * 4})
+    history["config"]["lc_radius"] = [0.2]
+    history["local_complexity"] = {"train": {"0.05": parents[0], "0.2": own[0]}}
+    assert statistics.total_complexity(history).tolist()[2:] == [3.0, 1.0]
+    assert "Local complexity (training points, r = 0.2): 3.00 at step 2, 1.00 at step 4" in sentences(
+        report.summary(history))
+
+
 def test_a_rise_beyond_chance_counts_from_two_points_on_in_every_curve():
     for height, counts in ((0.019, False), (0.02, True)):
         before, after = pairs(round(height * 10_000), 0, images=10_000)
@@ -312,6 +322,8 @@ def test_summary_gives_the_bounds_of_the_certified_images():
     history["outcomes"] |= {"robust": ["3333222111", "3333222111"], "certified": [None, "3221"]}
     assert ("Certified: at ε = 0.03 between 75% and 100% and at ε = 0.1 between 25% and 100% of 4 images withstand "
             "every attack.") in sentences(report.summary(history))
+    history["outcomes"]["certified"] = [None, "-3----1-1-"]
+    assert "at ε = 0.03 between 33% and 67%" in sentences(report.summary(history))
     history["outcomes"]["certified"] = ["3221", None]
     assert "Certified" not in report.summary(history)
 
