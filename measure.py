@@ -56,8 +56,8 @@ class Probes:
 
     images: (N, C, H, W) test images to attack, in [0, 1]; labels: (N,); starts: (restarts, N, C, H, W), the points
     where PGD starts, in units of epsilon. points: {"train" | "test" | "random": (M, C, H, W)}, those of local
-    complexity; directions: (P, C * H * W), orthonormal. certified: rows of the test images to certify, which are the
-    first of the attacked ones.
+    complexity; directions: (P, C * H * W), orthonormal. certified: rows of the test images to certify. among: whether
+    each attacked image is one of these, bool, of all processes.
     """
 
     images: Tensor
@@ -66,6 +66,7 @@ class Probes:
     points: dict[str, Tensor] = field(default_factory=dict)
     directions: Tensor = torch.empty(0)
     certified: Tensor = torch.empty(0, dtype=torch.int64)
+    among: Tensor = torch.empty(0, dtype=torch.bool)
 
 
 def attacked(config: Config, dataset: data.Dataset) -> int:
@@ -88,12 +89,12 @@ def draw_probes(config: Config, dataset: data.Dataset) -> Probes:
 
     n, image_shape = attacked(config, dataset), dataset.x_test.shape[1:]
     all_rows = draw(dataset.x_test, n, "attacked images")
-    rows = mine(all_rows)
+    rows, to_certify = mine(all_rows), draw(dataset.x_test, min(n, config.certify), "attacked images")
     starts = torch.from_numpy(
         generator("attack starts").random((config.pgd_restarts, n, *image_shape), dtype=np.float32) * 2 - 1)
     probes = Probes(data.pixels(dataset.x_test[rows], dtype), dataset.y_test[rows],
                     starts[:, distributed.shard(n)].to(device=device, dtype=dtype),
-                    certified=mine(all_rows[:config.certify]))
+                    certified=mine(to_certify), among=torch.isin(all_rows, to_certify))
     if config.lc_samples:
         for split, images in (("train", dataset.x_train), ("test", dataset.x_test)):
             probes.points[split] = data.pixels(images[mine(draw(images, config.lc_samples, f"{split} points"))], dtype)
@@ -187,8 +188,8 @@ def withstands(model: nn.Module, x: Tensor, y: Tensor, starts: Tensor, epsilon: 
 
 def certified(model: nn.Module, dataset: data.Dataset, probes: Probes, config: Config, batch_size: int,
               progress: Progress) -> Row:
-    """Return certified_acc, the share of the first config.certify attacked images that are certified; nothing if that
-    is 0."""
+    """Return certified_acc, the share of config.certify of the attacked images that are certified; nothing if that is
+    0."""
     if config.certify == 0:
         return {}
     parts = []
@@ -196,10 +197,10 @@ def certified(model: nn.Module, dataset: data.Dataset, probes: Probes, config: C
         progress("certified accuracy", i * POINTS_AT_ONCE / len(probes.certified))
         x = data.pixels(dataset.x_test[rows], getattr(torch, config.dtype))
         parts.append(certify.radii_certified(model, x, dataset.y_test[rows], config.epsilons))
-    counts = distributed.gather_shards(torch.cat(parts), min(config.certify, attacked(config, dataset)))
-    keys = map(history_key, config.epsilons)
+    counts = distributed.gather_shards(torch.cat(parts), int(probes.among.sum()))
+    keys, found = map(history_key, config.epsilons), iter(characters_of(counts))
     return {"certified_acc": dict(zip(keys, attacks.shares(counts, config.epsilons), strict=True)),
-            "outcomes": {"certified": characters_of(counts)}}
+            "outcomes": {"certified": "".join(next(found) if one else "-" for one in probes.among.tolist())}}
 
 
 def complexity(model: nn.Module, dataset: data.Dataset, probes: Probes, config: Config, batch_size: int,

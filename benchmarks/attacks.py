@@ -53,11 +53,14 @@ def main(argv: list[str] | None = None) -> None:
             dataset, model = data.from_config(config, args.data_dir), models.load_network(checkpoint).to(device)
         except (ValueError, OSError) as error:
             parser.error(str(error) if path in str(error) else f"{path}: {error}")
-        x = data.pixels(dataset.x_test[:args.images].to(device), next(model.parameters()).dtype)
+        # The first ones; where they lie in the order of their classes, every so many.
+        in_order, n = bool((dataset.y_test.diff() >= 0).all()), min(args.images, len(dataset.y_test))
+        rows = torch.linspace(0, len(dataset.y_test) - 1, n).long() if in_order else torch.arange(n)
+        x = data.pixels(dataset.x_test[rows].to(device), next(model.parameters()).dtype)
         print(f"\n{path}: {config['model']} on {config['dataset']}, step {checkpoint['step']}, {len(x)} test images, "
               f"{device.type}\n", flush=True)
         epsilons = args.epsilons or config["epsilons"]
-        columns = measure(model, x, dataset.y_test[:args.images].to(device), epsilons, args.autoattack_steps)
+        columns = measure(model, x, dataset.y_test[rows].to(device), epsilons, args.autoattack_steps)
         labels = [flags.epsilon_label(flags.history_key(epsilon)) for epsilon in epsilons]
         print_markdown(["epsilon", *columns], [*zip([*labels, "seconds"], *columns.values(), strict=True)])
 

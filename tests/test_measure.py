@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 import attacks
+import certify
 import data
 import local_complexity
 import measure
@@ -45,6 +46,18 @@ def test_counts_are_written_whole_for_any_number_of_epsilons(small):
     found = attacks.radii_withstood(small[0], probes.images, small[1].y_test, config.epsilons, 1, "low")
     assert rank.tolist() == found.tolist()
     assert list(row["robust_acc"].values()) == [float((rank > k).mean()) for k in range(1, 301)]
+
+
+def test_the_certified_images_are_drawn_among_the_attacked(small):
+    """Not the first ones, which are of one class in a folder of images."""
+    config, row = row_of(small, adv_size=15, certify=6)
+    few, text = measure.draw_probes(config, small[1]), row["outcomes"]["certified"]
+    assert len(text) == 15 and [code != "-" for code in text] == few.among.tolist()
+    chosen = few.images[few.among]
+    assert torch.equal(chosen, data.pixels(small[1].x_test[few.certified], torch.float32)) and len(chosen) == 6
+    assert text.replace("-", "") != "" and few.among.tolist() != [True] * 6 + [False] * 9
+    counts = certify.radii_certified(small[0], chosen, few.labels[few.among], [0.1])
+    assert text.replace("-", "") == measure.characters_of(counts)
 
 
 def test_the_losses_are_those_that_training_minimises(small):
