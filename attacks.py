@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from losses import log_odds
-from models import evaluating
+from models import Network, evaluating
 
 # budget: (wrong classes attacked one by one, rounds over them, factor on `steps`, reach: how far from falling an image
 # may be before its class is given up, balls further out in which the attack toward a class begins). Each further class
@@ -305,9 +305,9 @@ def check_model(model: nn.Module, x: Tensor, y: Tensor) -> None:
                               equal_nan=True):
             raise ValueError("the model's outputs differ between two passes over the same images: turn its dropout or "
                              "noise off in eval mode")
-        # A constant model, whose rows are all the same, may have any outputs.
+        # A constant model, whose rows are all the same, may have any outputs; so may ours, after squared error.
         sums_to_1 = ((logits.sum(1) - 1).abs() < max(1e-3, rounding)).all() and (logits != logits[0]).any()
-        if sums_to_1 and logits.min() >= 0 and logits.max() <= 1:
+        if sums_to_1 and 0 <= logits.min() and logits.max() <= 1 and not isinstance(model, Network):
             raise ValueError("the model returns probabilities (outputs in [0, 1] that sum to 1 for each image): return "
                              "the logits before the softmax, or F.log_softmax of them; a softmax rounds to 1 and hides "
                              "adversarial images")

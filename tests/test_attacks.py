@@ -520,6 +520,16 @@ def test_what_only_resembles_probabilities_is_attacked(after):
         call(Bent(after=after), x, y)
 
 
+def test_a_network_of_ours_is_attacked_also_if_squared_error_made_its_outputs_look_like_probabilities():
+    model = models.build_model("mlp", (1, 2, 2), 2, depth=2, width=4)
+    *_, last = (module for module in model.modules() if isinstance(module, nn.Linear))
+    with torch.no_grad():
+        last.weight[1] = -last.weight[0].mul_(1e-3)
+        last.bias.fill_(0.5)
+    for call in CALLS.values():
+        call(model, torch.rand(5, 1, 2, 2), torch.tensor([0, 1, 1, 1, 0]))
+
+
 def test_a_model_made_in_inference_mode_is_refused():
     with torch.inference_mode():
         model = nn.Sequential(nn.Flatten(), nn.Linear(4, 3))
