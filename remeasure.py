@@ -26,7 +26,7 @@ import signal
 import sys
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -95,7 +95,7 @@ from compute import device as devices
 from compute import signals
 from records import checkpoints, files, history
 from records.console import Console
-from records.run import fail, history_of
+from records.run import fail, history_of, own_history
 
 
 def flags_given(args: argparse.Namespace) -> dict[str, Any]:
@@ -159,18 +159,21 @@ def first_sound(paths: list[Path]) -> dict:
     return checkpoints.load_checkpoint(paths[-1])
 
 
-def earlier_rows(log_dir: str, config: Config, first: dict, note: Callable[[str], None]) -> dict[int, measure.Row]:
+def earlier_rows(log_dir: str, config: Config, first: dict, known: Collection[tuple], note: Callable[[str], None]
+                 ) -> dict[int, measure.Row]:
     """Return {step: row} of what was measured before; move it aside if it is of another run or was made with other
-    flags or another version's attack."""
+    flags or another version's attack. first: a checkpoint of the run. known: (step, seconds) of the run's log steps,
+    empty if its history is missing."""
     try:
         record = history.read_history(Path(log_dir) / history.HISTORY_NAME)
     except FileNotFoundError:
         return {}
     rows = {row["step"]: row for row in map(history.with_nan, history.rows_of(record))}
     other = checkpoints.differences(record["config"], config, flags_of(EXPERIMENT, MEASUREMENT) - SCHEDULE)
+    measured = {(step, row["seconds"]) for step, row in rows.items()}
     # Two runs with the same flags never take the same time.
-    if (not other and checkpoints.robust_version(record) == attacks.ROBUST_VERSION
-            and rows.get(first["step"], first)["seconds"] == first["seconds"]):
+    same = measured <= {*known} if known else (first["step"], first["seconds"]) in measured
+    if same and not other and checkpoints.robust_version(record) == attacks.ROBUST_VERSION:
         return rows
     (moved,) = files.move_aside(log_dir)
     note(f"measurements of another run, with other flags or by an earlier version are now in {moved}")
@@ -184,9 +187,10 @@ def measure_run(args: argparse.Namespace) -> int:
     place = history_of(next(iter(found.values())), first["config"])
     if place and place.parent.resolve() == Path(log_dir).resolve():
         raise ValueError(f"--log_dir={log_dir} holds the run's own history: choose another folder")
-    own: history.History = history.read_history(place) if place else {"step": []}
+    own = own_history(next(iter(found.values())), first)
     # A checkpoint does not hold which test images were right. Its row is known by its time: no two runs take the same.
-    right = {(row["step"], row.get("seconds")): row.get("outcomes", {}).get("test") for row in history.rows_of(own)}
+    right = {(row["step"], row["seconds"]): row.get("outcomes", {}).get("test")
+             for row in (history.rows_of(own) if own else [])}
 
     was = {name: value for name, value in first["config"].items() if name in flags.FIELDS}
     here = {"device": "auto", "threads": None, "quiet": False, "eval_batch_size": None, "compile": "off"}
@@ -198,8 +202,9 @@ def measure_run(args: argparse.Namespace) -> int:
     model, probes = train.build_model(config, dataset), measure.draw_probes(config, dataset)
     empty = train.empty_history(config, wanted, dataset, model, fingerprint)
     empty["asked"] = sorted({*first.get("asked", []), *given.keys() & flags_of(MEASUREMENT)})
-    if (first["step"], first["seconds"]) in right:  # the run may have begun before the first of these checkpoints
-        empty["interpolation"] = interpolation_step(own)
+    # The run may have log steps between these checkpoints, and before them.
+    if own or first_sound([*found.values()][::-1])["logged"] != len(found):
+        empty["interpolation"] = interpolation_step(own) if own else None
     empty["derived"] |= train.choose_threads(config, model, dataset, None)
     torch.set_num_threads(empty["derived"]["eval_threads"])
     console = Console(quiet=config.quiet)
@@ -219,7 +224,7 @@ def measure_run(args: argparse.Namespace) -> int:
         row["outcomes"].setdefault("test", outcomes)
         return row
 
-    rows, failed = earlier_rows(log_dir, config, first, console.note), False
+    rows, failed = earlier_rows(log_dir, config, first, right.keys(), console.note), False
     target, made = Path(log_dir) / history.HISTORY_NAME, history_with(empty, rows, config)
     if rows:  # what is said once may have changed
         history.write_history(target, made)

@@ -26,9 +26,11 @@ import local_complexity
 import models
 from analysis import panels, runs
 from analysis.panels import SMALL, Axes, Figure
+from analysis.statistics import interpolation_step
 from flags import MEASUREMENT, flags_of
 from records import checkpoints, files
 from records.history import History, append
+from records.run import own_history
 
 RASTER = 600  # pixels along each side of a panel
 MARGIN = 0.35  # how far the picture reaches beyond the three images, relative to their distance from its centre
@@ -203,7 +205,9 @@ def gif(paths: Sequence[str | Path], out: Path, data_dir: str | None = None) -> 
     Next to the partition are the accuracies in the checkpoints, with a mark that moves. Errors: those of figure().
     """
     found, plane = load_all(paths, data_dir)
-    history: History = {"step": [], "adv_acc": {}, "robust_acc": {}}
+    own = own_history(Path(found[0]["path"]), found[0])
+    history: History = {"step": [], "adv_acc": {}, "robust_acc": {},
+                        "interpolation": interpolation_step(own) if own else None}
     for checkpoint in found:
         append(history, {name: checkpoint.get(name) for name in (
             "step", "train_acc", "test_acc", *panels.SHARES, "adv_acc", "robust_acc")})

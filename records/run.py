@@ -44,6 +44,16 @@ def history_of(checkpoint: Path, config: dict) -> Path | None:
     return next(filter(Path.is_file, (place / history.HISTORY_NAME for place in folders)), None)
 
 
+def own_history(path: Path, checkpoint: dict) -> History | None:
+    """Return the history of the run that the checkpoint in path is of, None if it is not near it."""
+    place = history_of(path, checkpoint["config"])
+    record = history.read_history(place) if place else None
+    # Two runs never take the same time.
+    known = record and (checkpoint["step"], checkpoint["seconds"]) in zip(
+        record["step"], record.get("seconds", []), strict=False)
+    return record if known else None
+
+
 def parent_of(config: Config, fingerprint: str) -> dict:
     """Return the checkpoint that --branch_from names, with its "path" and, as "history", its run's up to there. Raises
     ValueError or OSError, with one line, if it is of another network or other data, or has no history."""

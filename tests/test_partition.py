@@ -12,6 +12,7 @@ import models
 import plot
 from analysis import panels, partition
 from records import checkpoints
+from records.history import HISTORY_NAME, write_history
 
 SIZES = {"train": 50, "test": 797, "attacked": 20, "in_shape": [1, 8, 8], "num_classes": 10}
 
@@ -116,6 +117,8 @@ def test_gif_has_one_frame_for_each_checkpoint_beside_the_accuracies(tmp_path, l
                          "robust_acc": {"0.1": step / 4000}} for step in (900, 100, 10, 0)}
     paths = [save_checkpoint(tmp_path / f"{step}.pt", step, metrics) for step, metrics in accuracies.items()]
     paths.append(save_checkpoint(tmp_path / "rolling.pt", 30))  # between log steps
+    write_history(tmp_path / HISTORY_NAME, {"version": 1, "step": [0, 10, 20], "seconds": [0.0, 1.0, 2.0], "config": {},
+                                            "train_acc": [0.1, 0.99, 1.0], "warnings": [], "sizes": {}})
     out = tmp_path / "partition.gif"
     assert plot.main(["--partition", *paths, "--out", str(out)]) == 0
     assert str(out) in capsys.readouterr().out
@@ -137,7 +140,7 @@ def test_gif_has_one_frame_for_each_checkpoint_beside_the_accuracies(tmp_path, l
     assert_readable(fig)
     shown, accuracy = fig.axes[:2]
     assert shown.get_title() == "step 900" and [900, 900] in [list(line.get_xdata()) for line in accuracy.lines]
-    assert "train 99% at step 100" in [text.get_text() for text in accuracy.texts]
+    assert "train 99% at step 10" in [text.get_text() for text in accuracy.texts]
     curves = [[None if np.isnan(y) else y for y in line.get_ydata()] for line in curves_of(accuracy)]
     for name in ("train_acc", "test_acc", "adv_acc", "robust_acc"):
         values = [accuracies[step][name] for step in (0, 10, 100, 900)]
