@@ -15,7 +15,7 @@ import socket
 import sys
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -23,6 +23,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from filelock import FileLock
 from PIL import Image, ImageOps
 from torchvision import datasets
 from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
@@ -248,11 +249,23 @@ def last_line(error: Exception) -> str:
     return lines[-1] if lines else type(error).__name__
 
 
+@contextmanager
+def alone(data_dir: str) -> Iterator[None]:
+    """Wait until no other process downloads into data_dir, such as another task of a SLURM array. Where a folder cannot
+    be written or has no locks, do not wait."""
+    with ExitStack() as held:
+        with suppress(OSError, NotImplementedError):
+            os.makedirs(data_dir, exist_ok=True)
+            held.enter_context(FileLock(os.path.join(data_dir, ".download.lock")))
+        yield
+
+
 def read_torchvision(dataset_class: Callable, name: str, data_dir: str) -> Tensors:
     """Read MNIST, CIFAR or a data set that torchvision keeps in the same way."""
     tensors: list[torch.Tensor] = []
     for train in (True, False):
-        split = fetch(name, dataset_class, data_dir, train=train)
+        with alone(data_dir):
+            split = fetch(name, dataset_class, data_dir, train=train)
         images = torch.as_tensor(split.data)
         images = images.unsqueeze(1) if images.ndim == 3 else images.permute(0, 3, 1, 2).contiguous()
         tensors += [images, torch.as_tensor(split.targets)]
@@ -261,8 +274,9 @@ def read_torchvision(dataset_class: Callable, name: str, data_dir: str) -> Tenso
 
 def read_imagenette(name: str, data_dir: str, image_size: int = DEFAULT_IMAGE_SIZE) -> Tensors:
     root = os.path.join(data_dir, "imagenette2-160")
-    if not os.path.exists(root):
-        fetch(name, datasets.Imagenette, data_dir, size="160px")
+    with alone(data_dir):
+        if not os.path.exists(root):
+            fetch(name, datasets.Imagenette, data_dir, size="160px")
     counts = tuple(sum(map(len, scan(root, split).values())) for split in ("train", "val"))
     if counts != IMAGENETTE_COUNTS:
         raise ValueError(f"{root} holds {counts} training and test images, not {IMAGENETTE_COUNTS}, as after an "
@@ -345,7 +359,7 @@ def cache_key(root: str, paths: list[str], image_size: int | None) -> str:
 
     Size and date would not do: archives and `cp -p` replace files by others of the same date.
     """
-    digest = hashlib.sha256(f"2 {image_size}".encode())
+    digest = hashlib.sha256(f"3 {image_size}".encode())
     for path in paths:
         digest.update(os.fsencode(os.path.relpath(path, root)) + b"\0")
         digest.update(hashlib.sha256(Path(path).read_bytes()).digest())
@@ -389,10 +403,14 @@ def size_of(path: str) -> tuple[int, int]:
 
 
 def read_image(path: str, size: tuple[int, int]) -> np.ndarray:
-    """Return the image as RGB, uint8 (3, H, W): resized to cover size (width, height), then its centre."""
+    """Return the image as RGB, on white where it is transparent, uint8 (3, H, W): resized to cover size (width,
+    height), then its centre."""
     with opened(path) as image:
         if image.mode[0] in "IF":  # Pillow would clip values above 255 to white
             raise ValueError("more than 8 bits per channel")
+        if image.has_transparency_data:
+            drawn = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", drawn.size, "white"), drawn)
         return np.asarray(ImageOps.fit(image.convert("RGB"), size, Image.Resampling.BILINEAR)).transpose(2, 0, 1)
 
 
@@ -447,6 +465,8 @@ def main() -> None:
                   f"{'x'.join(map(str, dataset.x_train.shape[1:]))}, {dataset.num_classes} classes", flush=True)
     except (OSError, ValueError, MemoryError) as error:
         parser.error(str(error))
+    except KeyboardInterrupt:
+        parser.exit(130, "data.py: interrupted\n")
 
 
 if __name__ == "__main__":

@@ -79,8 +79,9 @@ class OneLineParser(argparse.ArgumentParser):
     """A parser whose errors are one line, without the usage."""
 
     def error(self, message: str):
-        unknown = re.search(r"unrecognized arguments: (--\w+)", message)
-        close = difflib.get_close_matches(unknown[1], re.findall(r"--\w+", self.format_help()), 1) if unknown else []
+        unknown = re.search(r"unrecognized arguments: --([\w-]+)", message)
+        name = "--" + unknown[1].replace("-", "_") if unknown else ""
+        close = difflib.get_close_matches(name, re.findall(r"--\w+", self.format_help()), 1)
         message += f": did you mean {close[0]}?" if close else ""
         self.exit(2, f"{self.prog}: error: {message}\n")
 

@@ -77,7 +77,7 @@ def refusal(capsys, program, *flags):
     assert len(err) < 1000 and "Traceback" not in out + err
     after = files()
     # torchvision makes an empty folder before it downloads.
-    made = {path for path in after.keys() - before.keys() if not (path.startswith("data") and after[path] is None)}
+    made = {path for path in after.keys() - before.keys() if not (path.startswith("data") and not after[path])}
     assert not made and {path: after[path] for path in before} == before
     return err
 
@@ -105,7 +105,8 @@ FLAGS = [
     ("--lr_schedule=cosine", "--lr_schedule=cosine"),
     ("--warmup_steps=3 --n_steps=3", "--warmup_steps=3"), ("--label_smoothing=0.1 --loss=mse", "label_smoothing"),
     # no such flag; a decimal comma; an unset shell variable
-    ("--res", "--res"), ("mnist", "mnist"), ("--dpeth=3", "did you mean --depth?"), ("--epsilons=8", "8/255?"),
+    ("--res", "--res"), ("mnist", "mnist"), ("--dpeth=3", "did you mean --depth?"),
+    ("--data-dir=x", "did you mean --data_dir?"), ("--epsilons=8", "8/255?"),
     ("--preset=frist", "frist"), ("--epsilons=0,1", "0.1"), ("--log_dir=", "--log_dir"),
     # against the data or the machine
     ("--batch_size=61", "--batch_size=61"), ("--train_size=1001", "1001"), ("--image_size=8", "image_size"),

@@ -9,6 +9,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 
 import numpy as np
@@ -281,6 +282,21 @@ def test_npz_that_is_no_such_file(tmp_path):
 
 # MNIST
 
+def test_processes_that_start_together_do_not_read_half_a_download(tmp_path):
+    class Slow:
+        def __init__(self, folder, download, train):
+            if not (tmp_path / "whole").exists():
+                assert not (tmp_path / "part").exists(), "half a download"
+                (tmp_path / "part").touch()
+                time.sleep(0.2)
+                (tmp_path / "part").rename(tmp_path / "whole")
+            self.data, self.targets, self.classes = np.zeros((3, 8, 8), np.uint8), [0, 1, 2], "abc"
+
+    with ThreadPoolExecutor() as pool:
+        found = [*pool.map(lambda _: data.read_torchvision(Slow, "slow", str(tmp_path)), range(3))]
+    assert [x.shape for x, *_ in found] == [(3, 1, 8, 8)] * 3
+
+
 def test_mnist_reads_torchvisions_layout(tmp_path):
     mnist = data.load_dataset("mnist", write_mnist(tmp_path), seed=7)
     assert mnist.x_train.shape == (1000, 1, 28, 28) and mnist.x_test.shape == (30, 1, 28, 28)
@@ -397,10 +413,11 @@ def test_grey_palette_and_alpha_images_become_rgb(tmp_path):
     write_images(tmp_path, sizes=((8, 8),))
     Image.new("L", (8, 8), 77).save(tmp_path / "train/cat/0.png")
     Image.new("RGBA", (8, 8), (1, 2, 3, 255)).save(tmp_path / "train/dog/0.png")
+    Image.new("RGBA", (8, 8), (1, 2, 3, 0)).save(tmp_path / "test/dog/0.png")  # transparent: white
     Image.new("RGB", (8, 8), (9, 8, 7)).convert("P", palette=Image.Palette.ADAPTIVE).save(tmp_path / "test/cat/0.png")
     folder = data.load_dataset("imagefolder", tmp_path)
     assert folder.x_train[:, :, 0, 0].tolist() == [[77, 77, 77], [1, 2, 3]]
-    assert folder.x_test[0, :, 0, 0].tolist() == [9, 8, 7]
+    assert folder.x_test[:, :, 0, 0].tolist() == [[9, 8, 7], [255, 255, 255]]
 
 
 def test_cache_is_used_and_equal(tmp_path, monkeypatch):
