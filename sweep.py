@@ -83,6 +83,13 @@ def is_complete(folder: Path, config: Config) -> bool:
         found = history.read_history(folder / "logs" / history.HISTORY_NAME)
     except (ValueError, OSError):  # train.py is to say so
         return False
+    if config.dataset in ("imagefolder", "npz"):  # whose files may have changed
+        import data
+
+        with contextlib.suppress(ValueError, OSError, MemoryError):
+            now = data.fingerprint(data.from_config(dataclasses.asdict(config)))
+            if found.get("derived", {}).get("data", now) != now:
+                return False
     used, last, length = found["config"], found["step"][-1:], "n_steps" if config.n_steps else "n_epochs"
     return (last == [used["n_steps"]] and used[length] == getattr(config, length)
             and any(folder.glob(f"checkpoints/checkpoint_epoch_*_step_{last[0]:09d}.pt")))
