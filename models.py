@@ -193,11 +193,17 @@ def load_network(checkpoint: Mapping[str, Any]) -> Network:
     line, if its weights do not fit its config."""
     config, sizes = checkpoint["config"], checkpoint["sizes"]
     model = from_config(config, sizes["in_shape"], sizes["num_classes"])
+    load_weights(model, checkpoint)
+    return model.eval()
+
+
+def load_weights(model: nn.Module, checkpoint: Mapping[str, Any]) -> None:
+    """Load the weights of a checkpoint; ValueError, in one line, if they do not fit the model."""
     try:
         model.load_state_dict(checkpoint["model_state_dict"])
-    except RuntimeError:
-        raise ValueError("its weights do not fit the network that its config describes") from None
-    return model.eval()
+    except (RuntimeError, AttributeError):
+        raise ValueError(f"the weights of step {checkpoint['step']} do not fit the network that their config describes"
+                         ) from None
 
 
 @contextmanager

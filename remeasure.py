@@ -89,6 +89,7 @@ import attacks
 import data
 import local_complexity
 import measure
+import models
 import train
 from analysis.statistics import interpolation_step
 from compute import device as devices
@@ -173,7 +174,7 @@ def earlier_rows(log_dir: str, config: Config, first: dict, known: Collection[tu
     measured = {(step, row["seconds"]) for step, row in rows.items()}
     # Two runs with the same flags never take the same time.
     same = measured <= {*known} if known else (first["step"], first["seconds"]) in measured
-    if same and not other and checkpoints.robust_version(record) == attacks.ROBUST_VERSION:
+    if same and not other and record.get("derived", {}).get("robust_version", 1) == attacks.ROBUST_VERSION:
         return rows
     (moved,) = files.move_aside(log_dir)
     note(f"measurements of another run, with other flags or by an earlier version are now in {moved}")
@@ -215,7 +216,7 @@ def measure_run(args: argparse.Namespace) -> int:
         other = checkpoints.differences(state["config"], config, flags_of(EXPERIMENT))
         if other:
             raise ValueError(f"{path} is of another run: {'; '.join(other)}")
-        checkpoints.load_weights(model, state, path)
+        models.load_weights(model, state)
         row: Any = {name: state[name] for name in KNOWN if name in state}
         outcomes = right.get((state["step"], state["seconds"]))
         known = {measure.clean, measure.weight_norm} if outcomes and row.keys() >= {*CLEAN} else set()

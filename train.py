@@ -337,7 +337,7 @@ def train(run: Run, dataset: data.Dataset, probes: measure.Probes, stop: signals
 
 def complete(args: Config, dataset: data.Dataset, device: torch.device) -> Config:
     """Return every flag as it is used with this data set. ValueError for a flag that does not fit it."""
-    n_train, n_test, grey = len(dataset.x_train), len(dataset.x_test), dataset.x_test.shape[1] != 3
+    n_train, n_test, grey = len(dataset.x_train), len(dataset.x_test), dataset.x_test.shape[1] == 1
     decided: dict[str, Any] = {name: implied(name, vars(args)) for name in IMPLIED if getattr(args, name) is None}
     decided |= dict(
         device=str(device), train_size=n_train, adv_size=n_test if args.adv_size == "all" else args.adv_size,
@@ -417,7 +417,9 @@ def choose_threads(config: Config, model: torch.nn.Module, dataset: data.Dataset
     twin = copy.deepcopy(model)
     trainer, steps = Trainer(twin, dataclasses.replace(config, compile="off"), dataset), itertools.count()
     threads = devices.fastest_thread_count(lambda: trainer.advance(next(steps), 1))
-    images = data.pixels(dataset.x_test[:1000], trainer.dtype).requires_grad_()
+    first = data.pixels(dataset.x_test[:1], trainer.dtype)
+    at_once = config.eval_batch_size or measure.default_eval_batch_size(twin, first)
+    images = data.pixels(dataset.x_test[:min(1000, at_once)], trainer.dtype).requires_grad_()
     return {"threads": threads, "eval_threads": devices.fastest_thread_count(
         lambda: torch.autograd.grad(twin(images).sum(), images))}
 
@@ -449,14 +451,15 @@ def start(args: Config) -> tuple[Run, data.Dataset, measure.Probes]:
         record = empty_history(config, args, dataset, model, fingerprint)
         if parent:
             changed = checkpoints.differences(parent["config"], config, {"loss", "label_smoothing"})
-            record["branch"] = {
-                "of": str(parent["path"]), "step": parent["step"], "schedule_from": parent["step"], "loss_changed": [
-                    *parent["history"].get("branch", {}).get("loss_changed", []), *[parent["step"]] * bool(changed)]}
+            steps = [*parent["history"].get("branch", {}).get("loss_changed", []), *[parent["step"]] * bool(changed)]
+            record["branch"] = {"of": str(parent["path"]), "step": parent["step"], "epoch": parent["epoch"],
+                                "schedule_from": parent["step"], "loss_changed": steps}
         elif earlier and "branch" in earlier["history"]:
             record["branch"] = earlier["history"]["branch"]
         record["derived"] |= choose_threads(config, model, dataset, earlier)
         if earlier or parent:  # the first rows are theirs
-            record["derived"]["robust_version"] = checkpoints.robust_version(earlier or parent or {})
+            before = (earlier or parent or {}).get("derived", {})  # an old one does not say
+            record["derived"]["robust_version"] = before.get("robust_version", 1)
         # Branches of earlier versions lack schedule_from: theirs counts from the first step of all.
         trainer = Trainer(model, config, dataset, console.note, record.get("branch", {}).get("schedule_from", 0))
         probes = measure.draw_probes(config, dataset)

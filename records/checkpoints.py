@@ -136,11 +136,6 @@ def is_of_data(source: Mapping[str, Any], fingerprint: str) -> bool:
     return source.get("derived", {}).get("data", fingerprint) == fingerprint
 
 
-def robust_version(source: Mapping[str, Any]) -> int:
-    """Return the attacks.ROBUST_VERSION of a checkpoint's or a history's first rows; an old one does not say."""
-    return source.get("derived", {}).get("robust_version", 1)
-
-
 def check_experiment(path: Path, source: Mapping[str, Any], config: Config, fingerprint: str) -> None:
     """Raise ValueError if source, the checkpoint or history in `path`, is not of this experiment and these data."""
     own = "give this run its own --log_dir and --save_dir"
@@ -163,14 +158,6 @@ def check_history(history_path: Path, history: History, path: Path, checkpoint: 
     if last > its_own or (last != its_own and "train_loss" in checkpoint):
         raise ValueError(f"{history_path} and {path} are not of one run: log point {checkpoint['logged']} is at step "
                          f"{last[0]} after {last[1]} s, the checkpoint at step {its_own[0]} after {its_own[1]} s")
-
-
-def load_weights(model: torch.nn.Module, checkpoint: dict, path: Path) -> None:
-    """Load the weights of the checkpoint in path; ValueError, in one line, if they do not fit the model."""
-    try:
-        model.load_state_dict(checkpoint["model_state_dict"])
-    except (RuntimeError, AttributeError):
-        raise ValueError(f"{path}: its weights do not fit the network that its config describes") from None
 
 
 def load_optimizer_state(optimizer: torch.optim.Optimizer, checkpoint: dict) -> bool:

@@ -10,6 +10,7 @@ from typing import Any, cast
 import torch
 
 import attacks
+import models
 from compute import distributed
 from flags import MEASUREMENT, SCHEDULE, Config, flags_of
 from measure import Row
@@ -106,7 +107,7 @@ class Run:
 
     def load(self, source: dict, is_parent: bool) -> None:
         """Take over weights, optimizer state, step and history from a checkpoint, its own or its parent's."""
-        checkpoints.load_weights(self.model, source, source["path"])
+        models.load_weights(self.model, source)
         loaded = checkpoints.load_optimizer_state(self.trainer.optimizer, source)
         if not loaded and not is_parent:
             raise ValueError(f"{source['path']}: its state does not fit the optimizer of its config")
@@ -134,7 +135,10 @@ class Run:
 
     @property
     def epoch(self) -> float:
-        return self.step / (self.config.train_size // self.config.batch_size)
+        branch = self.history.get("branch", {})  # those of earlier versions lack the epoch
+        since = branch["step"] if "epoch" in branch else 0
+        passes = (self.step - since) / (self.config.train_size // self.config.batch_size)
+        return round(branch["epoch"] + passes, 9) if since else passes
 
     @property
     def seconds(self) -> float:

@@ -291,9 +291,16 @@ def test_the_threads_are_measured_stored_and_kept_unless_they_are_given(tmp_path
         work()
         return next(counts)
 
+    def grad(outputs, images):
+        inputs.append(len(images))
+        return torch.zeros_like(images)
+
+    inputs = []
+    monkeypatch.setattr(torch.autograd, "grad", grad)
     monkeypatch.setattr(devices, "fastest_thread_count", measured)
     try:
-        run_here(tmp_path, *flags, "--n_steps=2")
+        run_here(tmp_path, *flags, "--n_steps=2", "--eval_batch_size=70")
+        assert inputs == [70]  # no more memory than in a log step
         assert "threads  1 in training, 2 in log steps" in capsys.readouterr().out
         run_here(tmp_path, *flags, "--n_steps=3", "--resume")  # a third measurement would raise StopIteration
         derived = history_of(tmp_path)["derived"]
@@ -315,7 +322,8 @@ def test_a_branch_begins_with_its_parents_columns_and_goes_its_own_way(tmp_path,
     assert f"\nbranch   from step {step}, {source}\n" in capsys.readouterr().out
     run_here(plain, *SMALL, "--n_steps=40", f"--branch_from={source}")
     before, after = columns(parent), columns(branch)
-    assert after["branch"] == {"of": str(source), "step": step, "schedule_from": step, "loss_changed": [step]}
+    assert after["branch"] == {"of": str(source), "step": step, "epoch": before["epoch"][3], "schedule_from": step,
+                               "loss_changed": [step]}
     i = before["step"].index(step) + 1
     assert after["step"][:i] == before["step"][:i] and after["train_loss"][:i] == before["train_loss"][:i]
     assert after["step"][-1] == 40 and after["train_loss"][i] != before["train_loss"][i]
@@ -328,8 +336,12 @@ def test_a_branch_begins_with_its_parents_columns_and_goes_its_own_way(tmp_path,
     assert columns(branch)["step"][-1] == 60
     again = sorted((branch / "checkpoints").glob("*.pt"))[-1]
     run_here(tmp_path / "twig", *SMALL, "--n_steps=61", f"--branch_from={again}")
-    assert columns(tmp_path / "twig")["branch"] == {"of": str(again), "step": 60, "schedule_from": 60,
-                                                    "loss_changed": [step, 60]}
+    assert columns(tmp_path / "twig")["branch"] == {"of": str(again), "step": 60, "epoch": after["epoch"][-1] * 1.5,
+                                                    "schedule_from": 60, "loss_changed": [step, 60]}
+    # another batch size: the epochs go on from there
+    run_here(tmp_path / "half", *SMALL, "--n_steps=61", "--batch_size=10", f"--branch_from={again}")
+    epochs, per_epoch = columns(tmp_path / "half")["epoch"], history_of(branch)["config"]["train_size"] // 10
+    assert epochs == sorted(epochs) and epochs[-1] == pytest.approx(after["epoch"][-1] * 1.5 + 1 / per_epoch)
     for flag in ("--width=8", "--activation=tanh", "--init_scale=8", f"--n_steps={step}"):
         capsys.readouterr()
         run_here(tmp_path / "other", *SMALL, "--n_steps=40", flag, f"--branch_from={source}", status=2)
