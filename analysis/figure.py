@@ -133,8 +133,9 @@ def add_legend(fig: Figure, groups: Sequence[Sequence[History]], with_complexity
         Line2D([], [], color="0.3", lw=1.0, ls=(0, (3, 1.5)), label="adv_acc at ε: PGD on cross-entropy as computed")]
     if any(panels.shared(group, "rounding") for group in groups):
         handles.append(Patch(color="0.85", label="filled: the part of adv_acc that is rounding"))
-    if any(panels.shared(group, "certified_acc") for group in groups):
-        n = min(groups[0][0]["config"].get("certify", 0), groups[0][0]["sizes"]["attacked"])
+    certified = [group[0] for group in groups if panels.shared(group, "certified_acc")]
+    if certified:
+        n = min(min(history["config"]["certify"], history["sizes"]["attacked"]) for history in certified)
         handles.append(Line2D([], [], color="0.3", lw=1.4, ls=(0, (1, 1)),
                               label=f"certified_acc at ε: no attack can succeed ({n:,} images)"))
     if with_complexity:

@@ -57,7 +57,8 @@ def lay_out(fig: Figure) -> None:
             places = spaced(ends[::-1, 1], LINE / height, 0.02, 0.98)[::-1]
             for name, (x, y), place in zip(names, ends, places, strict=True):
                 name.set_y(place)
-                ax.plot([x, 1 + 0.15 / width], [y, place], color=name.get_color(), lw=0.5, alpha=0.6,
+                # Not inside the panel, where it would look like a curve that goes on.
+                ax.plot([max(x, 1), 1 + 0.15 / width], [y, place], color=name.get_color(), lw=0.5, alpha=0.6,
                         transform=ax.transAxes, clip_on=False)
 
 

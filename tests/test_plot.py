@@ -17,7 +17,7 @@ from matplotlib.colors import to_hex
 from matplotlib.text import Annotation, Text
 
 import plot
-from analysis import figure, panels, phases
+from analysis import figure, panels, phases, runs
 from records.history import read_history, write_history
 
 EPSILONS = ("0.03", "0.1", "0.0313725")
@@ -146,6 +146,7 @@ def test_a_branch_is_marked_where_it_leaves_its_parent_which_the_title_names():
     assert "branch from step 100 of parent" in titles[0] and titles[1] == "no branch"
     assert any("leaves its parent" in text for text in texts(fig))
     assert_readable(fig)
+    assert "loss ce" in runs.run_title(branch | {"config": branch["config"] | {"loss": "ce"}}).replace("\N{NBSP}", " ")
 
 
 def test_an_epsilon_has_one_colour_in_all_panels():
@@ -183,6 +184,15 @@ def test_what_is_certified_is_dotted_in_the_epsilons_colour():
     assert lines(fig.axes[0], colour)[1][1] == [None, *history["robust_acc"]["0.1"][1:]]
     assert "certified_acc at ε: no attack can succeed (200 images)" in texts(fig)
     assert_readable(fig)
+    both = figure.figure([grokking(width=9), history | {"certified_acc": history["robust_acc"]}])
+    assert "certified_acc at ε: no attack can succeed (200 images)" in texts(both)
+
+
+def test_names_are_tied_outside_a_panel_where_a_run_ends_before_the_others():
+    long = grokking(width=9)
+    fig = figure.figure([grokking(cut=30), long])
+    ties = [line for line in fig.axes[0].lines if line.get_transform() == fig.axes[0].transAxes]
+    assert ties and all(min(line.get_xdata()) >= 1 for line in ties)
 
 
 def test_a_history_measured_again_says_so_and_has_its_runs_interpolation():
