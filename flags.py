@@ -347,8 +347,8 @@ def add_flags(parser: argparse.ArgumentParser, names: frozenset[str] = frozenset
         target = group
         if field.metadata["kind"] == LENGTH:
             target = length = length or group.add_mutually_exclusive_group()
-        target.add_argument(field.metadata.get("option", f"--{name}"), dest=name,
-                            default=argparse.SUPPRESS, **options)
+        option = field.metadata.get("option", f"--{name}")
+        target.add_argument(option, dest=name, default=argparse.SUPPRESS, **options)
 
 
 def flattened(parser: argparse.ArgumentParser, values: dict) -> dict:

@@ -169,10 +169,8 @@ def under_attack(model: nn.Module, dataset: data.Dataset, probes: Probes, config
         "adv_acc": {key: column.sum().item() / n for key, column in adv.items()},
         "rounding": {key: column.sum().item() / n for key, column in rounding.items()},
         "robust_acc": dict(zip(keys, attacks.shares(counts, epsilons), strict=True)),
-        "saturated": saturated.sum().item() / n,
-        "zero_gradient": zero.sum().item() / n,
-        "outcomes": {"robust": characters_of(counts),
-                     "adv": {key: hex_of(column) for key, column in adv.items()},
+        "saturated": saturated.sum().item() / n, "zero_gradient": zero.sum().item() / n,
+        "outcomes": {"robust": characters_of(counts), "adv": {key: hex_of(column) for key, column in adv.items()},
                      "rounding": {key: hex_of(column) for key, column in rounding.items()}}}
 
 

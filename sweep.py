@@ -85,7 +85,6 @@ def is_complete(folder: Path, config: Config) -> bool:
         return False
     if config.dataset in ("imagefolder", "npz"):  # whose files may have changed
         import data
-
         with contextlib.suppress(ValueError, OSError, MemoryError):
             now = data.fingerprint(data.from_config(dataclasses.asdict(config)))
             if found.get("derived", {}).get("data", now) != now:

@@ -457,9 +457,8 @@ def start(args: Config) -> tuple[Run, data.Dataset, measure.Probes]:
         elif earlier and "branch" in earlier["history"]:
             record["branch"] = earlier["history"]["branch"]
         record["derived"] |= choose_threads(config, model, dataset, earlier)
-        if earlier or parent:  # the first rows are theirs
-            before = (earlier or parent or {}).get("derived", {})  # an old one does not say
-            record["derived"]["robust_version"] = before.get("robust_version", 1)
+        if source := earlier or parent:  # the first rows are its own; an old one does not say
+            record["derived"]["robust_version"] = source.get("derived", {}).get("robust_version", 1)
         # Branches of earlier versions lack schedule_from: theirs counts from the first step of all.
         trainer = Trainer(model, config, dataset, console.note, record.get("branch", {}).get("schedule_from", 0))
         probes = measure.draw_probes(config, dataset)

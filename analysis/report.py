@@ -9,7 +9,7 @@ import numpy as np
 
 from analysis import statistics
 from analysis.phases import SPIKE, phases, spikes
-from analysis.runs import asked, differing_flags, shown_value
+from analysis.runs import asked, differing_flags, shown_value, value_of
 from analysis.statistics import HOLD, LEAST, Rise, column_of, interpolation_of, rises_of, total_complexity
 from flags import epsilon_label
 from records.history import History, flat, rows_of
@@ -288,7 +288,7 @@ def table(histories: Sequence[History], names: Sequence[str]) -> str:
     rows = [["run", *flags, "steps", "train", "test", "99% at", "ε", "robust", "end", "delay", "adv", "end", "delay",
              "LC min", "max"]]
     for name, history in zip(names, histories, strict=True):
-        rows.append([name, *(shown_value(flag, history["config"].get(flag)) for flag in flags), *table_row(history)])
+        rows.append([name, *(shown_value(flag, value_of(history, flag)) for flag in flags), *table_row(history)])
     lines = aligned(rows)
     if len(lines[0]) <= TABLE_WIDTH or not flags:
         return "\n".join(lines)

@@ -24,9 +24,9 @@ def asked(history: History) -> list[str]:
     return [name for name in history.get("asked", history["config"]) if name in FIELDS]
 
 
-def value_of(history: History, name: str) -> str:
-    """Return a flag's value as text, for comparisons; the default if an older program did not have the flag."""
-    return repr(history["config"].get(name, FIELDS[name].default))
+def value_of(history: History, name: str) -> Any:
+    """Return a flag's value, the default if an older program did not have the flag."""
+    return history["config"].get(name, FIELDS[name].default)
 
 
 def differing_flags(histories: Sequence[History], also_same: Collection[str] = ()) -> list[str]:
@@ -44,7 +44,7 @@ def differing_flags(histories: Sequence[History], also_same: Collection[str] = (
     if len({config.get("data_dir") for config in configs if config.get("dataset") in ("imagefolder", "npz")}) > 1:
         names["data_dir"] = None
     return [name for name in names
-            if name not in also_same and len({value_of(history, name) for history in histories}) > 1]
+            if name not in also_same and len({repr(value_of(history, name)) for history in histories}) > 1]
 
 
 def grouped(histories: Sequence[History]) -> tuple[list[list[History]], list[str]]:
@@ -56,7 +56,7 @@ def grouped(histories: Sequence[History]) -> tuple[list[list[History]], list[str
     groups: dict[tuple, list[History]] = {}
     seen: Counter = Counter()
     for history in histories:
-        values = tuple(value_of(history, flag) for flag in flags)
+        values = tuple(repr(value_of(history, flag)) for flag in flags)
         run = (*values, value_of(history, "seed"))
         groups.setdefault((*values, seen[run]), []).append(history)
         seen[run] += 1
@@ -112,7 +112,7 @@ def short_names(paths: Sequence[str | Path]) -> list[str]:
         return [str(path) for path in paths]
     head = len(os.path.commonprefix(parts))
     tail = len(os.path.commonprefix([part[head:][::-1] for part in parts]))
-    return ["/".join(part[head:len(part) - tail]) or "." for part in parts]
+    return [str(Path(*part[head:len(part) - tail] or part[head - 1:head])) for part in parts]
 
 
 def run_title(history: History, flags: Collection[str] = ()) -> str:
@@ -127,7 +127,8 @@ def run_title(history: History, flags: Collection[str] = ()) -> str:
         text += f", {history['sizes']['train']:,} training images"
     said = {"model", "depth", "width", "dataset", "train_size"} | NOT_IN_TITLES
     again = ", measured again" if "interpolation" in history else ""
-    chosen = [name for name in history.get("asked", []) if name in {*FIELDS} & {*same} and name not in said]
+    named = [*history.get("asked", []), *["loss"] * ("branch" in history)]  # it may have changed to the default
+    chosen = [name for name in dict.fromkeys(named) if name in {*FIELDS} & {*same} and name not in said]
     return ", ".join([text + again, *(in_title(name, same[name]) for name in chosen)])
 
 
@@ -135,7 +136,7 @@ def group_title(group: Sequence[History], flags: Sequence[str]) -> str:
     """Return the values of these flags in a group of runs, in lines that fit a small panel, and how many runs its mean
     is of; not how finely it was measured, if more sets it apart."""
     flags = [flag for flag in flags if flag not in FINENESS] or flags
-    words = ", ".join(in_title(flag, group[0]["config"].get(flag)) for flag in flags)
+    words = ", ".join(in_title(flag, value_of(group[0], flag)) for flag in flags)
     lines = textwrap.wrap(words, 42, break_long_words=False)
     if len(group) > 1:
         ends = [history["step"][-1] for history in group]

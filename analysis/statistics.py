@@ -153,7 +153,7 @@ def delayed_rise(curve: Curve, start: int | None, statements: int = 1) -> Rise:
     rise = rise._replace(level=floors.max())
     if one_counts(statements * n * stretches(p_points).max(axis=1), floors - rise.start):
         rise = rise._replace(half=later[first_half(floors, rise.start)], brief=False)
-    if ceilings[foot] < rise.start and ceilings[foot] <= rise.level:
+    if ceilings[foot] < rise.start:
         rise = rise._replace(dip=ceilings[foot])
         after = foot + HOLD  # the first stretch that begins when the lowest one is over
         floors = floors[after:]

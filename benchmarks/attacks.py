@@ -53,9 +53,9 @@ def main(argv: list[str] | None = None) -> None:
             dataset, model = data.from_config(config, args.data_dir), models.load_network(checkpoint).to(device)
         except (ValueError, OSError) as error:
             parser.error(str(error) if path in str(error) else f"{path}: {error}")
-        # The first ones; where they lie in the order of their classes, every so many.
-        in_order, n = bool((dataset.y_test.diff() >= 0).all()), min(args.images, len(dataset.y_test))
-        rows = torch.linspace(0, len(dataset.y_test) - 1, n).long() if in_order else torch.arange(n)
+        n, total = min(args.images, len(dataset.y_test)), len(dataset.y_test)
+        in_order = bool((dataset.y_test.diff() >= 0).all())  # of their classes: then the first ones are of one
+        rows = torch.linspace(0, total - 1, n).long() if in_order else torch.arange(n)
         x = data.pixels(dataset.x_test[rows].to(device), next(model.parameters()).dtype)
         print(f"\n{path}: {config['model']} on {config['dataset']}, step {checkpoint['step']}, {len(x)} test images, "
               f"{device.type}\n", flush=True)

@@ -448,6 +448,7 @@ def test_titles_say_what_was_trained_and_what_was_chosen():
     assert runs.group_title([known_history()], []) == ""
     assert runs.group_title([known_history(), short, short], []) == "mean and range of 3 runs, 2 of them not at the end"
     assert runs.short_names(["runs/a/logs/h.json", "runs/b/logs/h.json"]) == ["a", "b"]
+    assert runs.short_names(["r/h.json", "r/c/h.json"]) == ["r", "c"] and runs.short_names(["/x", "y"]) == ["/x", "y"]
     assert runs.short_names(["x/h.json"]) == ["x/h.json"] and runs.short_names(["h.json", "x/h.json"]) == [".", "x"]
 
 
