@@ -131,7 +131,9 @@ def add_legend(fig: Figure, groups: Sequence[Sequence[History]], with_complexity
     handles: list[Line2D | Patch] = [
         Line2D([], [], color="0.3", lw=1.6, label="robust_acc at ε: attacks on the exact objective"),
         Line2D([], [], color="0.3", lw=1.0, ls=(0, (3, 1.5)), label="adv_acc at ε: PGD on cross-entropy as computed")]
-    if any(panels.shared(group, "rounding") for group in groups):
+    if any(len(group) > 1 for group in groups):
+        handles.append(Patch(color="0.85", label="band: the range of the runs"))
+    elif any(panels.shared(group, "rounding") for group in groups):
         handles.append(Patch(color="0.85", label="filled: the part of adv_acc that is rounding"))
     certified = [group[0] for group in groups if panels.shared(group, "certified_acc")]
     if certified:

@@ -143,8 +143,8 @@ def epsilon_colours(histories: Sequence[History]) -> dict[str, Any]:
 
 
 def accuracy_panel(ax: Axes, group: Sequence[History], colours: dict[str, Any]) -> None:
-    """Train, test, robust_acc (full lines), adv_acc (dashed; filled: what of it is rounding) and certified_acc (dotted)
-    against the step. colours: of each epsilon."""
+    """Train, test, robust_acc (full lines), adv_acc (dashed; of one run filled: what of it is rounding), certified_acc
+    (dotted) against the step. colours: of each epsilon."""
     def draw(name: str, words: str = "", key: str | None = None, **style: Any) -> None:
         draw_curve(ax, group, partial(column_of, name=name, key=key), words, **style)
 
@@ -152,10 +152,9 @@ def accuracy_panel(ax: Axes, group: Sequence[History], colours: dict[str, Any]) 
     for share in shown_shares(group):
         draw(share, SHARES[share][0], band=False, **SHARES[share][1])
     for key in sorted(shared(group, "robust_acc"), key=float):
-        if key in shared(group, "rounding"):
-            steps, adv, _, _ = together(group, partial(column_of, name="adv_acc", key=key))
-            _, rounding, _, _ = together(group, partial(column_of, name="rounding", key=key))
-            ax.fill_between(steps, adv - rounding, adv, color=colours[key], alpha=0.18, lw=0)
+        if len(group) == 1 and key in shared(group, "rounding"):
+            adv, rounding = (column_of(group[0], name, key) for name in ("adv_acc", "rounding"))
+            ax.fill_between(group[0]["step"], adv - rounding, adv, color=colours[key], alpha=0.18, lw=0)
         draw("adv_acc", key=key, band=False, color=colours[key], lw=1.0, ls=(0, (3, 1.5)))
         if key in shared(group, "certified_acc"):
             draw("certified_acc", key=key, band=False, color=colours[key], lw=1.4, ls=(0, (1, 1)))

@@ -166,6 +166,8 @@ def test_what_of_adv_acc_is_rounding_is_filled_where_it_was_measured(one_run):
     (heights,) = filled(grokking() | {"rounding": {"0.1": rounding}})
     assert {*adv[1:], *(0.5 * value for value in adv[1:])} <= {*heights} and adv[0] not in heights
     assert filled(grokking()) == []
+    seeds = [grokking(seed=k) | {"rounding": {"0.1": rounding}} for k in (1, 2)]
+    assert "band: the range of the runs" in texts(fig := figure.figure(seeds)) and "filled" not in str(texts(fig))
 
 
 @pytest.mark.parametrize("curve, top", [  # around random points it is twice as high
@@ -189,8 +191,7 @@ def test_what_is_certified_is_dotted_in_the_epsilons_colour():
 
 
 def test_names_are_tied_outside_a_panel_where_a_run_ends_before_the_others():
-    long = grokking(width=9)
-    fig = figure.figure([grokking(cut=30), long])
+    fig = figure.figure([grokking(cut=30), grokking(width=9)])
     ties = [line for line in fig.axes[0].lines if line.get_transform() == fig.axes[0].transAxes]
     assert ties and all(min(line.get_xdata()) >= 1 for line in ties)
 
@@ -386,10 +387,11 @@ def test_bad_options_give_one_line(tmp_path, capsys, monkeypatch):
 
 
 def test_csv_is_one_flat_table(tmp_path, capsys):
-    path = tmp_path / "h.json"
+    path = tmp_path / "logs" / "training_history.json"
+    path.parent.mkdir()
     write_history(path, {**grokking(cut=3), "layers": {"names": ["layers.1", "layers.3"], "units": [8, 8]},
                          "max_batch_loss": [None, 0.5, 0.5]})
-    assert plot.main(["--csv", str(path)]) == 0
+    assert plot.main(["--csv", str(tmp_path)]) == 0  # the run's folder
     first, second, _ = csv.DictReader(capsys.readouterr().out.splitlines())
     history = read_history(path)
     assert first["max_batch_loss"] == "" and float(second["robust_acc/0.1"]) == history["robust_acc"]["0.1"][1]
