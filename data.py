@@ -465,8 +465,6 @@ def main() -> None:
                   f"{'x'.join(map(str, dataset.x_train.shape[1:]))}, {dataset.num_classes} classes", flush=True)
     except (OSError, ValueError, MemoryError) as error:
         parser.error(str(error))
-    except KeyboardInterrupt:
-        parser.exit(130, "data.py: interrupted\n")
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from flags import OneLineParser
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = OneLineParser(prog="plot.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("histories", nargs="*", metavar="HISTORY.json",
-                        help="history files of train.py (default: logs/training_history.json)")
+                        help="history files of train.py, or the folders of runs (default: logs/training_history.json)")
     parser.add_argument("--out", metavar="PATH", type=Path, help="write PATH.png and PATH.svg (default: next to "
                         "the history; 'sweep' in the folder that several have in common; 'partition' next to the first "
                         "checkpoint)")
@@ -47,8 +47,14 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         parser.error("--partition draws checkpoints: histories, --table, --summary and --csv go without it")
     if args.csv and (args.table or args.summary or args.out):
         parser.error("--csv prints a table for programs: ask for --table, --summary or --out in another command")
-    args.histories = args.histories or ["logs/training_history.json"]
+    args.histories = [history_in(path) for path in args.histories or ["logs"]]
     return args
+
+
+def history_in(path: str) -> str:
+    """Return the history of a run's folder or of its folder of logs; any other path as it is."""
+    inside = (Path(path, *logs, "training_history.json") for logs in ([], ["logs"]))
+    return str(next(filter(Path.is_file, inside), path))
 
 
 def run(args: argparse.Namespace) -> None:

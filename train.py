@@ -417,9 +417,8 @@ def choose_threads(config: Config, model: torch.nn.Module, dataset: data.Dataset
     twin = copy.deepcopy(model)
     trainer, steps = Trainer(twin, dataclasses.replace(config, compile="off"), dataset), itertools.count()
     threads = devices.fastest_thread_count(lambda: trainer.advance(next(steps), 1))
-    first = data.pixels(dataset.x_test[:1], trainer.dtype)
-    at_once = config.eval_batch_size or measure.default_eval_batch_size(twin, first)
-    images = data.pixels(dataset.x_test[:min(1000, at_once)], trainer.dtype).requires_grad_()
+    images = data.pixels(dataset.x_test[:1000], trainer.dtype)
+    images = images[:config.eval_batch_size or measure.default_eval_batch_size(twin, images[:1])].requires_grad_()
     return {"threads": threads, "eval_threads": devices.fastest_thread_count(
         lambda: torch.autograd.grad(twin(images).sum(), images))}
 

@@ -59,10 +59,7 @@ def load_all(paths: Sequence[str | Path], data_dir: str | None = None) -> tuple[
 
 def network_in(path: str | Path) -> nn.Module:
     """Return the network of a checkpoint. ValueError if its weights do not fit its config."""
-    try:
-        return models.load_network(checkpoints.load_checkpoint(path))
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
+    return models.load_network(checkpoints.load_checkpoint(path))
 
 
 def three_images(dataset: data.Dataset) -> tuple[torch.Tensor, torch.Tensor]:

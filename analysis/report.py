@@ -50,7 +50,9 @@ def summary(history: History) -> str:
     if not history["step"]:
         return "no log step yet"
     rises = rises_of(history)
-    sentences = [fitting_text(history), generalisation_text(history, rises["test"]), *robustness_texts(history, rises),
+    branch = history.get("branch")
+    sentences = ["A branch: what lies before step {step:,} is of {of}.".format(**branch) if branch else "",
+                 fitting_text(history), generalisation_text(history, rises["test"]), *robustness_texts(history, rises),
                  gap_text(history), certified_text(history), complexity_text(history), *spike_texts(history)]
     return "\n".join([*(textwrap.fill(text, WIDTH, subsequent_indent="  ") for text in sentences if text), "",
                       *accuracy_table(history, rises), "",

@@ -30,7 +30,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = flags.OneLineParser(prog="benchmarks.attacks", description=__doc__,
                                  formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoints", nargs="+", metavar="CHECKPOINT")
-    parser.add_argument("--images", type=whole, default=500, help="how many test images to attack (default 500)")
+    parser.add_argument("--images", type=whole, default=500, help="attack the first N test images (default 500)")
     parser.add_argument("--epsilons", type=flags.parse_epsilon, nargs="+", metavar="EPS",
                         help="radii in pixel units, such as 0.1 or 8/255 (default: those of the run)")
     parser.add_argument("--autoattack_steps", type=whole, nargs="*", default=[10], metavar="N",
@@ -53,14 +53,11 @@ def main(argv: list[str] | None = None) -> None:
             dataset, model = data.from_config(config, args.data_dir), models.load_network(checkpoint).to(device)
         except (ValueError, OSError) as error:
             parser.error(str(error) if path in str(error) else f"{path}: {error}")
-        n, total = min(args.images, len(dataset.y_test)), len(dataset.y_test)
-        in_order = bool((dataset.y_test.diff() >= 0).all())  # of their classes: then the first ones are of one
-        rows = torch.linspace(0, total - 1, n).long() if in_order else torch.arange(n)
-        x = data.pixels(dataset.x_test[rows].to(device), next(model.parameters()).dtype)
+        x = data.pixels(dataset.x_test[:args.images].to(device), next(model.parameters()).dtype)
         print(f"\n{path}: {config['model']} on {config['dataset']}, step {checkpoint['step']}, {len(x)} test images, "
               f"{device.type}\n", flush=True)
         epsilons = args.epsilons or config["epsilons"]
-        columns = measure(model, x, dataset.y_test[rows].to(device), epsilons, args.autoattack_steps)
+        columns = measure(model, x, dataset.y_test[:args.images].to(device), epsilons, args.autoattack_steps)
         labels = [flags.epsilon_label(flags.history_key(epsilon)) for epsilon in epsilons]
         print_markdown(["epsilon", *columns], [*zip([*labels, "seconds"], *columns.values(), strict=True)])
 

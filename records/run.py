@@ -65,14 +65,14 @@ def parent_of(config: Config, fingerprint: str) -> dict:
     if found is None:
         raise ValueError(f"--branch_from={path}: there is no {history.HISTORY_NAME} of its run near it or in "
                          f"{before.get('log_dir', 'logs')}")
-    network = {"model", "depth", "width", "activation", "batch_norm", "init_scale", "train_size"}
+    network = {"dataset", "model", "depth", "width", "activation", "batch_norm", "init_scale", "train_size"}
     differing = checkpoints.differences(before, config, network)
     if differing or not checkpoints.is_of_data(checkpoint, fingerprint):
         raise ValueError(f"--branch_from={path} is of another network or other data "
                          f"({', '.join(differing) or 'the images differ'}): give its flags")
     if config.n_steps <= checkpoint["step"] + config.warmup_steps:
-        raise ValueError(f"--branch_from={path} is at step {checkpoint['step']} and --warmup_steps takes "
-                         f"{config.warmup_steps} more: raise --n_steps={config.n_steps}")
+        raise ValueError(f"--branch_from={path} is at step {checkpoint['step']}: raise --n_steps={config.n_steps} "
+                         f"above {checkpoint['step'] + config.warmup_steps} (warm-up included)")
     record = history.read_history(found)
     checkpoints.check_history(found, record, path, checkpoint)
     attack = {name for name in flags_of(MEASUREMENT) - SCHEDULE if not name.startswith("lc_")}

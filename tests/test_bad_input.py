@@ -271,7 +271,7 @@ def newest():
 
 
 PLOTS = [
-    ("--no_such_flag", nothing, "--no_such_flag"), ("nowhere.json", nothing, "nowhere.json"), ("logs", nothing, "logs"),
+    ("--no_such_flag", nothing, "--no_such_flag"), ("nowhere.json", nothing, "nowhere.json"), ("sums", nothing, "sums"),
     (HISTORY, write(HISTORY, b"{"), HISTORY), (HISTORY, write(HISTORY, b"\x80\x04"), HISTORY),
     (HISTORY, lambda: without("config"), HISTORY),
     (f"--summary {HISTORY} nowhere.json", nothing, "nowhere.json"),

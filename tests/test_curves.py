@@ -216,10 +216,11 @@ def test_a_branch_is_told_by_its_own_radius():
     parents, own = [[[4.0]] * 2 + [None] * 2], [[None] * 2 + [[3.0], [1.0]]]
     history = make_history([0, 1, 2, 4], [0.5, 1, 1, 1], [0.9] * 4, {"0.1": [0.2] * 4})
     history["config"]["lc_radius"] = [0.2]
-    history["local_complexity"] = {"train": {"0.05": parents[0], "0.2": own[0]}}
+    history |= {"local_complexity": {"train": {"0.05": parents[0], "0.2": own[0]}}, "branch": {"step": 1, "of": "p.pt"}}
     assert statistics.total_complexity(history).tolist()[2:] == [3.0, 1.0]
-    assert "Local complexity (training points, r = 0.2): 3.00 at step 2, 1.00 at step 4" in sentences(
-        report.summary(history))
+    text = sentences(report.summary(history))
+    assert text.startswith("A branch: what lies before step 1 is of p.pt.")
+    assert "Local complexity (training points, r = 0.2): 3.00 at step 2, 1.00 at step 4" in text
 
 
 def test_a_rise_beyond_chance_counts_from_two_points_on_in_every_curve():

@@ -55,7 +55,7 @@ def test_the_certified_images_are_drawn_among_the_attacked(small):
     assert len(text) == 15 and [code != "-" for code in text] == few.among.tolist()
     chosen = few.images[few.among]
     assert torch.equal(chosen, data.pixels(small[1].x_test[few.certified], torch.float32)) and len(chosen) == 6
-    assert text.replace("-", "") != "" and few.among.tolist() != [True] * 6 + [False] * 9
+    assert few.among.tolist() != [True] * 6 + [False] * 9
     counts = certify.radii_certified(small[0], chosen, few.labels[few.among], [0.1])
     assert text.replace("-", "") == measure.characters_of(counts)
 

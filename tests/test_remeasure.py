@@ -170,9 +170,8 @@ def test_the_same_flags_of_another_run_are_not_continued_and_checkpoints_beside_
 
 def test_other_log_steps_of_another_run_are_not_added(run, tmp_path, capsys):
     run_here(tmp_path / "other", *SMALL, "--n_steps=200")
-    steps = history_of(tmp_path / "other")["step"]
     measured(run, "--steps=0")
-    assert measured(tmp_path / "other", f"--steps={steps[-1]}")["step"] == steps[-1:]
+    assert measured(tmp_path / "other", "--steps=200")["step"] == [200]
     assert "measurements of another run" in capsys.readouterr().out
 
 
@@ -180,7 +179,7 @@ def test_without_its_history_interpolation_is_known_only_from_all_checkpoints(tm
     run_here(tmp_path / "run", *SMALL, "--n_steps=20")
     shutil.rmtree(tmp_path / "run" / "logs")
     assert measured(tmp_path / "run", "--steps=0,20")["interpolation"] is None
-    assert "interpolation" not in measured(tmp_path / "run")  # it is found in the rows
+    assert "interpolation" not in measured(tmp_path / "run")  # found in the rows
 
 
 def test_ctrl_c_keeps_what_is_done(run, monkeypatch, capsys):

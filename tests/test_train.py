@@ -291,12 +291,8 @@ def test_the_threads_are_measured_stored_and_kept_unless_they_are_given(tmp_path
         work()
         return next(counts)
 
-    def grad(outputs, images):
-        inputs.append(len(images))
-        return torch.zeros_like(images)
-
     inputs = []
-    monkeypatch.setattr(torch.autograd, "grad", grad)
+    monkeypatch.setattr(torch.autograd, "grad", lambda outputs, images: inputs.append(len(images)))
     monkeypatch.setattr(devices, "fastest_thread_count", measured)
     try:
         run_here(tmp_path, *flags, "--n_steps=2", "--eval_batch_size=70")
@@ -368,7 +364,7 @@ def test_warm_up_and_schedule_of_a_branch_count_from_its_first_step(tmp_path, ca
     run_here(tmp_path / "branch", *flags, "--n_steps=50", "--resume")
     assert columns(tmp_path / "branch")["weight_norm"] == history["weight_norm"]
     run_here(tmp_path / "other", *flags, "--n_steps=30", status=2)
-    assert "is at step 20 and --warmup_steps takes 10 more: raise --n_steps=30" in capsys.readouterr().err
+    assert "is at step 20: raise --n_steps=30 above 30 (warm-up included)" in capsys.readouterr().err
 
 
 def test_a_branch_in_its_parents_folders_moves_the_parents_files_aside(tmp_path, capsys):
