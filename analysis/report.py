@@ -94,7 +94,7 @@ def robustness_texts(history: History, rises: dict[str, Rise]) -> list[str]:
         return []
     halves = {epsilon: rise.half for epsilon, rise in robust.items() if rise.half is not None}
     text = (f"Delayed robustness: not seen; robust accuracy holds no level beyond chance and {100 * LEAST:.0f} points "
-            f"above its value at interpolation for {HOLD} log points.")
+            f"above its value at interpolation for {HOLD} log steps.")
     if why := untested(history, *robust.values()):
         text = f"Delayed robustness: {why}."
     if halves:
@@ -241,10 +241,10 @@ def notes(history: History, rises: dict[str, Rise]) -> list[str]:
         "robust: classified correctly, also under the strongest of our attacks.": of_measure("robust", rises),
         "adv: classified correctly after PGD on cross-entropy.": of_measure("adv", rises),
         "at 99%: at interpolation.": interpolation_of(history) is not None,
-        f"dip, highest held: the lowest later level, if it is lower, and the highest, each held for {HOLD} log points. "
+        f"dip, highest held: the lowest later level, if it is lower, and the highest, each held for {HOLD} log steps. "
         "half: of the rise to the highest; 1.5x: at 1.5 times the step of interpolation.": compared}
     chance = (f"A rise or recovery counts if it is held, by {100 * LEAST:.0f} points or more, and beyond chance (an "
-              "exact sign test on the images that changed, corrected for all lines and log points together; "
+              "exact sign test on the images that changed, corrected for all lines and log steps together; "
               f"{statistics.CONFIDENCE:.0%} confidence). That is chance in which test images were drawn, not in "
               "training: only other seeds can tell whether another run does the same. ") if compared else ""
     images = history["sizes"]["attacked"]
