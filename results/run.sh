@@ -140,6 +140,8 @@ mnist_init8_exact_seed1 VARIED --init_scale=8 --loss=exact_ce --seed=1
 mnist_sgd_exact_seed1   VARIED --optimizer=sgd --momentum=0.9 --lr=0.1 --weight_decay=0.0001 --loss=exact_ce --seed=1
 mnist_lr0.0003_seed1    VARIED --lr=0.0003 --seed=1
 mnist_lr0.0003_exact_seed1 VARIED --lr=0.0003 --loss=exact_ce --seed=1
+mnist_depth2_seed1      --dataset=mnist --n_steps=100000 --depth=2 --seed=1
+mnist_depth2_exact_seed1 --dataset=mnist --n_steps=100000 --depth=2 --loss=exact_ce --seed=1
 END
 }
 
