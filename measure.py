@@ -301,9 +301,9 @@ def remarks(row: Row, config: Config) -> dict[str, str]:
         if parts[key][i] > 0.05:
             rounding, weaker = (100 * part for part in parts[key])
             found[kind] = (
-                f"at epsilon {epsilon_label(key)} adv_acc is {100 * row['adv_acc'][key]:.0f}% and robust_acc "
-                f"{100 * row['robust_acc'][key]:.0f}%: {rounding:.0f} points are rounding (the same attack without the "
-                f"rounding of cross-entropy breaks these images), {weaker:.0f} are found by a stronger attack only; "
+                f"at epsilon {epsilon_label(key)} adv_acc is {100 * row['adv_acc'][key]:.1f}% and robust_acc "
+                f"{100 * row['robust_acc'][key]:.1f}%: {rounding:.1f} points are rounding (the same attack without the "
+                f"rounding of cross-entropy breaks these images), {weaker:.1f} are found by a stronger attack only; "
                 "trust robust_acc")
     if config.loss == "ce" and row["train_saturated"] > 0.5:
         found["training saturated"] = (

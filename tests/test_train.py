@@ -218,10 +218,10 @@ def test_the_gap_between_the_measures_is_explained_beyond_five_points():
     config = argparse.Namespace(loss="ce")
     row = {"adv_acc": {"0.1": 0.55, "0.2": 0.50}, "robust_acc": {"0.1": 0.52, "0.2": 0.10}, "saturated": 0.3,
            "rounding": {"0.1": 0.01, "0.2": 0.38}, "zero_gradient": 0.0, "train_saturated": 0.5}
-    said = "at epsilon 0.2 adv_acc is 50% and robust_acc 10%: 38 points are rounding"
+    said = "at epsilon 0.2 adv_acc is 50.0% and robust_acc 10.0%: 38.0 points are rounding"
     assert list(remarks(row, config)) == ["rounding"] and said in remarks(row, config)["rounding"]
     row["rounding"]["0.2"] = 0.02  # most images saturated or not: what is measured decides
-    assert "38 are found by a stronger attack" in remarks({**row, "saturated": 1.0}, config)["stronger attack"]
+    assert "38.0 are found by a stronger attack" in remarks({**row, "saturated": 1.0}, config)["stronger attack"]
     row["robust_acc"]["0.2"] = 0.46
     assert remarks(row, config) == {}
     assert list(remarks({**row, "zero_gradient": 0.02}, config)) == ["zero gradient"]
