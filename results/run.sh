@@ -142,6 +142,11 @@ mnist_lr0.0003_seed1    VARIED --lr=0.0003 --seed=1
 mnist_lr0.0003_exact_seed1 VARIED --lr=0.0003 --loss=exact_ce --seed=1
 mnist_depth2_seed1      --dataset=mnist --n_steps=100000 --depth=2 --seed=1
 mnist_depth2_exact_seed1 --dataset=mnist --n_steps=100000 --depth=2 --loss=exact_ce --seed=1
+digits_large_init_seed2 --dataset=digits --n_steps=100000 --init_scale=8 --loss=mse --weight_decay=0.1 --seed=2
+mnist_large_init_seed2  --dataset=mnist --n_steps=100000 --init_scale=8 --loss=mse --weight_decay=0.1 --seed=2
+mnist_depth2_seed2      --dataset=mnist --n_steps=100000 --depth=2 --seed=2
+mnist_depth2_exact_seed2 --dataset=mnist --n_steps=100000 --depth=2 --loss=exact_ce --seed=2
+digits_init8_exact_seed1 --dataset=digits --n_steps=100000 --init_scale=8 --loss=exact_ce --seed=1
 END
 }
 
