@@ -77,7 +77,7 @@ def test_three_images_are_of_three_classes_and_always_the_same():
 def save_checkpoint(path, step=0, metrics=None, **changes):
     config = {"model": "mlp", "dataset": "digits", "data_dir": "data", "train_size": 50, "image_size": None, "seed": 1,
               "label_noise": 0.0, "depth": 3, "width": 8, "activation": "relu", "batch_norm": True, "init_scale": 1.0,
-              "dtype": "float32", "n_steps": 900, **changes}
+              "dtype": "float32", "n_steps": 900, "log_dir": str(path.parent), **changes}
     torch.manual_seed(step)
     model = models.build_model("mlp", (1, 8, 8), 10, depth=3, width=8, batch_norm=True)
     checkpoints.save_state(path, {"epoch": 0.0, "step": step, "seconds": 0.0, "logged": 1, "config": config,
