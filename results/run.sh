@@ -147,6 +147,10 @@ mnist_large_init_seed2  --dataset=mnist --n_steps=100000 --init_scale=8 --loss=m
 mnist_depth2_seed2      --dataset=mnist --n_steps=100000 --depth=2 --seed=2
 mnist_depth2_exact_seed2 --dataset=mnist --n_steps=100000 --depth=2 --loss=exact_ce --seed=2
 digits_init8_exact_seed1 --dataset=digits --n_steps=100000 --init_scale=8 --loss=exact_ce --seed=1
+mnist_adam_seed1        --dataset=mnist --n_steps=100000 --optimizer=adam --seed=1
+mnist_batch_norm_seed1  --dataset=mnist --n_steps=100000 --batch_norm --seed=1
+mnist_batch_norm_exact_seed1 --dataset=mnist --n_steps=100000 --batch_norm --loss=exact_ce --seed=1
+mnist_adam_exact_seed1  --dataset=mnist --n_steps=100000 --optimizer=adam --loss=exact_ce --seed=1
 END
 }
 
