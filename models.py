@@ -9,6 +9,7 @@ whose sign local complexity watches.
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -188,22 +189,21 @@ def from_config(config: Mapping[str, Any], in_shape: Sequence[int], num_classes:
     return model.to(getattr(torch, config.get("dtype", "float32")))
 
 
-def load_network(checkpoint: Mapping[str, Any]) -> Network:
+def load_network(checkpoint: Mapping[str, Any], path: str | Path = "checkpoint") -> Network:
     """Return the network of a checkpoint (a dict, as train.py writes it), in eval mode, on the CPU. ValueError, in one
-    line, if its weights do not fit its config."""
+    line that begins with path, if its weights do not fit its config."""
     config, sizes = checkpoint["config"], checkpoint["sizes"]
     model = from_config(config, sizes["in_shape"], sizes["num_classes"])
-    load_weights(model, checkpoint)
+    load_weights(model, checkpoint, path)
     return model.eval()
 
 
-def load_weights(model: nn.Module, checkpoint: Mapping[str, Any]) -> None:
-    """Load the weights of a checkpoint; ValueError, in one line, if they do not fit the model."""
+def load_weights(model: nn.Module, checkpoint: Mapping[str, Any], path: str | Path) -> None:
+    """Load the weights of the checkpoint in path; ValueError, in one line, if they do not fit the model."""
     try:
         model.load_state_dict(checkpoint["model_state_dict"])
     except (RuntimeError, AttributeError):
-        raise ValueError(f"the weights of step {checkpoint['step']} do not fit the network that their config describes"
-                         ) from None
+        raise ValueError(f"{path}: its weights do not fit the network that its config describes") from None
 
 
 @contextmanager

@@ -216,7 +216,7 @@ def measure_run(args: argparse.Namespace) -> int:
         other = checkpoints.differences(state["config"], config, flags_of(EXPERIMENT))
         if other:
             raise ValueError(f"{path} is of another run: {'; '.join(other)}")
-        models.load_weights(model, state)
+        models.load_weights(model, state, path)
         row: Any = {name: state[name] for name in KNOWN if name in state}
         outcomes = right.get((state["step"], state["seconds"]))
         known = {measure.clean, measure.weight_norm} if outcomes and row.keys() >= {*CLEAN} else set()

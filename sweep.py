@@ -85,9 +85,9 @@ def is_complete(folder: Path, config: Config) -> bool:
         return False
     if config.dataset in ("imagefolder", "npz"):  # whose files may have changed
         import data
+        from records import checkpoints
         with contextlib.suppress(ValueError, OSError, MemoryError):
-            now = data.fingerprint(data.from_config(dataclasses.asdict(config)))
-            if found.get("derived", {}).get("data", now) != now:
+            if not checkpoints.is_of_data(found, data.fingerprint(data.from_config(dataclasses.asdict(config)))):
                 return False
     used, last, length = found["config"], found["step"][-1:], "n_steps" if config.n_steps else "n_epochs"
     return (last == [used["n_steps"]] and used[length] == getattr(config, length)

@@ -135,8 +135,7 @@ def add_legend(fig: Figure, groups: Sequence[Sequence[History]], with_complexity
         handles.append(Patch(color="0.85", label="band: the range of the runs"))
     elif any(panels.shared(group, "rounding") for group in groups):
         handles.append(Patch(color="0.85", label="filled: the part of adv_acc that is rounding"))
-    certified = [group[0] for group in groups if panels.shared(group, "certified_acc")]
-    if certified:
+    if certified := [group[0] for group in groups if panels.shared(group, "certified_acc")]:
         n = min(min(history["config"]["certify"], history["sizes"]["attacked"]) for history in certified)
         handles.append(Line2D([], [], color="0.3", lw=1.4, ls=(0, (1, 1)),
                               label=f"certified_acc at ε: no attack can succeed ({n:,} images)"))

@@ -59,7 +59,7 @@ def load_all(paths: Sequence[str | Path], data_dir: str | None = None) -> tuple[
 
 def network_in(path: str | Path) -> nn.Module:
     """Return the network of a checkpoint. ValueError if its weights do not fit its config."""
-    return models.load_network(checkpoints.load_checkpoint(path))
+    return models.load_network(checkpoints.load_checkpoint(path), path)
 
 
 def three_images(dataset: data.Dataset) -> tuple[torch.Tensor, torch.Tensor]:

@@ -50,7 +50,7 @@ def main(argv: list[str] | None = None) -> None:
         try:
             checkpoint = checkpoints.load_checkpoint(path)
             config, device = checkpoint["config"], devices.choose_device(args.device)
-            dataset, model = data.from_config(config, args.data_dir), models.load_network(checkpoint).to(device)
+            dataset, model = data.from_config(config, args.data_dir), models.load_network(checkpoint, path).to(device)
         except (ValueError, OSError) as error:
             parser.error(str(error) if path in str(error) else f"{path}: {error}")
         x = data.pixels(dataset.x_test[:args.images].to(device), next(model.parameters()).dtype)

@@ -107,7 +107,7 @@ class Run:
 
     def load(self, source: dict, is_parent: bool) -> None:
         """Take over weights, optimizer state, step and history from a checkpoint, its own or its parent's."""
-        models.load_weights(self.model, source)
+        models.load_weights(self.model, source, source["path"])
         loaded = checkpoints.load_optimizer_state(self.trainer.optimizer, source)
         if not loaded and not is_parent:
             raise ValueError(f"{source['path']}: its state does not fit the optimizer of its config")

@@ -220,7 +220,7 @@ def checkpoint_of(model, optimizer, step=2):
 
 
 def load(model, optimizer, checkpoint):
-    models.load_weights(model, checkpoint)
+    models.load_weights(model, checkpoint, "5.pt")
     assert checkpoints.load_optimizer_state(optimizer, checkpoint)
 
 
@@ -290,6 +290,6 @@ def test_before_the_first_step_there_is_no_state_yet(kind):
 def test_weights_that_do_not_fit_are_refused(edit):
     checkpoint = checkpoint_of(*trained("adam"))
     edit(checkpoint["model_state_dict"])
-    with pytest.raises(ValueError, match="^the weights of step 2 do not fit the network") as error:
-        models.load_weights(network(), checkpoint)
+    with pytest.raises(ValueError, match="^5.pt: its weights do not fit the network") as error:
+        models.load_weights(network(), checkpoint, "5.pt")
     one_line(error)

@@ -135,7 +135,7 @@ def checkpoint_of(**config):
     config = {"model": "mlp", "width": 8, "depth": 3, "dtype": "float32", **config}
     model = from_config(config, (1, 4, 4), 3, [0.5], [0.25])
     sizes = {"in_shape": [1, 4, 4], "num_classes": 3}
-    return model, {"step": 0, "config": config, "sizes": sizes, "model_state_dict": copy.deepcopy(model.state_dict())}
+    return model, {"config": config, "sizes": sizes, "model_state_dict": copy.deepcopy(model.state_dict())}
 
 
 @pytest.mark.parametrize("config", [{}, {"batch_norm": True, "dtype": "float64"}, {"model": "cnn", "depth": None},

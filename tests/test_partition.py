@@ -154,7 +154,7 @@ def test_bad_checkpoint_gives_one_line(tmp_path, capsys):
     save_checkpoint(tmp_path / "misfit.pt", depth=4)
     save_checkpoint(tmp_path / "decay.pt", weight_decay=0.5)
     save_checkpoint(tmp_path / "changed.pt", metrics={"derived": {"data": "0" * 16}})
-    for names, reason in {"good text": "text.pt", "good missing": "missing.pt", "misfit": "the weights of step 0",
+    for names, reason in {"good text": "text.pt", "good missing": "missing.pt", "misfit": "misfit.pt: its weights",
                           "good decay": "--weight_decay", "changed": "--data_dir"}.items():
         for suffix in ("png", "gif"):
             paths = [str(tmp_path / f"{name}.pt") for name in names.split()]
