@@ -450,6 +450,7 @@ def bad_input(**changes):
     return {"x": torch.rand(2, 1, 2, 2), "y": torch.zeros(2, dtype=torch.int64), "epsilon": 0.1, **changes}
 
 
+torch.manual_seed(0)  # one draw in 200 of its weights saturates to one class, which counts as constant
 FLAT = nn.Sequential(nn.Flatten(), nn.Linear(4, 3))
 EVERYWHERE = [
     *[("epsilon", dict(epsilon=value)) for value in (-0.1, 8.0, math.nan, math.inf)], ("steps", dict(steps=0)),
